@@ -1,0 +1,1 @@
+"""(nn.Module, Plan) -> the same module, run in parallel on PyTorch's own engine."""

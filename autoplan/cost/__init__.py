@@ -1,0 +1,1 @@
+"""What a plan costs: (Graph, HardwareProfile, Workload, strategies) -> seconds and bytes."""

@@ -1,0 +1,107 @@
+"""What a machine can do: one device, and the links that join devices, with measured efficiencies. Numbers live in `hwprofiles/`."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+from math import log
+
+from autoplan.errors import UsageError
+from autoplan.units import Bytes, BytesPerSecond, FlopsPerSecond, Seconds
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A fraction (0 to 1) of a nominal rate by the size of the work, interpolated over log(size), flat outside its points."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def at(self, size: float) -> float:
+        sizes = self._sizes
+        i = bisect_right(sizes, size)
+        if i == 0:
+            return self.points[0][1]
+        if i == len(sizes):
+            return self.points[-1][1]
+        (x0, y0), (x1, y1) = self.points[i - 1], self.points[i]
+        return y0 + (y1 - y0) * log(size / x0) / log(x1 / x0)
+
+    @cached_property
+    def _sizes(self) -> tuple[float, ...]:
+        return tuple(size for size, _ in self.points)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One accelerator."""
+
+    name: str
+    memory: Bytes
+    """All of the device's memory."""
+    reserved: Bytes
+    """What the driver, the communication library and the allocator's fragmentation take of it."""
+    bandwidth: BytesPerSecond
+    """Nominal memory bandwidth."""
+    peak: tuple[tuple[str, FlopsPerSecond], ...]
+    """Nominal dense matrix FLOP/s by dtype."""
+    matmul: Curve
+    """Achieved fraction of `peak` by the FLOPs of one matrix multiplication."""
+    attention: Curve
+    """Achieved fraction of `peak` by the FLOPs of one attention kernel."""
+    memory_efficiency: Curve
+    """Achieved fraction of `bandwidth` by the bytes that one kernel moves."""
+    launch: Seconds
+    """Shortest time that one kernel takes, launch included."""
+    source: str
+
+    def peak_of(self, dtype: str) -> FlopsPerSecond:
+        """Nominal matrix FLOP/s in `dtype`. Raises `UsageError` when the profile has none."""
+        peaks = dict(self.peak)
+        if dtype not in peaks:
+            raise UsageError(f"hardware device '{self.name}' has no peak for {dtype}.", f"It knows {', '.join(peaks)}.")
+        return peaks[dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """One level of the network: joins groups of `span` neighbouring devices."""
+
+    name: str
+    span: int
+    """How many devices it joins: 8 within a node; 0 means any number (the outermost level)."""
+    bandwidth: BytesPerSecond
+    """Nominal, one direction, of one device."""
+    latency: Seconds
+    """Of one step of a ring."""
+    efficiency: Curve
+    """Achieved fraction of `bandwidth` by the bytes that one device sends in a collective."""
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareProfile:
+    """A machine: a device and its links, innermost first."""
+
+    name: str
+    device: Device
+    links: tuple[Link, ...]
+    overlap: float
+    """Fraction (0 to 1) of hidden communication time that slows the computation it hides under."""
+    backend: str
+    """The torch.distributed backend: nccl or gloo."""
+    measured: str | None = None
+    """Date of the measurement, when there is one."""
+
+    def link(self, group: int) -> Link:
+        """The innermost link that joins `group` neighbouring devices."""
+        for link in self.links:
+            if link.span == 0 or link.span >= group:
+                return link
+        raise UsageError(f"hardware '{self.name}' joins at most {self.links[-1].span} devices, {group} are asked for.")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every number that a prediction depends on."""
+        return hashlib.sha256(repr((self.device, self.links, self.overlap)).encode()).hexdigest()[:16]

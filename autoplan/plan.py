@@ -1,0 +1,177 @@
+"""What was decided, what it should cost, and what was refused and why. A `Plan` carries its own prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Literal
+
+from autoplan.strategy import Mesh, Strategy
+from autoplan.units import Bytes, Seconds
+from autoplan.workload import Workload
+
+PLAN_VERSION = 1
+
+SolveStatus = Literal["optimal", "feasible", "given"]
+CandidateStatus = Literal["chosen", "slower", "out of memory", "illegal"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeBreakdown:
+    """Where one step's seconds go, on the critical path; the parts add up to the step."""
+
+    forward: Seconds = 0.0
+    backward: Seconds = 0.0
+    recompute: Seconds = 0.0
+    tp_communication: Seconds = 0.0
+    """Collectives of the tp axis: never hidden."""
+    dp_communication: Seconds = 0.0
+    """Gathers of parameters and reductions of gradients that computation does not hide."""
+    optimizer: Seconds = 0.0
+
+    @property
+    def total(self) -> Seconds:
+        return sum(seconds for _, seconds in self.items())
+
+    def items(self) -> Iterator[tuple[str, Seconds]]:
+        for part in fields(self):
+            yield part.name, getattr(self, part.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryBreakdown:
+    """Peak bytes of the fullest rank by category; the parts add up to the peak."""
+
+    parameters: Bytes = 0.0
+    gradients: Bytes = 0.0
+    optimizer: Bytes = 0.0
+    activations: Bytes = 0.0
+    """Tensors saved for the backward pass of one micro-batch."""
+    recompute: Bytes = 0.0
+    """What the layer whose forward runs again keeps for a moment."""
+    unsharded: Bytes = 0.0
+    """Gathered parameters and unreduced gradients of the layers in flight."""
+    temporary: Bytes = 0.0
+    """The largest tensors that live only inside one operation, forward or backward: logits and their gradient."""
+
+    @property
+    def total(self) -> Bytes:
+        return sum(size for _, size in self.items())
+
+    def items(self) -> Iterator[tuple[str, Bytes]]:
+        for part in fields(self):
+            yield part.name, getattr(self, part.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What one optimizer step should cost."""
+
+    step_time: Seconds
+    time: TimeBreakdown
+    memory: MemoryBreakdown
+    hidden_communication: Seconds
+    """Communication that runs under computation: not part of `step_time`."""
+    tokens_per_second: float
+    mfu: float
+    """Model FLOPs (forward and backward once, nothing recomputed) over the peak of all devices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A mesh and micro-batch that was looked at."""
+
+    mesh: Mesh
+    micro_batch: int
+    status: CandidateStatus
+    reason: str
+    """One clause: "needs 93.1 GiB of 76 GiB", "at least 2.31 s, 14 % slower"."""
+    step_time: Seconds | None = None
+    """Predicted, or a proven lower bound when `bound` is true."""
+    bound: bool = False
+    memory: Bytes | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """A plan that people write by hand, priced by the same model."""
+
+    name: str
+    mesh: Mesh
+    micro_batch: int
+    recompute: str
+    step_time: Seconds | None
+    """None when it does not fit or is not legal."""
+    memory: Bytes | None
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solve:
+    """What was proved. `gap` is (step_time - bound) / step_time; "optimal" means that it is within the gap asked for."""
+
+    status: SolveStatus
+    gap: float
+    bound: Seconds
+    solver: str
+    candidates: int
+    """Meshes and micro-batches that the proof covers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRun:
+    """Consecutive blocks that share one strategy."""
+
+    layers: tuple[str, ...]
+    strategy: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that `apply` and `report` need."""
+
+    model: str
+    graph: str
+    """Fingerprint of the captured graph that the plan was made for."""
+    hardware: str
+    hardware_fingerprint: str
+    workload: Workload
+    tokens: int
+    """Tokens of one sample."""
+    mesh: Mesh
+    micro_batch: int
+    """Samples that one data-parallel group runs at a time."""
+    strategies: tuple[tuple[str, Strategy], ...]
+    outer: str
+    """Name of the strategy of everything outside the blocks."""
+    runs: tuple[LayerRun, ...]
+    """The blocks in the order of the model."""
+    tied: tuple[tuple[str, ...], ...] = ()
+    prediction: Prediction
+    memory_limit: Bytes
+    """What the plan may use of one device."""
+    baselines: tuple[Baseline, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    solve: Solve
+    warnings: tuple[str, ...] = ()
+    version: int = PLAN_VERSION
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that each data-parallel group runs one after another in a step (gradient accumulation)."""
+        return self.workload.global_batch // (self.mesh.dp * self.micro_batch)
+
+    @cached_property
+    def by_name(self) -> dict[str, Strategy]:
+        return dict(self.strategies)
+
+    def layers(self) -> Iterator[tuple[str, Strategy]]:
+        """(block name, strategy) of every block, in order."""
+        for run in self.runs:
+            for layer in run.layers:
+                yield layer, self.by_name[run.strategy]
+
+    @property
+    def outer_strategy(self) -> Strategy:
+        return self.by_name[self.outer]

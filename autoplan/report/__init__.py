@@ -1,0 +1,1 @@
+"""Plan -> something to look at: pure functions of the plan."""

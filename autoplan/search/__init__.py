@@ -1,0 +1,1 @@
+"""Graph and hardware -> the best Plan, with proof."""

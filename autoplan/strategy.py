@@ -1,0 +1,148 @@
+"""How a layer is placed: the mesh, the layouts of tensors over its tensor-parallel axis, and one layer's strategy.
+
+Words. *axis* is of a mesh, *dim* of a tensor. On the `tp` axis every tensor has a `Layout`: the placement of its value
+and that of its gradient, which need not be the same. Four pairs occur, and no others:
+
+    REPLICATE    value Replicate, gradient Replicate
+    GATHERED     value Replicate, gradient Partial      the input of a column-parallel linear
+    PARTIAL      value Partial,   gradient Replicate    the output of a row-parallel linear
+    shard(d)     value Shard(d),  gradient Shard(d)
+
+A `Border` redistributes one tensor where it passes a module's border; the collectives that this costs are
+(value forward, gradient backward):
+
+    REPLICATE -> GATHERED   -               all_reduce
+    REPLICATE -> shard      - (slice)       all_gather
+    shard -> REPLICATE      all_gather      - (slice)
+    shard -> GATHERED       all_gather      reduce_scatter
+    PARTIAL -> REPLICATE    all_reduce      -
+    PARTIAL -> GATHERED     all_reduce      all_reduce
+    PARTIAL -> shard        reduce_scatter  all_gather
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from autoplan.errors import UsageError
+
+Recompute = Literal["none", "full"]
+Kind = Literal["replicate", "gathered", "partial", "shard"]
+
+MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Mesh:
+    """Devices by axis, outermost first: neighbours in `tp` are neighbours in the machine."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+
+    @property
+    def dp(self) -> int:
+        """Over how many groups of devices the batch is split."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def size(self) -> int:
+        return self.dp * self.tp
+
+    def __str__(self) -> str:
+        axes = [f"{axis} {getattr(self, axis)}" for axis in ("dp_replicate", "dp_shard", "tp") if getattr(self, axis) > 1]
+        return " x ".join(axes) or "1 device"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Layout:
+    """Placement of a tensor's value and gradient over the `tp` axis. See the module's table."""
+
+    kind: Kind
+    dim: int = -1
+    """The sharded dim (never negative for `shard`)."""
+    blocks: int = 1
+    """For a packed tensor (q, k and v in one): the dim is `blocks` equal parts, and every device holds its share of each."""
+
+    @property
+    def sharded(self) -> bool:
+        return self.kind == "shard"
+
+    def __str__(self) -> str:
+        if self.kind == "shard":
+            return f"Shard({self.dim})" if self.blocks == 1 else f"Shard({self.dim}, blocks={self.blocks})"
+        return {"replicate": "Replicate", "gathered": "Replicate|Partial", "partial": "Partial"}[self.kind]
+
+
+REPLICATE = Layout("replicate")
+GATHERED = Layout("gathered")
+PARTIAL = Layout("partial")
+
+
+def shard(dim: int, blocks: int = 1) -> Layout:
+    return Layout("shard", dim, blocks)
+
+
+_SHARD = re.compile(r"^Shard\((\d+)(?:, blocks=(\d+))?\)$")
+
+
+def parse_layout(text: str) -> Layout:
+    """The layout that `str(layout)` wrote. Raises `UsageError` on anything else."""
+    for layout in (REPLICATE, GATHERED, PARTIAL):
+        if text == str(layout):
+            return layout
+    match = _SHARD.match(text)
+    if match is None:
+        raise UsageError(f"'{text}' is no layout.", "Write Replicate, Replicate|Partial, Partial, Shard(d) or Shard(d, blocks=k).")
+    return shard(int(match.group(1)), int(match.group(2) or 1))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Border:
+    """A redistribution where one tensor passes the border of `module` (a name relative to the layer; "" is the layer itself)."""
+
+    module: str
+    side: Literal["in", "out"]
+    leaf: str
+    """Which argument or output: "0", "mask", "1.0"; several joined by "," when one tensor is passed several times."""
+    source: Layout
+    target: Layout
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How one layer is spread over the `tp` axis: the layouts of its parameters and its redistributions.
+
+    Parameters that are not named are replicated. GATHERED on a parameter means replicated with a Partial gradient
+    that must be all-reduced (a norm's weight under sequence parallelism).
+    """
+
+    parameters: tuple[tuple[str, Layout], ...] = ()
+    borders: tuple[Border, ...] = ()
+
+    def layout(self, parameter: str) -> Layout:
+        return self._layouts.get(parameter, REPLICATE)
+
+    @cached_property
+    def _layouts(self) -> dict[str, Layout]:
+        return dict(self.parameters)
+
+
+UNSHARDED = Sharding()
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to place and run one layer.
+
+    `recompute` "full" keeps only the layer's inputs and runs its forward again in the backward pass.
+    `reshard_after_forward` frees the layer's gathered parameters after the forward pass (ZeRO-3); without it they stay
+    until the backward pass has used them (ZeRO-2). It means nothing when `dp_shard` is 1.
+    """
+
+    sharding: Sharding = UNSHARDED
+    recompute: Recompute = "none"
+    reshard_after_forward: bool = True
