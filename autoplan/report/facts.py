@@ -1,0 +1,274 @@
+"""What a report says about a plan, as data: the terminal and the page only decide how it looks.
+
+Every text in here is fit for reading (people's units, no control characters) and none of it is escaped for HTML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from autoplan.plan import Baseline, Candidate, CandidateStatus, Plan
+from autoplan.report import words
+
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headline:
+    """The answer, before anything else."""
+
+    title: str
+    answer: str
+    """One sentence: the plan."""
+    step_time: str
+    throughput: str
+    mfu: str
+    memory: str
+    limit: str
+    headroom: str
+    speedup: str
+    """A factor, or a dash."""
+    speedup_over: str
+    """What the factor is over, or why there is none."""
+    proof: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a sum: of the step's time or of the peak memory."""
+
+    key: str
+    label: str
+    note: str
+    value: float
+    text: str
+    share: float
+    """Of the whole."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaselineRow:
+    name: str
+    mesh: str
+    micro_batch: int
+    recompute: str
+    step_time: str
+    memory: str
+    speedup: float | None
+    """How many times faster the plan is; None when the baseline cannot run."""
+    verdict: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateRow:
+    mesh: str
+    micro_batch: int
+    status: CandidateStatus
+    reason: str
+    step_time: str
+    memory: str
+    seconds: float | None
+    bytes: float | None
+    bound: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A line of a two-column table."""
+
+    label: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    text: str
+    note: str
+
+
+def headline(plan: Plan) -> Headline:
+    prediction, memory = plan.prediction, plan.prediction.memory.total
+    speedup, over = _best_speedup(plan)
+    return Headline(
+        title=f"{words.clean(plan.model)} on {words.plural(plan.mesh.size, 'device')}",
+        answer=_answer(plan),
+        step_time=words.seconds(prediction.step_time),
+        throughput=words.count(prediction.tokens_per_second),
+        mfu=words.percent(prediction.mfu),
+        memory=words.size(memory),
+        limit=words.size(plan.memory_limit),
+        headroom=_headroom(plan),
+        speedup=speedup,
+        speedup_over=over,
+        proof=proof(plan),
+    )
+
+
+def _answer(plan: Plan) -> str:
+    where = "on 1 device" if plan.mesh.size == 1 else f"as {plan.mesh} over {plan.mesh.size} devices"
+    accumulated = f" x {plan.micro_batches} accumulated" if plan.micro_batches > 1 else ""
+    batch = f"{words.plural(plan.micro_batch, 'sample')} a micro-batch{accumulated}"
+    return (
+        f"Train {words.clean(plan.model)} {where}, {batch}, {recompute_clause(plan)}: "
+        f"{words.seconds(plan.prediction.step_time)} a step."
+    )
+
+
+def recompute_clause(plan: Plan) -> str:
+    """How much of the model runs its forward twice."""
+    layers = list(plan.layers())
+    full = sum(strategy.recompute == "full" for _, strategy in layers)
+    if full == 0:
+        return "no recomputation"
+    return f"recomputation in {'all ' if full == len(layers) else f'{full} of '}{words.plural(len(layers), 'layer')}"
+
+
+def _headroom(plan: Plan) -> str:
+    left = plan.memory_limit - plan.prediction.memory.total
+    if left < 0:
+        return f"{words.size(-left)} over the limit"
+    return f"{words.size(left)} free"
+
+
+def proof(plan: Plan) -> str:
+    """What the search proved, in one sentence."""
+    solve = plan.solve
+    covers = f"over {words.plural(solve.candidates, 'combination')} of mesh and micro-batch"
+    if solve.status == "optimal":
+        within = "" if solve.gap <= 1e-9 else f" within {words.percent(solve.gap)}"
+        return f"Proved optimal for the cost model{within}, {covers}."
+    if solve.status == "feasible":
+        return f"Best found; the best possible is at most {words.percent(solve.gap)} less, {covers}."
+    return "Given by hand and priced; nothing was searched."
+
+
+def _best_speedup(plan: Plan) -> tuple[str, str]:
+    running = [row for row in baselines(plan) if row.speedup is not None]
+    if not plan.baselines:
+        return "-", "no baselines were priced"
+    if not running:
+        return "-", f"none of {words.plural(len(plan.baselines), 'baseline')} can run here"
+    best = min(running, key=lambda row: row.speedup or 0.0)
+    return words.factor(best.speedup or 0.0), f"the best baseline, {best.name}"
+
+
+def speedups(plan: Plan) -> str:
+    """The speed-up over every baseline in one clause, the strongest baseline first; empty when none can run."""
+    running = sorted((row for row in baselines(plan) if row.speedup is not None), key=lambda row: row.speedup or 0.0)
+    return "; ".join(f"{row.verdict} the speed of {row.name}" for row in running)
+
+
+def time_parts(plan: Plan) -> tuple[Part, ...]:
+    """Where the step goes; parts that are zero are kept, so that the table says that they are."""
+    return _parts(plan.prediction.time.items(), words.TIME_WORDS, words.seconds)
+
+
+def memory_parts(plan: Plan) -> tuple[Part, ...]:
+    return _parts(plan.prediction.memory.items(), words.MEMORY_WORDS, words.size)
+
+
+def _parts(items: Iterable[tuple[str, float]], labels: dict[str, tuple[str, str]], text: Callable[[float], str]) -> tuple[Part, ...]:
+    pairs = list(items)
+    total = sum(value for _, value in pairs)
+    return tuple(
+        Part(key, *labels.get(key, (key.replace("_", " "), "")), value, text(value), value / total if total else 0.0)
+        for key, value in pairs
+    )
+
+
+def baselines(plan: Plan) -> tuple[BaselineRow, ...]:
+    return tuple(_baseline(plan, baseline) for baseline in plan.baselines)
+
+
+def _baseline(plan: Plan, baseline: Baseline) -> BaselineRow:
+    speedup = None if baseline.step_time is None else baseline.step_time / plan.prediction.step_time
+    return BaselineRow(
+        name=words.clean(baseline.name),
+        mesh=str(baseline.mesh),
+        micro_batch=baseline.micro_batch,
+        recompute=words.clean(baseline.recompute),
+        step_time="-" if baseline.step_time is None else words.seconds(baseline.step_time),
+        memory="-" if baseline.memory is None else words.size(baseline.memory),
+        speedup=speedup,
+        verdict="cannot run" if speedup is None else words.factor(speedup),
+        note=words.clean(baseline.note),
+    )
+
+
+_ORDER: dict[CandidateStatus, int] = {"chosen": 0, "slower": 1, "out of memory": 2, "illegal": 3}
+
+
+def candidates(plan: Plan) -> tuple[CandidateRow, ...]:
+    """Everything that was looked at, the most interesting first: chosen, then by time, then what cannot run."""
+    ordered = sorted(
+        plan.candidates,
+        key=lambda c: (_ORDER[c.status], c.step_time or float("inf"), c.memory or float("inf"), c.mesh, c.micro_batch),
+    )
+    return tuple(_candidate(candidate) for candidate in ordered)
+
+
+def _candidate(candidate: Candidate) -> CandidateRow:
+    time = "-" if candidate.step_time is None else words.seconds(candidate.step_time)
+    return CandidateRow(
+        mesh=str(candidate.mesh),
+        micro_batch=candidate.micro_batch,
+        status=candidate.status,
+        reason=words.clean(candidate.reason),
+        step_time=f"≥ {time}" if candidate.bound and candidate.step_time is not None else time,
+        memory="-" if candidate.memory is None else words.size(candidate.memory),
+        seconds=candidate.step_time,
+        bytes=candidate.memory,
+        bound=candidate.bound,
+    )
+
+
+def candidate_counts(plan: Plan) -> tuple[tuple[CandidateStatus, int], ...]:
+    """How many candidates have each status, those that occur."""
+    counts = {status: sum(c.status == status for c in plan.candidates) for status in _ORDER}
+    return tuple((status, number) for status, number in counts.items() if number)
+
+
+def workload(plan: Plan) -> tuple[Fact, ...]:
+    load, mesh = plan.workload, plan.mesh
+    return (
+        Fact("Global batch", f"{words.plural(load.global_batch, 'sample')}, {words.count(load.global_batch * plan.tokens)} tokens"),
+        Fact("Sample", words.plural(plan.tokens, "token")),
+        Fact(
+            "Split as",
+            f"{words.plural(mesh.dp, 'data-parallel group')} x {words.plural(plan.micro_batch, 'sample')} x "
+            f"{words.plural(plan.micro_batches, 'micro-batch')}",
+        ),
+        Fact("Optimizer", load.optimizer),
+        Fact("Number formats", f"parameters {load.param_dtype}, compute {load.compute_dtype}, reduce {load.reduce_dtype}"),
+    )
+
+
+def hardware(plan: Plan) -> tuple[Fact, ...]:
+    return (
+        Fact("Profile", words.clean(plan.hardware)),
+        Fact("Devices", words.count(plan.mesh.size)),
+        Fact("Memory limit", f"{words.size(plan.memory_limit)} of each device"),
+        Fact("Hidden communication", f"{words.seconds(plan.prediction.hidden_communication)} a step runs under computation"),
+        Fact("Profile fingerprint", words.clean(plan.hardware_fingerprint)),
+        Fact("Graph fingerprint", words.clean(plan.graph)),
+        Fact("Solver", f"{words.clean(plan.solve.solver)}; lower bound {words.seconds(plan.solve.bound)}"),
+    )
+
+
+def warnings(plan: Plan) -> tuple[str, ...]:
+    return tuple(words.clean(warning) for warning in plan.warnings)
+
+
+def commands(plan: Plan, path: str = "plan.yaml") -> tuple[Command, ...]:
+    """What to do next, ready to be copied."""
+    nodes = -(-plan.mesh.size // GPUS_PER_NODE)
+    launch = f"--nproc-per-node {min(plan.mesh.size, GPUS_PER_NODE)}"
+    if nodes > 1:
+        launch = f"--nnodes {nodes} {launch} --rdzv-backend c10d --rdzv-endpoint $HEAD_NODE:29500"
+    return (
+        Command(f'model = autoplan.apply(model, "{path}")', "in your training script, before the optimizer is made"),
+        Command(f"torchrun {launch} train.py", f"on each of {nodes} nodes" if nodes > 1 else "runs it"),
+        Command(f"autoplan report {path} --format terminal", "shows this summary again"),
+    )

@@ -1,0 +1,179 @@
+"""The plan's layers as data: runs of equal layers, and for each way to shard one its parameters and redistributions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from autoplan.plan import Plan
+from autoplan.report import words
+from autoplan.strategy import Border, Sharding, Strategy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRow:
+    """A run of equal layers, or ("" as `layers[0]`) everything outside the blocks."""
+
+    layers: str
+    names: tuple[str, ...]
+    strategy: str
+    index: int
+    """The place of its strategy in the plan: the page gives each one its colour."""
+    recompute: str
+    reshard: str
+    sharding: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRow:
+    """Parameters of one module that are placed the same way."""
+
+    names: str
+    full_names: str
+    layout: str
+    style: str
+    """ "columns", "rows" or "whole"."""
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class BorderRow:
+    leaf: str
+    source: str
+    target: str
+    forward: str
+    backward: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleRow:
+    """What happens at one module: redistributions on the way in, its parameters, redistributions on the way out."""
+
+    name: str
+    enter: tuple[BorderRow, ...]
+    weights: tuple[WeightRow, ...]
+    leave: tuple[BorderRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardingCard:
+    """One way to shard a layer over the tp axis; strategies that differ only in recompute share it."""
+
+    names: tuple[str, ...]
+    indices: tuple[int, ...]
+    used_by: str
+    words: str
+    modules: tuple[ModuleRow, ...]
+
+
+def runs(plan: Plan) -> tuple[RunRow, ...]:
+    """The layers in the order of the model, equal neighbours folded, and at last everything outside them."""
+    rows = [_run(plan, words.fold(run.layers), run.layers, run.strategy) for run in plan.runs if run.layers]
+    return (*rows, _run(plan, "outside the layers", (), plan.outer))
+
+
+def _run(plan: Plan, label: str, names: tuple[str, ...], name: str) -> RunRow:
+    strategy = plan.by_name[name]
+    return RunRow(
+        layers=label,
+        names=tuple(words.clean(layer) for layer in names),
+        strategy=words.clean(name),
+        index=list(plan.by_name).index(name),
+        recompute=strategy.recompute,
+        reshard=reshard_words(plan, strategy),
+        sharding=words.sharding_words(strategy.sharding) if plan.mesh.tp > 1 else "-",
+    )
+
+
+def reshard_words(plan: Plan, strategy: Strategy) -> str:
+    """What FSDP does with the layer's gathered parameters after its forward pass: ZeRO-3 frees them, ZeRO-2 keeps them."""
+    if plan.mesh.dp_shard == 1:
+        return "-"
+    return "ZeRO-3" if strategy.reshard_after_forward else "ZeRO-2"
+
+
+def cards(plan: Plan) -> tuple[ShardingCard, ...]:
+    """One card for each sharding that is used, with everything that `apply` will do on the tp axis."""
+    if plan.mesh.tp == 1:
+        return ()
+    groups: dict[Sharding, list[tuple[int, str]]] = {}
+    for index, (name, strategy) in enumerate(plan.by_name.items()):
+        if name == plan.outer or any(run.strategy == name for run in plan.runs):
+            groups.setdefault(strategy.sharding, []).append((index, name))
+    return tuple(
+        ShardingCard(
+            names=tuple(words.clean(name) for _, name in group),
+            indices=tuple(index for index, _ in group),
+            used_by=_used_by(plan, {name for _, name in group}),
+            words=words.sharding_words(sharding),
+            modules=modules(sharding),
+        )
+        for sharding, group in groups.items()
+    )
+
+
+def _used_by(plan: Plan, names: set[str]) -> str:
+    layers = sum(len(run.layers) for run in plan.runs if run.strategy in names)
+    parts = [words.plural(layers, "layer")] if layers else []
+    if plan.outer in names:
+        parts.append("everything outside the layers")
+    return " and ".join(parts)
+
+
+def modules(sharding: Sharding) -> tuple[ModuleRow, ...]:
+    """The modules of a layer that a strategy touches, each with its borders and parameters."""
+    borders = {border.module for border in sharding.borders}
+    places = {name: _place(name, borders) for name, _ in sharding.parameters}
+    order = dict.fromkeys([*places.values(), *(border.module for border in sharding.borders)])
+    return tuple(
+        ModuleRow(
+            name=words.clean(module) or "the layer itself",
+            enter=_borders(border for border in sharding.borders if border.module == module and border.side == "in"),
+            weights=_weights(module, [name for name, place in places.items() if place == module], sharding),
+            leave=_borders(border for border in sharding.borders if border.module == module and border.side == "out"),
+        )
+        for module in order
+    )
+
+
+def _place(parameter: str, borders: set[str]) -> str:
+    """The module under which a parameter is shown: the innermost one with a border, else the outermost one."""
+    parts = parameter.split(".")[:-1]
+    for length in range(len(parts), 0, -1):
+        if ".".join(parts[:length]) in borders:
+            return ".".join(parts[:length])
+    return parts[0] if parts else ""
+
+
+def _borders(borders: Iterable[Border]) -> tuple[BorderRow, ...]:
+    return tuple(
+        BorderRow(
+            words.clean(border.leaf),
+            str(border.source),
+            str(border.target),
+            *words.collectives(border.source, border.target),
+            words.border_words(border),
+        )
+        for border in borders
+    )
+
+
+def _weights(module: str, names: list[str], sharding: Sharding) -> tuple[WeightRow, ...]:
+    """Parameters of one module, those that are placed alike in one row."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for name in names:
+        style, said = words.parameter_style(name, sharding)
+        groups.setdefault((str(sharding.layout(name)), style, said), []).append(name)
+    return tuple(
+        WeightRow(_short(module, group), ", ".join(words.clean(name) for name in group), layout, style, said)
+        for (layout, style, said), group in groups.items()
+    )
+
+
+def _short(module: str, names: list[str]) -> str:
+    """Names relative to their module: "wq, wk, wv" when each is a weight, else with the parameter's own name."""
+    relative = [words.clean(name.removeprefix(f"{module}.") if module else name) for name in names]
+    if all(name.endswith(".weight") for name in relative):
+        relative = [name.removesuffix(".weight") for name in relative]
+    return ", ".join(relative)
