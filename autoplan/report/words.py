@@ -175,7 +175,7 @@ def sequence_parallel(sharding: Sharding) -> bool:
 
 
 def sharding_words(sharding: Sharding) -> str:
-    """A whole layer in a few words: "tensor + sequence parallel"."""
+    """A whole layer in a few words: "tensor + sequence"."""
     split = any(layout.sharded for _, layout in sharding.parameters)
     names = [name for name, used in (("tensor", split), ("sequence", sequence_parallel(sharding))) if used]
-    return f"{' + '.join(names)} parallel" if names else "whole on every tp device"
+    return ' + '.join(names) if names else "whole on every tp device"
