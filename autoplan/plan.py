@@ -46,6 +46,7 @@ class MemoryBreakdown:
     parameters: Bytes = 0.0
     gradients: Bytes = 0.0
     optimizer: Bytes = 0.0
+    buffers: Bytes = 0.0
     activations: Bytes = 0.0
     """Tensors saved for the backward pass of one micro-batch."""
     recompute: Bytes = 0.0

@@ -122,6 +122,8 @@ class Sharding:
 
     parameters: tuple[tuple[str, Layout], ...] = ()
     borders: tuple[Border, ...] = ()
+    stream: Layout = REPLICATE
+    """Layout of the activations that enter and leave the layer's own border: `shard(1)` under sequence parallelism."""
 
     def layout(self, parameter: str) -> Layout:
         return self._layouts.get(parameter, REPLICATE)

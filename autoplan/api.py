@@ -1,0 +1,155 @@
+"""The journey on one page: a model and a number of GPUs -> a plan -> a report, or the model running in parallel.
+
+    graph    = inspect(model)                  what the model computes
+    plan     = plan(model, gpus=8)             how to run it, with its price and the proof
+    page     = report(plan)                    something to look at
+    parallel = apply(build_model, plan)        run it (under torchrun)
+
+torch and the solver are imported where they are used, so that `import autoplan` stays light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoplan.errors import UsageError
+from autoplan.files.plan import load_plan, plan_json, save_plan
+from autoplan.graph import Graph
+from autoplan.hardware import HardwareProfile
+from autoplan.plan import Plan, Prediction
+from autoplan.profile.catalog import DEFAULT_HARDWARE, find_hardware, hardware_names
+from autoplan.workload import DType, OptimizerName, Workload
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autoplan.apply import ParallelModel
+    from autoplan.capture import LoadedModel
+    from autoplan.search.planner import Progress
+
+__all__ = [
+    "apply",
+    "estimate",
+    "hardware_names",
+    "inspect",
+    "load_hardware",
+    "load_model",
+    "load_plan",
+    "plan",
+    "plan_json",
+    "report",
+    "save_plan",
+]
+
+SAMPLES_PER_GPU = 4
+"""The global batch, in samples a GPU, when neither the user nor the model's file says one."""
+
+load_hardware = find_hardware
+
+
+def load_model(spec: str, **kwargs: Any) -> LoadedModel:
+    """The model that `model.py` or `model.py:factory` builds; `kwargs` go to its `build_model` and `example_inputs`.
+
+    Raises `UsageError`, naming file and line, when the file does not keep the contract.
+    """
+    from autoplan.capture import load_model as load
+
+    return load(spec, kwargs=kwargs)
+
+
+def inspect(model: str | LoadedModel, *, compute_dtype: str = "bfloat16", **kwargs: Any) -> Graph:
+    """What the model computes: operations, shapes, FLOPs, bytes, blocks. Nothing is allocated."""
+    from autoplan.capture import capture
+
+    loaded = load_model(model, **kwargs) if isinstance(model, str) else model
+    return capture(loaded, compute_dtype=compute_dtype)
+
+
+def plan(
+    model: str | LoadedModel | Graph,
+    *,
+    gpus: int,
+    hardware: str | HardwareProfile = DEFAULT_HARDWARE,
+    global_batch: int | None = None,
+    compute_dtype: DType | None = None,
+    param_dtype: DType | None = None,
+    optimizer: OptimizerName | None = None,
+    fixed: Mapping[str, int] | None = None,
+    headroom: float = 0.0,
+    gap: float = 1e-4,
+    model_kwargs: Mapping[str, Any] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Plan:
+    """The fastest plan for `gpus` devices, proven within a relative `gap` for the cost model.
+
+    What is not given here is taken from the file's `workload`, else from `Workload`'s defaults. `fixed` holds axes of the
+    mesh that the user has decided, {"tp": 8}; `headroom` is a fraction of each device's memory to keep free.
+    Raises `NothingFits` when no plan fits into memory and `UsageError` for a wish or a model that cannot be met.
+    """
+    from autoplan.search.planner import search
+
+    if gpus < 1:
+        raise UsageError(f"{gpus} GPUs are too few.", "Ask for at least one.")
+    if not 0 <= headroom < 1:
+        raise UsageError(f"a memory head-room of {headroom} is no fraction.", "Give a number from 0 to below 1.")
+    if not 0 < gap < 1:
+        raise UsageError(f"a gap of {gap} is no fraction.", "Give a number between 0 and 1, such as 1e-4.")
+    profile = find_hardware(hardware) if isinstance(hardware, str) else hardware
+    loaded = load_model(model, **(model_kwargs or {})) if isinstance(model, str) else model
+    wishes = {
+        "global_batch": global_batch,
+        "compute_dtype": compute_dtype,
+        "param_dtype": param_dtype,
+        "optimizer": optimizer,
+    }
+    load = workload({} if isinstance(loaded, Graph) else loaded.workload, wishes, gpus)
+    graph = loaded if isinstance(loaded, Graph) else inspect(loaded, compute_dtype=load.compute_dtype)
+    return search(graph, profile, load, gpus=gpus, fixed=fixed, headroom=headroom, gap=gap, tell=on_progress)
+
+
+def workload(from_file: Mapping[str, Any], wishes: Mapping[str, Any], gpus: int) -> Workload:
+    """The workload: wishes over the model file's own over the defaults. Raises `UsageError` on what makes no sense."""
+    from autoplan.files.workload import read_workload
+
+    said = {**from_file, **{name: value for name, value in wishes.items() if value is not None}}
+    said.setdefault("global_batch", SAMPLES_PER_GPU * gpus)
+    return read_workload(said)
+
+
+def estimate(plan: Plan, model: str | LoadedModel | Graph | None = None, *, model_kwargs: Mapping[str, Any] | None = None) -> Prediction:
+    """Price a plan, as it is written, anew. `model` defaults to the one that the plan names.
+
+    Raises `UsageError` when the plan is not one of this model or breaks a sharding rule.
+    """
+    from autoplan.cost.model import CostModel
+
+    source = model if model is not None else plan.model
+    graph = source if isinstance(source, Graph) else None
+    if graph is None:
+        loaded = load_model(source, **(model_kwargs or {})) if isinstance(source, str) else source
+        assert not isinstance(loaded, Graph)
+        graph = inspect(loaded, compute_dtype=plan.workload.compute_dtype)
+    return CostModel(graph, find_hardware(plan.hardware), plan.workload).predict_plan(plan)
+
+
+def report(plan: Plan) -> str:
+    """The plan as one self-contained HTML page."""
+    from autoplan.report.page import page
+
+    return page(plan)
+
+
+def apply(
+    model: nn.Module | Callable[[], nn.Module],
+    plan: Plan | str | Path,
+    **options: Any,
+) -> ParallelModel:
+    """Run the user's own module as the plan says, in place; call it on every rank under torchrun.
+
+    Give a function that builds the model and no rank ever holds all of it. `options`: see `autoplan.apply.apply`.
+    """
+    from autoplan.apply import apply as run
+
+    return run(model, plan if isinstance(plan, Plan) else load_plan(plan), **options)

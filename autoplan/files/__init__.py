@@ -1,0 +1,1 @@
+"""YAML and JSON <-> the nouns, and every message about a bad file."""

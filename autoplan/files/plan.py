@@ -1,0 +1,369 @@
+"""plan.yaml <-> `Plan`: readable, editable, versioned, deterministic, keyed by module name, run-length coded.
+
+The file has a shape of its own (the `_...Document` classes: quantities as text, layouts as text, layers as ranges); the
+functions below carry it to the noun and back. What a reader may edit is everything; what does not hang together is
+refused with the place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+
+from autoplan import __version__
+from autoplan.errors import AutoplanError, UsageError
+from autoplan.files.document import read_document, validate, write_text
+from autoplan.plan import (
+    PLAN_VERSION,
+    Baseline,
+    Candidate,
+    CandidateStatus,
+    LayerRun,
+    MemoryBreakdown,
+    Plan,
+    Prediction,
+    Solve,
+    SolveStatus,
+    TimeBreakdown,
+)
+from autoplan.strategy import REPLICATE, Border, Layout, Mesh, Recompute, Sharding, Strategy, parse_layout
+from autoplan.units import BYTE, SECOND, Unit, exact, parse
+from autoplan.workload import Workload
+
+HEADER = f"""\
+# autoplan {__version__} plan: `autoplan report` shows it, `autoplan.apply(model, plan)` runs it.
+# Edit it freely: what does not hang together is refused with the place. Layouts are those of DTensor over the tp axis
+# ("Replicate|Partial": the value is replicated, its gradient is partial).
+"""
+
+
+def _reader(unit: Unit) -> BeforeValidator:
+    def read(text: Any) -> float:
+        try:
+            return parse(text, unit)
+        except AutoplanError as error:
+            raise ValueError(str(error)) from None
+
+    return BeforeValidator(read)
+
+
+def _layout(text: Any) -> Layout:
+    try:
+        return parse_layout(str(text))
+    except AutoplanError as error:
+        raise ValueError(str(error)) from None
+
+
+_Seconds = Annotated[float, _reader(SECOND), Field(ge=0, allow_inf_nan=False)]
+_Bytes = Annotated[float, _reader(BYTE), Field(ge=0, allow_inf_nan=False)]
+_Count = Annotated[int, Field(ge=1, le=10**9, strict=True)]
+_Fraction = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_LayoutText = Annotated[Any, BeforeValidator(_layout)]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _MeshDocument(_Document):
+    dp_replicate: _Count = 1
+    dp_shard: _Count = 1
+    tp: _Count = 1
+
+
+class _StrategyDocument(_Document):
+    recompute: Recompute = "none"
+    reshard_after_forward: bool = True
+    stream: _LayoutText = REPLICATE
+    parameters: dict[str, _LayoutText] = {}
+    borders: list[str] = []
+
+
+class _PredictionDocument(_Document):
+    step_time: _Seconds
+    tokens_per_second: _Fraction
+    mfu: _Fraction
+    hidden_communication: _Seconds
+    time: dict[str, _Seconds]
+    memory: dict[str, _Bytes]
+
+
+class _BaselineDocument(_Document):
+    name: str
+    mesh: _MeshDocument
+    micro_batch: _Count
+    recompute: str
+    step_time: _Seconds | None = None
+    memory: _Bytes | None = None
+    note: str = ""
+
+
+class _CandidateDocument(_Document):
+    mesh: _MeshDocument
+    micro_batch: _Count
+    status: CandidateStatus
+    reason: str
+    step_time: _Seconds | None = None
+    bound: bool = False
+    memory: _Bytes | None = None
+
+
+class _SolveDocument(_Document):
+    status: SolveStatus
+    gap: _Fraction
+    bound: _Seconds
+    solver: str
+    candidates: Annotated[int, Field(ge=0)]
+
+
+class _PlanDocument(_Document):
+    version: Literal[1]
+    model: str
+    graph: str
+    hardware: str
+    hardware_fingerprint: str
+    workload: Workload
+    tokens: _Count
+    mesh: _MeshDocument
+    micro_batch: _Count
+    outer: str
+    layers: list[dict[str, str]]
+    strategies: dict[str, _StrategyDocument]
+    tied: list[list[str]] = []
+    memory_limit: _Bytes
+    prediction: _PredictionDocument
+    solve: _SolveDocument
+    baselines: list[_BaselineDocument] = []
+    candidates: list[_CandidateDocument] = []
+    warnings: list[str] = []
+
+
+_ADAPTER = TypeAdapter(_PlanDocument)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan. Raises `UsageError` when the file is missing, malformed or does not hang together."""
+    path = Path(path)
+    document = validate(_ADAPTER, read_document(path, "plan"), path, "plan")
+    try:
+        return _plan(document)
+    except UsageError as error:
+        raise UsageError(f"{path} is not a valid plan: {error.message}", error.hint) from None
+
+
+def save_plan(plan: Plan, path: str | Path, *, force: bool = False) -> None:
+    """Write a plan; the same plan gives the same bytes. Raises `UsageError` when the file exists and `force` is not set."""
+    write_text(Path(path), dump_plan(plan), force=force)
+
+
+def dump_plan(plan: Plan) -> str:
+    """The text of plan.yaml."""
+    return HEADER + yaml.dump(document(plan), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def plan_json(plan: Plan) -> str:
+    """The plan as JSON, in the same schema as the file."""
+    return json.dumps(document(plan), indent=2)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Small mappings on one line, and nothing aliased."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> Any:
+        pairs = list(mapping.items())
+        small = len(pairs) > 1 and sum(len(f"{k}{v}") + 4 for k, v in pairs) < 90
+        flat = not any(isinstance(v, dict | list) for _, v in pairs)
+        return super().represent_mapping(tag, pairs, flow_style=flat and small)
+
+
+def document(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data, in the schema of the file."""
+    return {
+        "version": plan.version,
+        "model": plan.model,
+        "graph": plan.graph,
+        "hardware": plan.hardware,
+        "hardware_fingerprint": plan.hardware_fingerprint,
+        "workload": asdict(plan.workload),
+        "tokens": plan.tokens,
+        "mesh": asdict(plan.mesh),
+        "micro_batch": plan.micro_batch,
+        "outer": plan.outer,
+        "layers": [{ranges(run.layers): run.strategy} for run in plan.runs],
+        "strategies": {name: _strategy_document(strategy) for name, strategy in plan.strategies},
+        **({"tied": [list(group) for group in plan.tied]} if plan.tied else {}),
+        "memory_limit": exact(plan.memory_limit, BYTE),
+        "prediction": _prediction_document(plan.prediction),
+        "solve": {**asdict(plan.solve), "bound": exact(plan.solve.bound, SECOND)},
+        "baselines": [_with_units(asdict(b)) for b in plan.baselines],
+        "candidates": [_with_units(asdict(c)) for c in plan.candidates],
+        **({"warnings": list(plan.warnings)} if plan.warnings else {}),
+    }
+
+
+def _with_units(data: dict[str, Any]) -> dict[str, Any]:
+    shown = {k: v for k, v in data.items() if v not in (None, "", False)}
+    for key, unit in (("step_time", SECOND), ("memory", BYTE)):
+        if key in shown:
+            shown[key] = exact(shown[key], unit)
+    return shown
+
+
+def _strategy_document(strategy: Strategy) -> dict[str, Any]:
+    sharding = strategy.sharding
+    data: dict[str, Any] = {"recompute": strategy.recompute, "reshard_after_forward": strategy.reshard_after_forward}
+    if sharding.stream != REPLICATE:
+        data["stream"] = str(sharding.stream)
+    if sharding.parameters:
+        data["parameters"] = {name: str(layout) for name, layout in sharding.parameters}
+    if sharding.borders:
+        data["borders"] = [border_text(border) for border in sharding.borders]
+    return data
+
+
+def _prediction_document(prediction: Prediction) -> dict[str, Any]:
+    return {
+        "step_time": exact(prediction.step_time, SECOND),
+        "tokens_per_second": prediction.tokens_per_second,
+        "mfu": prediction.mfu,
+        "hidden_communication": exact(prediction.hidden_communication, SECOND),
+        "time": {name: exact(seconds, SECOND) for name, seconds in prediction.time.items()},
+        "memory": {name: exact(size, BYTE) for name, size in prediction.memory.items()},
+    }
+
+
+def border_text(border: Border) -> str:
+    """`attention in 0: Shard(1) -> Replicate|Partial`; the layer itself is written `.`."""
+    return f"{border.module or '.'} {border.side} {border.leaf}: {border.source} -> {border.target}"
+
+
+_BORDER = re.compile(r"^(\S+) (in|out) (.*?): (.+) -> (.+)$")
+
+
+def parse_border(text: str) -> Border:
+    """The border that `border_text` wrote. Raises `UsageError` on anything else."""
+    match = _BORDER.match(text)
+    if match is None:
+        raise UsageError(f"'{text}' is no border.", "Write '<module> in|out <leaf>: <layout> -> <layout>'.")
+    module, side, leaf, source, target = match.groups()
+    side_name: Literal["in", "out"] = "in" if side == "in" else "out"
+    return Border("" if module == "." else module, side_name, leaf, parse_layout(source), parse_layout(target))
+
+
+def ranges(names: tuple[str, ...]) -> str:
+    """`layers.0-15, layers.20`: runs of consecutive numbers folded."""
+    parts: list[tuple[str, int, int]] = []
+    plain: list[str] = []
+    for name in names:
+        prefix, dot, last = name.rpartition(".")
+        if not dot or not last.isdecimal() or str(int(last)) != last:
+            plain.append(name)
+        elif parts and parts[-1][0] == prefix and parts[-1][2] + 1 == int(last):
+            parts[-1] = (prefix, parts[-1][1], int(last))
+        else:
+            parts.append((prefix, int(last), int(last)))
+    folded = [f"{prefix}.{first}" if first == last else f"{prefix}.{first}-{last}" for prefix, first, last in parts]
+    return ", ".join(folded + plain)
+
+
+_RANGE = re.compile(r"^(.*)\.(\d{1,6})-(\d{1,6})$")
+
+
+def unfold(text: str) -> tuple[str, ...]:
+    """The names that `ranges` folded. Raises `UsageError` when a range runs backwards."""
+    names: list[str] = []
+    for part in (piece.strip() for piece in text.split(",")):
+        match = _RANGE.match(part)
+        if match is None:
+            names.append(part)
+            continue
+        first, last = int(match.group(2)), int(match.group(3))
+        if last < first:
+            raise UsageError(f"the range '{part}' runs backwards.")
+        names.extend(f"{match.group(1)}.{i}" for i in range(first, last + 1))
+    return tuple(names)
+
+
+def _plan(data: _PlanDocument) -> Plan:
+    strategies = tuple((name, _strategy(name, item)) for name, item in data.strategies.items())
+    runs = tuple(LayerRun(layers=unfold(key), strategy=value) for item in data.layers for key, value in item.items())
+    prediction = Prediction(
+        step_time=data.prediction.step_time,
+        time=_parts(TimeBreakdown, data.prediction.time, "prediction.time"),
+        memory=_parts(MemoryBreakdown, data.prediction.memory, "prediction.memory"),
+        hidden_communication=data.prediction.hidden_communication,
+        tokens_per_second=data.prediction.tokens_per_second,
+        mfu=data.prediction.mfu,
+    )
+    plan = Plan(
+        version=PLAN_VERSION,
+        model=data.model,
+        graph=data.graph,
+        hardware=data.hardware,
+        hardware_fingerprint=data.hardware_fingerprint,
+        workload=data.workload,
+        tokens=data.tokens,
+        mesh=Mesh(**data.mesh.model_dump()),
+        micro_batch=data.micro_batch,
+        strategies=strategies,
+        outer=data.outer,
+        runs=runs,
+        tied=tuple(tuple(group) for group in data.tied),
+        memory_limit=data.memory_limit,
+        prediction=prediction,
+        solve=Solve(**data.solve.model_dump()),
+        baselines=tuple(Baseline(**{**b.model_dump(), "mesh": Mesh(**b.mesh.model_dump())}) for b in data.baselines),
+        candidates=tuple(Candidate(**{**c.model_dump(), "mesh": Mesh(**c.mesh.model_dump())}) for c in data.candidates),
+        warnings=tuple(data.warnings),
+    )
+    _check(plan)
+    return plan
+
+
+def _strategy(name: str, data: _StrategyDocument) -> Strategy:
+    try:
+        borders = tuple(parse_border(text) for text in data.borders)
+    except UsageError as error:
+        raise UsageError(f"strategies.{name}.borders: {error.message}", error.hint) from None
+    sharding = Sharding(tuple(data.parameters.items()), borders, data.stream)
+    return Strategy(sharding, data.recompute, data.reshard_after_forward)
+
+
+def _parts(kind: type[Any], data: dict[str, float], place: str) -> Any:
+    known = set(kind.__dataclass_fields__)
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise UsageError(f"'{place}.{unknown[0]}' is not a known key.")
+    return kind(**data)
+
+
+def _check(plan: Plan) -> None:
+    """What the schema cannot see. Raises `UsageError` with the place."""
+    load, mesh = plan.workload, plan.mesh
+    if load.global_batch < 1 or load.global_batch % (mesh.dp * plan.micro_batch):
+        raise UsageError(
+            f"workload.global_batch {load.global_batch} does not divide into {mesh.dp} data-parallel groups "
+            f"x micro_batch {plan.micro_batch}."
+        )
+    names = [name for run in plan.runs for name in run.layers]
+    if len(set(names)) != len(names):
+        raise UsageError(f"layers: '{max(names, key=names.count)}' is placed twice.")
+    for place, name in [("outer", plan.outer), *((f"layers.{ranges(run.layers)}", run.strategy) for run in plan.runs)]:
+        if name not in plan.by_name:
+            raise UsageError(f"{place}: there is no strategy '{name}'.")
+    total = plan.prediction.time.total
+    if abs(total - plan.prediction.step_time) > 1e-6 * max(total, plan.prediction.step_time):
+        raise UsageError("prediction: the parts of time do not add up to step_time.")
+    for name, strategy in plan.strategies:
+        sharded = any(layout.sharded for _, layout in strategy.sharding.parameters) or strategy.sharding.borders
+        if sharded and mesh.tp == 1:
+            raise UsageError(f"strategies.{name} shards over tp, but mesh.tp is 1.")

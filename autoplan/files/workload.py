@@ -1,0 +1,30 @@
+"""A model file's `workload = {...}` -> `Workload`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from autoplan.errors import UsageError
+from autoplan.files.document import did_you_mean
+from autoplan.workload import Workload
+
+_ADAPTER = TypeAdapter(Workload)
+
+
+def read_workload(data: Mapping[str, Any]) -> Workload:
+    """Raises `UsageError`, naming the key, when something is unknown or makes no sense."""
+    known = list(Workload.__dataclass_fields__)
+    for key in data:
+        if key not in known:
+            raise UsageError(f"'{key}' is no part of a workload.", did_you_mean(str(key), known) or f"Known: {', '.join(known)}.")
+    try:
+        load = _ADAPTER.validate_python(dict(data))
+    except ValidationError as error:
+        item = error.errors(include_url=False)[0]
+        raise UsageError(f"workload '{'.'.join(map(str, item['loc']))}': {item['msg'].lower()}.") from None
+    if load.global_batch < 1:
+        raise UsageError(f"a global batch of {load.global_batch} is too small.", "Ask for at least one sample a step.")
+    return load

@@ -1,0 +1,93 @@
+"""Every strategy of every class of layers, priced for one mesh, micro-batch and stream layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from autoplan.cost.model import OUTER, CostModel
+from autoplan.graph import Body
+from autoplan.search.ilp import Column, peaks, unbeaten_columns
+from autoplan.search.shardings import pareto_shardings, streams
+from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy
+from autoplan.units import Bytes, Seconds
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One mesh, micro-batch and stream layout, with what can be said of it before anything is solved."""
+
+    mesh: Mesh
+    micro_batch: int
+    stream: Layout
+    classes: dict[int, int]
+    columns: dict[int, list[Column]]
+
+    @cached_property
+    def bound(self) -> Seconds:
+        """No choice of strategies is faster: every layer takes its fastest one."""
+        return sum(n * min(c.step.seconds for c in self.columns[g]) for g, n in self.classes.items())
+
+    @cached_property
+    def least_memory(self) -> Bytes:
+        """No choice of strategies needs less."""
+        additive = sum(n * min(c.step.bytes for c in self.columns[g]) for g, n in self.classes.items())
+        least = [[min(peaks(c.step)[k] for c in self.columns[g]) for g in self.classes] for k in range(3)]
+        return additive + sum(max(sizes) for sizes in least)
+
+
+class Tables:
+    """The shardings of every layer by (tp, micro-batch, stream), made when they are first asked for."""
+
+    def __init__(self, costs: CostModel) -> None:
+        self.costs, self.graph = costs, costs.graph
+        self.classes = {OUTER: 1}
+        for block in self.graph.blocks:
+            self.classes[block.body] = self.classes.get(block.body, 0) + 1
+        self._shardings: dict[tuple[int, int, int, Layout], list[Sharding]] = {}
+
+    def body(self, g: int) -> Body:
+        return self.graph.outer if g == OUTER else self.graph.bodies[g]
+
+    def streams(self, tp: int) -> list[Layout]:
+        """The layouts in which activations may pass between all layers."""
+        inputs = [
+            (body.values[i].shape, body.values[i].batch_dim)
+            for body in self.graph.bodies
+            for i in (*body.inputs, *body.outputs)
+            if body.values[i].requires_grad
+        ]
+        return streams(inputs, tp) if tp > 1 else [REPLICATE]
+
+    def shardings(self, g: int, tp: int, micro_batch: int, stream: Layout) -> list[Sharding]:
+        key = (g, tp, micro_batch, stream)
+        if key not in self._shardings:
+            self._shardings[key] = pareto_shardings(self.costs.layer_model(g, tp, micro_batch), stream)
+        return self._shardings[key]
+
+    def entries(self, mesh: Mesh, micro_batch: int, recompute: Sequence[Recompute] = ("none", "full")) -> Iterator[Entry]:
+        """One entry for every stream layout under which all layers can run."""
+        for stream in self.streams(mesh.tp):
+            columns = {g: self._columns(g, mesh, micro_batch, stream, recompute) for g in self.classes}
+            if all(columns.values()):
+                yield Entry(mesh, micro_batch, stream, self.classes, columns)
+
+    def _columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout, recompute: Sequence[Recompute]) -> list[Column]:
+        found = []
+        for sharding in self.shardings(g, mesh.tp, micro_batch, stream):
+            cost = self.costs.layer_cost(g, sharding, mesh.tp, micro_batch)
+            if any(p.fsdp_dim and p.shape[p.fsdp_dim] % mesh.dp_shard for p in cost.parameters):
+                continue  # FSDP cuts a packed parameter along dim 1, and only evenly
+            for strategy in _strategies(sharding, mesh, recompute, outer=g == OUTER):
+                found.append(Column(strategy, self.costs.layer_step(g, strategy, mesh, micro_batch)))
+        return unbeaten_columns(found)
+
+
+def _strategies(sharding: Sharding, mesh: Mesh, recompute: Sequence[Recompute], *, outer: bool) -> Iterator[Strategy]:
+    if outer:  # embeddings and head frame the step: they are not recomputed, and stay gathered
+        yield Strategy(sharding, "none", reshard_after_forward=False)
+        return
+    for again in recompute:
+        for reshard in (True, False) if mesh.dp_shard > 1 else (False,):
+            yield Strategy(sharding, again, reshard)

@@ -1,0 +1,142 @@
+"""The integer program: which sharding, recomputation and resharding every layer gets, under the memory of one device.
+
+For one mesh and micro-batch. Layers fall into classes `g` of `N_g` equal layers (the outer layer is a class of one), and
+every class has strategies `s` in `S_g`, each with seconds `t_gs` and bytes `b_gs` that add up over layers, and three peaks
+`p_gs^k` (gathered parameters, the recomputed layer, the largest temporary) of which only the largest counts.
+
+    minimise    sum_g sum_s t_gs x_gs
+    subject to  sum_s x_gs = N_g                                      for every class g            (`_classes`)
+                x_gs <= N_g y_gs                                      y_gs: is the strategy used?  (`_classes`)
+                P_k >= p_gs^k y_gs                                    for every peak k             (`_peaks`)
+                sum_g sum_s b_gs x_gs + sum_k P_k <= M - 1 MiB                                     (`_memory`)
+                x_gs in {0..N_g},  y_gs in {0, 1},  P_k >= 0
+
+Equal layers are interchangeable, so counting them loses nothing: the program has as many columns for 126 layers as for 2.
+Shardings are the unbeaten ones of `search.shardings`; a strategy beaten by another in time, bytes and all peaks is left
+out before (`unbeaten_columns`). The solver's tolerance is 1e-6 of a row in MiB; the mebibyte kept back is far more than
+that, and the chosen plan's bytes are summed again exactly before it is accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pulp
+
+from autoplan.cost.model import LayerStep
+from autoplan.search.solver import solve
+from autoplan.strategy import Strategy
+from autoplan.units import Bytes, Seconds
+
+_MIB = 2.0**20
+
+
+@dataclass(frozen=True)
+class Column:
+    """One strategy of one class of layers, priced for a whole step."""
+
+    strategy: Strategy
+    step: LayerStep
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """Everything that could make another strategy preferable."""
+        step = self.step
+        return (step.seconds, step.bytes, *peaks(step))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A solution: for every class, how many layers use which column."""
+
+    counts: dict[int, tuple[tuple[Column, int], ...]]
+    seconds: Seconds
+    bound: Seconds
+    proven: bool
+
+
+def peaks(step: LayerStep) -> tuple[Bytes, Bytes, Bytes]:
+    """The bytes of which only the largest over all layers counts."""
+    return step.peak_unsharded, step.peak_recompute, step.peak_temporary
+
+
+def unbeaten_columns(columns: Sequence[Column]) -> list[Column]:
+    """Columns that no other column equals or beats in every cost, the fastest first."""
+    kept: list[Column] = []
+    for column in sorted(columns, key=lambda c: c.costs):
+        if not any(all(a <= b for a, b in zip(other.costs, column.costs, strict=True)) for other in kept):
+            kept.append(column)
+    return kept
+
+
+def memory(counts: Mapping[int, Sequence[tuple[Column, int]]]) -> Bytes:
+    """Exact bytes of a choice."""
+    used = [(column, n) for columns in counts.values() for column, n in columns if n]
+    return sum(c.step.bytes * n for c, n in used) + sum(max(p) for p in zip(*(peaks(c.step) for c, _ in used), strict=True))
+
+
+def choose(
+    classes: Mapping[int, int], columns: Mapping[int, Sequence[Column]], limit: Bytes, *, gap: float, time_limit: float = 60.0
+) -> Choice | None:
+    """The fastest choice that fits into `limit` bytes, or None when there is none.
+
+    `classes`: class -> number of layers; `columns`: class -> its strategies.
+    """
+    problem = pulp.LpProblem("plan", pulp.LpMinimize)
+    counts, used = _classes(problem, classes, columns)
+    held = _peaks(problem, columns, used)
+    _memory(problem, columns, counts, held, limit)
+    problem.setObjective(_sum([(counts[g, s], column.step.seconds) for g in columns for s, column in enumerate(columns[g])]))
+    answer = solve(problem, gap=gap, time_limit=time_limit)
+    if answer.status in ("infeasible", "unknown"):
+        return None
+    chosen = {
+        g: tuple((column, n) for s, column in enumerate(columns[g]) if (n := round(counts[g, s].value() or 0.0)) > 0)
+        for g in classes
+    }
+    if any(sum(n for _, n in chosen[g]) != classes[g] for g in classes) or memory(chosen) > limit:
+        return None
+    seconds = sum(column.step.seconds * n for pairs in chosen.values() for column, n in pairs)
+    bound = min(seconds, answer.bound) if answer.bound is not None else seconds * (1 - gap)
+    return Choice(chosen, seconds, bound, answer.status == "optimal")
+
+
+def _classes(
+    problem: Any, classes: Mapping[int, int], columns: Mapping[int, Sequence[Column]]
+) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    counts, used = {}, {}
+    for g, number in classes.items():
+        for s in range(len(columns[g])):
+            counts[g, s] = problem.add_variable(f"x_{g + 1}_{s}", 0, number, "Integer")
+            used[g, s] = counts[g, s] if number == 1 else problem.add_variable(f"y_{g + 1}_{s}", 0, 1, "Integer")
+            if number > 1:
+                problem += _sum([(counts[g, s], 1.0), (used[g, s], -float(number))]) <= 0
+        problem += _sum([(counts[g, s], 1.0) for s in range(len(columns[g]))]) == number
+    return counts, used
+
+
+def _peaks(problem: Any, columns: Mapping[int, Sequence[Column]], used: Mapping[Any, Any]) -> list[Any]:
+    held = []
+    for k in range(3):
+        peak = problem.add_variable(f"p_{k}", 0, None)
+        for g in columns:
+            for s, column in enumerate(columns[g]):
+                size = peaks(column.step)[k] / _MIB
+                if size:
+                    problem += _sum([(used[g, s], size), (peak, -1.0)]) <= 0
+        held.append(peak)
+    return held
+
+
+def _memory(
+    problem: Any, columns: Mapping[int, Sequence[Column]], counts: Mapping[Any, Any], held: Sequence[Any], limit: Bytes
+) -> None:
+    terms = [(counts[g, s], column.step.bytes / _MIB) for g in columns for s, column in enumerate(columns[g])]
+    problem += _sum(terms + [(peak, 1.0) for peak in held]) <= limit / _MIB - 1.0
+
+
+def _sum(terms: Sequence[tuple[Any, float]]) -> Any:
+    expression = pulp.LpAffineExpression
+    return expression.from_list(list(terms)) if hasattr(expression, "from_list") else expression(list(terms))

@@ -1,0 +1,247 @@
+"""The Pareto set of tensor-parallel shardings of one layer: every way that no other way beats.
+
+The operations are taken in the order in which they run. A *state* is what the rest of the layer can see: the layout and
+the memory of every live tensor, and which of those memories are already counted as saved. From each state an operation
+continues by every outcome of its sharding rule (cost.rules), a border by every redistribution. Two partial shardings
+that meet in one state have the same future, so only those are kept that are not beaten in all of
+
+    (forward seconds, backward seconds, saved bytes, parameters)
+
+which is a dynamic program over the layer's frontier: exact, and independent of how many layers are equal. Seconds are
+those of `cost.layer`, added in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+from autoplan.cost.layer import LayerModel, borders_of, call_borders, changes_memory, stream_layout
+from autoplan.cost.rules import Outcome, conversions, outcomes
+from autoplan.strategy import REPLICATE, Border, Layout, Sharding, shard
+
+
+class Live(NamedTuple):
+    """A live tensor: its layout, and the value that allocated its memory."""
+
+    layout: Layout
+    root: int
+
+
+class Label(NamedTuple):
+    """A partial sharding: its costs, and the chain of decisions that led to it."""
+
+    forward: float
+    backward: float
+    saved: float
+    numel: float
+    chain: tuple[object, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to continue at an operation, priced."""
+
+    outcome: Outcome
+    forward: float
+    backward: float
+    numel: float
+    saved_extra: float
+
+
+State = tuple[tuple[tuple[int, Live], ...], frozenset[int]]
+
+
+def pareto_shardings(model: LayerModel, stream: Layout) -> list[Sharding]:
+    """Every unbeaten sharding of the layer whose activations enter and leave as `stream`; empty when there is none."""
+    return _Frontier(model, stream).run()
+
+
+def streams(model_inputs: Sequence[tuple[tuple[int, ...], int | None]], tp: int) -> list[Layout]:
+    """The layouts in which activations may pass between layers: replicated, or sharded on a dim that is neither the batch
+    nor the features, when all of them allow it. Each input is (shape, batch dim)."""
+    found = [REPLICATE]
+    ranks = {len(shape) for shape, _ in model_inputs}
+    if tp > 1 and ranks and min(ranks) >= 3:
+        for dim in range(min(ranks) - 1):
+            if all(dim != batch and shape[dim] % tp == 0 for shape, batch in model_inputs):
+                found.append(shard(dim))
+    return found
+
+
+class _Frontier:
+    def __init__(self, model: LayerModel, stream: Layout) -> None:
+        self.model, self.stream, self.body = model, stream, model.body
+        self.trainable = {p.name: p for p in self.body.parameters}
+        self.last_use = {i: len(self.body.ops) for i in self.body.outputs}
+        for index, op in reversed(list(enumerate(self.body.ops))):
+            for i in op.inputs:
+                self.last_use.setdefault(i, index)
+        self.cache: dict[tuple[int, tuple[Layout | None, ...]], list[Choice]] = {}
+
+    def run(self) -> list[Sharding]:
+        body = self.body
+        start = tuple((i, Live(stream_layout(body.values[i], self.stream), i)) for i in sorted(body.inputs))
+        frontier: dict[State, list[Label]] = {(start, frozenset()): [Label(0.0, 0.0, 0.0, 0.0, None)]}
+        for index in range(len(body.ops)):
+            frontier = self._advance(index, frontier)
+            if not frontier:
+                return []
+        finals: list[Label] = []
+        for (live, _), labels in frontier.items():
+            if self._leaves_right(dict(live)):
+                finals.extend(labels)
+        return list(dict.fromkeys(self._sharding(label) for label in unbeaten(finals)))
+
+    def _leaves_right(self, live: dict[int, Live]) -> bool:
+        outer = not self.body.inputs
+        return all(
+            live[i].layout == (REPLICATE if outer else stream_layout(self.body.values[i], self.stream))
+            for i in self.body.outputs
+            if i in live
+        )
+
+    def _advance(self, index: int, frontier: dict[State, list[Label]]) -> dict[State, list[Label]]:
+        grown: dict[State, list[Label]] = {}
+        op = self.body.ops[index]
+        for (live_items, counted), labels in frontier.items():
+            live = dict(live_items)
+            arriving = tuple(self._layout(i, live) for i in op.inputs)
+            for choice in self._choices(index, arriving):
+                state, saved = self._next(index, choice, live, counted)
+                step = (index, choice.outcome)
+                bucket = grown.setdefault(state, [])
+                for label in labels:
+                    bucket.append(
+                        Label(
+                            label.forward + choice.forward,
+                            label.backward + choice.backward,
+                            label.saved + saved,
+                            label.numel + choice.numel,
+                            (step, label.chain),
+                        )
+                    )
+        return {state: unbeaten(labels) for state, labels in grown.items()}
+
+    def _layout(self, i: int, live: dict[int, Live]) -> Layout | None:
+        if i in live:
+            return live[i].layout
+        name = self.body.values[i].parameter
+        if name is not None and self.trainable[name].trainable and not self.trainable[name].buffer:
+            return None
+        return REPLICATE
+
+    def _choices(self, index: int, arriving: tuple[Layout | None, ...]) -> list[Choice]:
+        key = (index, arriving)
+        if key not in self.cache:
+            self.cache[key] = list(self._priced(index, arriving))
+        return self.cache[key]
+
+    def _priced(self, index: int, arriving: tuple[Layout | None, ...]) -> Iterator[Choice]:
+        op, model, body = self.body.ops[index], self.model, self.body
+        if op.kind in ("enter", "exit"):
+            source, value = arriving[0] or REPLICATE, body.values[op.inputs[0]]
+            for target in conversions(value, source, model.tp):
+                forward, backward = model.border(value, source, target)
+                yield Choice(Outcome((source,), (target,), False), forward, backward, 0.0, 0.0)
+        elif op.kind == "call":
+            for outcome in self._calls(index, arriving):
+                forward, backward = call_borders(model, index, outcome, self.stream)
+                yield Choice(outcome, forward, backward, 0.0, 0.0)
+        else:
+            for outcome in outcomes(op, body, arriving, model.tp, model.packings.get(index, ())):
+                cost = model.op(index, outcome)
+                forward, backward, numel = cost.forward + cost.tp_forward, cost.backward + cost.tp_backward, 0.0
+                for i, before, after in zip(op.inputs, arriving, outcome.inputs, strict=True):
+                    name = body.values[i].parameter
+                    if before is None and name is not None:
+                        numel += model.local_parameter(self.trainable[name], after).numel(1)
+                        backward += model.parameter_sync(body.values[i], after)
+                yield Choice(outcome, forward, backward, numel, cost.saved_extra)
+
+    def _calls(self, index: int, arriving: tuple[Layout | None, ...]) -> Iterator[Outcome]:
+        """A block takes its inputs in the stream's layout, if a border can bring them there; its outputs may be brought
+        elsewhere where something other than a block uses them."""
+        op, model, body = self.body.ops[index], self.model, self.body
+        named = {position for position, _, _ in model.enters(index)}
+        for position, (i, source) in enumerate(zip(op.inputs, arriving, strict=True)):
+            wanted = stream_layout(body.values[i], self.stream)
+            reachable = conversions(body.values[i], source or REPLICATE, model.tp) if position in named else (source,)
+            if wanted not in reachable:
+                return
+        options = []
+        for i in op.outputs:
+            source = stream_layout(body.values[i], self.stream)
+            used_outside = any(o.kind != "call" and o.kind != "enter" and i in o.inputs for o in body.ops)
+            options.append(list(conversions(body.values[i], source, model.tp)) if used_outside else [source])
+        inputs = tuple(layout or REPLICATE for layout in arriving)
+        for outputs in product(*options):
+            yield Outcome(inputs, outputs, False)
+
+    def _next(self, index: int, choice: Choice, live: dict[int, Live], counted: frozenset[int]) -> tuple[State, float]:
+        op, body, outcome = self.body.ops[index], self.body, choice.outcome
+        after = dict(live)
+        for i, layout in zip(op.inputs, outcome.inputs, strict=True):
+            if body.values[i].parameter and i not in after:
+                after[i] = Live(layout, i)
+        for i, layout in zip(op.outputs, outcome.outputs, strict=True):
+            after[i] = Live(layout, self._root(index, i, outcome, after))
+        saved = choice.saved_extra
+        if op.saved:
+            marked = set(counted)
+            for i in op.saved:
+                root, layout = self._memory(i, after)
+                if root not in marked:
+                    marked.add(root)
+                    saved += self.model.local_bytes(body.values[root], layout)
+            counted = frozenset(marked)
+        kept = tuple(sorted((i, at) for i, at in after.items() if self.last_use.get(i, -1) > index))
+        roots = {at.root for _, at in kept}
+        return (kept, counted & roots), saved
+
+    def _root(self, index: int, output: int, outcome: Outcome, live: dict[int, Live]) -> int:
+        op, body = self.body.ops[index], self.body
+        if op.kind in ("enter", "exit"):
+            moved = changes_memory(outcome.inputs[0], outcome.outputs[0])
+            return output if moved or op.inputs[0] not in live else live[op.inputs[0]].root
+        for i in op.inputs:
+            if body.values[output].storage != output and body.values[i].storage == body.values[output].storage and i in live:
+                return live[i].root
+        return output
+
+    def _memory(self, value: int, live: dict[int, Live]) -> tuple[int, Layout]:
+        """(root, layout that decides its size) of a saved value."""
+        at = live.get(value)
+        if at is None:
+            return self.body.values[value].storage, REPLICATE
+        return at.root, at.layout
+
+    def _sharding(self, label: Label) -> Sharding:
+        parameters: dict[str, Layout] = {}
+        borders: list[Border] = []
+        chain: tuple[object, ...] | None = label.chain
+        while chain is not None:
+            (index, outcome), chain = chain  # type: ignore[misc,assignment]
+            op = self.body.ops[index]
+            borders.extend(borders_of(index, self.model, outcome, self.stream))
+            for i, layout in zip(op.inputs, outcome.inputs, strict=True):
+                name = self.body.values[i].parameter
+                if name is not None and layout != REPLICATE:
+                    parameters[name] = layout
+        order = {p.name: n for n, p in enumerate(self.body.parameters)}
+        borders.reverse()
+        return Sharding(tuple(sorted(parameters.items(), key=lambda item: order[item[0]])), tuple(borders), self.stream)
+
+
+def unbeaten(labels: list[Label]) -> list[Label]:
+    """Those that no other label equals or beats in every cost."""
+    if len(labels) == 1:
+        return labels
+    kept: list[Label] = []
+    for label in sorted(labels, key=lambda x: x[:4]):
+        f, b, s, n = label[:4]
+        if not any(k[0] <= f and k[1] <= b and k[2] <= s and k[3] <= n for k in kept):
+            kept.append(label)
+    return kept

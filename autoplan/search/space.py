@@ -1,0 +1,54 @@
+"""The legal meshes and micro-batches, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+
+from autoplan.errors import UsageError
+from autoplan.plan import Candidate
+from autoplan.strategy import Mesh
+from autoplan.workload import Workload
+
+AXES = ("dp_replicate", "dp_shard", "tp")
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors in rising order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def meshes(gpus: int, fixed: Mapping[str, int]) -> Iterator[Mesh]:
+    """Every way to arrange exactly `gpus` devices, with the axes in `fixed` as given.
+
+    Raises `UsageError` when an axis is unknown or its size does not divide `gpus`.
+    """
+    for axis, size in fixed.items():
+        if axis not in AXES:
+            raise UsageError(f"there is no mesh axis '{axis}'.", f"Use one of {', '.join(AXES)}.")
+        if size < 1 or gpus % size:
+            raise UsageError(
+                f"{axis} {size} does not divide {gpus} devices.", f"Use one of {', '.join(map(str, divisors(gpus)))}."
+            )
+    found = [
+        Mesh(dp_replicate, dp_shard, tp)
+        for dp_replicate, dp_shard, tp in product(divisors(gpus), repeat=3)
+        if dp_replicate * dp_shard * tp == gpus
+        and all({"dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}[axis] == size for axis, size in fixed.items())
+    ]
+    if not found:
+        raise UsageError(f"{' x '.join(f'{axis} {size}' for axis, size in fixed.items())} does not make {gpus} devices.")
+    yield from found
+
+
+def micro_batches(mesh: Mesh, workload: Workload) -> list[int]:
+    """Micro-batches that the mesh can run: divisors of each data-parallel group's share of the global batch."""
+    if workload.global_batch % mesh.dp:
+        return []
+    return divisors(workload.global_batch // mesh.dp)
+
+
+def indivisible(mesh: Mesh, workload: Workload) -> Candidate:
+    """The candidate of a mesh over which the global batch does not divide."""
+    reason = f"a global batch of {workload.global_batch} does not divide over {mesh.dp} data-parallel groups"
+    return Candidate(mesh=mesh, micro_batch=1, status="illegal", reason=reason)
