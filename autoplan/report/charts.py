@@ -47,7 +47,9 @@ def stacked_bar(parts: Sequence[Part], label: str, limit: float | None = None, l
         x += width
     if limit is not None:
         at = min(limit * scale, BAR_WIDTH - 3.0)
-        shapes.append(f'<rect class="limit" x="{at:.2f}" y="0" width="3" height="{BAR_HEIGHT}"><title>{escape(limit_text)}</title></rect>')
+        shapes.append(
+            f'<rect class="limit" x="{at:.2f}" y="0" width="3" height="{BAR_HEIGHT}"><title>{escape(limit_text)}</title></rect>'
+        )
     return (
         f'<svg class="bar" viewBox="0 0 {BAR_WIDTH} {BAR_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">'
         f'<rect class="ground" width="{BAR_WIDTH}" height="{BAR_HEIGHT}"/>{"".join(shapes)}</svg>'
@@ -92,7 +94,7 @@ def scatter(points: Sequence[Point], label: str, x_name: str, y_name: str, limit
     out.append(f'<text class="name" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end">{escape(x_name)}</text>')
     out.append(f'<text class="name" x="{_LEFT - 44}" y="{_TOP - 8}">{escape(y_name)}</text>')
     out += [_mark(point, *at(point.x, point.y)) for point in points]
-    out += _labels([(point, *at(point.x, point.y)) for point in points if point.label])
+    out += _labels([(point, *at(point.x, point.y)) for point in points if point.label], edge)
     return f'<svg class="scatter" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(out)}</svg>'
 
 
@@ -107,23 +109,27 @@ def _mark(point: Point, x: float, y: float) -> str:
     return f'<g class="m-{escape(point.kind)}">{shapes[point.kind]}<title>{escape(point.title)}</title></g>'
 
 
-def _labels(marks: Sequence[tuple[Point, float, float]]) -> list[str]:
-    """Labels beside their marks, moved up or down where they would lie on another one."""
+def _labels(marks: Sequence[tuple[Point, float, float]], edge: float) -> list[str]:
+    """Labels beside their marks, on the side where they cross neither the limit nor the frame, and not on one another."""
     taken: list[tuple[float, float, float]] = []
     out = []
     for point, x, y in marks:
         width = 6.6 * len(point.label)
-        right = x + 11 + width <= _WIDTH - 4
+        right = x + 11 + width <= (edge if x < edge else _WIDTH - 4)
         left = x + 11 if right else x - 11 - width
         shift = next((s for s in (4, -12, 20, -26, 34) if not _hits(taken, left, y + s, width)), 4)
         taken.append((left, y + shift, width))
         anchor = "start" if right else "end"
-        out.append(f'<text class="label" x="{x + 11 if right else x - 11:.1f}" y="{y + shift:.1f}" text-anchor="{anchor}">{escape(point.label)}</text>')
+        out.append(
+            f'<text class="label" x="{x + 11 if right else x - 11:.1f}" y="{y + shift:.1f}" text-anchor="{anchor}">{escape(point.label)}</text>'
+        )
     return out
 
 
 def _hits(taken: Sequence[tuple[float, float, float]], left: float, y: float, width: float) -> bool:
-    return any(abs(y - other_y) < 14 and left < other + other_width and other < left + width for other, other_y, other_width in taken)
+    return any(
+        abs(y - other_y) < 14 and left < other + other_width and other < left + width for other, other_y, other_width in taken
+    )
 
 
 def matrix(style: str, parts: int) -> str:

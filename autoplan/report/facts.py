@@ -107,7 +107,7 @@ def headline(plan: Plan) -> Headline:
 
 
 def _answer(plan: Plan) -> str:
-    where = "on 1 device" if plan.mesh.size == 1 else f"as {plan.mesh} over {plan.mesh.size} devices"
+    where = "on 1 device" if plan.mesh.size == 1 else f"as {plan.mesh} over {words.plural(plan.mesh.size, 'device')}"
     accumulated = f" x {plan.micro_batches} accumulated" if plan.micro_batches > 1 else ""
     batch = f"{words.plural(plan.micro_batch, 'sample')} a micro-batch{accumulated}"
     return (
@@ -169,7 +169,9 @@ def memory_parts(plan: Plan) -> tuple[Part, ...]:
     return _parts(plan.prediction.memory.items(), words.MEMORY_WORDS, words.size)
 
 
-def _parts(items: Iterable[tuple[str, float]], labels: dict[str, tuple[str, str]], text: Callable[[float], str]) -> tuple[Part, ...]:
+def _parts(
+    items: Iterable[tuple[str, float]], labels: dict[str, tuple[str, str]], text: Callable[[float], str]
+) -> tuple[Part, ...]:
     pairs = list(items)
     total = sum(value for _, value in pairs)
     return tuple(
@@ -233,7 +235,9 @@ def candidate_counts(plan: Plan) -> tuple[tuple[CandidateStatus, int], ...]:
 def workload(plan: Plan) -> tuple[Fact, ...]:
     load, mesh = plan.workload, plan.mesh
     return (
-        Fact("Global batch", f"{words.plural(load.global_batch, 'sample')}, {words.count(load.global_batch * plan.tokens)} tokens"),
+        Fact(
+            "Global batch", f"{words.plural(load.global_batch, 'sample')}, {words.count(load.global_batch * plan.tokens)} tokens"
+        ),
         Fact("Sample", words.plural(plan.tokens, "token")),
         Fact(
             "Split as",

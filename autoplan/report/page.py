@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -83,6 +84,7 @@ def _template() -> Template:
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["times"] = lambda text: str(text).replace(" x ", " × ")
+    environment.filters["factors"] = lambda text: re.sub(r"(?<=\d)x\b", "×", str(text))
     environment.filters["percent"] = words.percent
     return environment.get_template("page.html.j2")
 
@@ -117,7 +119,9 @@ def scatter(plan: Plan) -> str:
         return ""
     limit = plan.memory_limit / _GIB
     label = "Step time against memory of the plan, its rivals and the baselines"
-    return charts.scatter(points, label, "memory of a device, GiB", "seconds a step", limit, f"limit {facts.headline(plan).limit}")
+    return charts.scatter(
+        points, label, "memory of a device, GiB", "seconds a step", limit, f"limit {facts.headline(plan).limit}"
+    )
 
 
 def _candidate_points(plan: Plan) -> list[charts.Point]:

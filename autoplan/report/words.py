@@ -26,6 +26,7 @@ MEMORY_WORDS = {
     "parameters": ("Parameters", "this device's shards"),
     "gradients": ("Gradients", "this device's shards"),
     "optimizer": ("Optimizer states", "this device's shards"),
+    "buffers": ("Buffers", "whole on every device"),
     "activations": ("Activations", "saved for the backward pass of one micro-batch"),
     "recompute": ("Recomputed layer", "what one layer keeps while its forward runs again"),
     "unsharded": ("Gathered parameters", "whole parameters and gradients of the layers in flight"),
@@ -171,6 +172,8 @@ def border_words(border: Border) -> str:
 
 def sequence_parallel(sharding: Sharding) -> bool:
     """Whether activations between the tensor-parallel modules are split too (Megatron's sequence parallelism)."""
+    if sharding.stream.sharded:
+        return True
     return any(border.source.kind == "partial" and border.target.sharded and border.target.dim < 2 for border in sharding.borders)
 
 
@@ -178,4 +181,4 @@ def sharding_words(sharding: Sharding) -> str:
     """A whole layer in a few words: "tensor + sequence"."""
     split = any(layout.sharded for _, layout in sharding.parameters)
     names = [name for name, used in (("tensor", split), ("sequence", sequence_parallel(sharding))) if used]
-    return ' + '.join(names) if names else "whole on every tp device"
+    return " + ".join(names) if names else "whole on every tp device"

@@ -38,7 +38,16 @@ LLAMA_OUTER = Sharding(
 
 
 def _candidates() -> tuple[Candidate, ...]:
-    rows = [Candidate(mesh=Mesh(dp_shard=4, tp=2), micro_batch=2, status="chosen", reason="fastest that fits", step_time=7.92, memory=70.26 * GIB)]
+    rows = [
+        Candidate(
+            mesh=Mesh(dp_shard=4, tp=2),
+            micro_batch=2,
+            status="chosen",
+            reason="fastest that fits",
+            step_time=7.92,
+            memory=70.26 * GIB,
+        )
+    ]
     for tp, base in ((1, 8.41), (2, 7.92), (4, 8.77), (8, 10.9)):
         for replicate in (1, 2):
             if 8 % (tp * replicate):
@@ -51,22 +60,62 @@ def _candidates() -> tuple[Candidate, ...]:
                 if key == (Mesh(dp_shard=4, tp=2), 2):
                     continue
                 if memory > 96 * GIB:
-                    rows.append(Candidate(mesh=mesh, micro_batch=micro_batch, status="out of memory", reason=f"needs {memory / GIB:.1f} GiB of 76 GiB", step_time=None, memory=memory))
+                    rows.append(
+                        Candidate(
+                            mesh=mesh,
+                            micro_batch=micro_batch,
+                            status="out of memory",
+                            reason=f"needs {memory / GIB:.1f} GiB of 76 GiB",
+                            step_time=None,
+                            memory=memory,
+                        )
+                    )
                 elif micro_batch == 8 or tp == 8:
-                    rows.append(Candidate(mesh=mesh, micro_batch=micro_batch, status="slower", reason=f"at least {time:.2f} s, {time / 7.92 - 1:.0%} slower".replace("%", " %"), step_time=time, bound=True, memory=memory * 0.7))
+                    rows.append(
+                        Candidate(
+                            mesh=mesh,
+                            micro_batch=micro_batch,
+                            status="slower",
+                            reason=f"at least {time:.2f} s, {time / 7.92 - 1:.0%} slower".replace("%", " %"),
+                            step_time=time,
+                            bound=True,
+                            memory=memory * 0.7,
+                        )
+                    )
                 else:
                     status = "slower" if memory <= 76 * GIB else "out of memory"
-                    reason = f"{time:.2f} s, {time / 7.92 - 1:.0%} slower".replace("%", " %") if status == "slower" else f"needs {memory / GIB:.1f} GiB of 76 GiB"
-                    rows.append(Candidate(mesh=mesh, micro_batch=micro_batch, status=status, reason=reason, step_time=time, memory=memory))
-    rows.append(Candidate(mesh=Mesh(dp_shard=8), micro_batch=16, status="illegal", reason="8 groups of 16 samples do not divide the global batch of 64"))
+                    reason = (
+                        f"{time:.2f} s, {time / 7.92 - 1:.0%} slower".replace("%", " %")
+                        if status == "slower"
+                        else f"needs {memory / GIB:.1f} GiB of 76 GiB"
+                    )
+                    rows.append(
+                        Candidate(mesh=mesh, micro_batch=micro_batch, status=status, reason=reason, step_time=time, memory=memory)
+                    )
+    rows.append(
+        Candidate(
+            mesh=Mesh(dp_shard=8),
+            micro_batch=16,
+            status="illegal",
+            reason="8 groups of 16 samples do not divide the global batch of 64",
+        )
+    )
     return tuple(rows)
 
 
 def llama() -> Plan:
     """Llama 3 8B on 8 H100: FSDP over 4 groups, tensor parallel over 2, 12 layers recompute."""
-    time = TimeBreakdown(forward=2.10, backward=4.22, recompute=0.78, tp_communication=0.55, dp_communication=0.21, optimizer=0.06)
+    time = TimeBreakdown(
+        forward=2.10, backward=4.22, recompute=0.78, tp_communication=0.55, dp_communication=0.21, optimizer=0.06
+    )
     memory = MemoryBreakdown(
-        parameters=3.74 * GIB, gradients=3.74 * GIB, optimizer=7.48 * GIB, activations=48.2 * GIB, recompute=1.9 * GIB, unsharded=1.1 * GIB, temporary=4.1 * GIB
+        parameters=3.74 * GIB,
+        gradients=3.74 * GIB,
+        optimizer=7.48 * GIB,
+        activations=48.2 * GIB,
+        recompute=1.9 * GIB,
+        unsharded=1.1 * GIB,
+        temporary=4.1 * GIB,
     )
     return Plan(
         model="examples/llama.py (8B)",
@@ -87,13 +136,52 @@ def llama() -> Plan:
             LayerRun(layers=tuple(f"layers.{i}" for i in range(12)), strategy="tp+sp, recompute"),
             LayerRun(layers=tuple(f"layers.{i}" for i in range(12, 32)), strategy="tp+sp"),
         ),
-        prediction=Prediction(step_time=time.total, time=time, memory=memory, hidden_communication=0.43, tokens_per_second=64 * 8192 / time.total, mfu=0.462),
+        prediction=Prediction(
+            step_time=time.total,
+            time=time,
+            memory=memory,
+            hidden_communication=0.43,
+            tokens_per_second=64 * 8192 / time.total,
+            mfu=0.462,
+        ),
         memory_limit=76 * GIB,
         baselines=(
-            Baseline(name="DDP", mesh=Mesh(dp_replicate=8), micro_batch=1, recompute="full", step_time=None, memory=141.0 * GIB, note="needs 141 GiB of 76 GiB"),
-            Baseline(name="FSDP", mesh=Mesh(dp_shard=8), micro_batch=1, recompute="none", step_time=8.91, memory=61.4 * GIB, note="fully_shard on every layer"),
-            Baseline(name="FSDP, full recompute", mesh=Mesh(dp_shard=8), micro_batch=4, recompute="full", step_time=9.87, memory=48.8 * GIB, note="activation checkpointing on every layer"),
-            Baseline(name="Megatron tp 8", mesh=Mesh(tp=8), micro_batch=4, recompute="none", step_time=12.1, memory=58.3 * GIB, note="tensor and sequence parallel over the node"),
+            Baseline(
+                name="DDP",
+                mesh=Mesh(dp_replicate=8),
+                micro_batch=1,
+                recompute="full",
+                step_time=None,
+                memory=141.0 * GIB,
+                note="needs 141 GiB of 76 GiB",
+            ),
+            Baseline(
+                name="FSDP",
+                mesh=Mesh(dp_shard=8),
+                micro_batch=1,
+                recompute="none",
+                step_time=8.91,
+                memory=61.4 * GIB,
+                note="fully_shard on every layer",
+            ),
+            Baseline(
+                name="FSDP, full recompute",
+                mesh=Mesh(dp_shard=8),
+                micro_batch=4,
+                recompute="full",
+                step_time=9.87,
+                memory=48.8 * GIB,
+                note="activation checkpointing on every layer",
+            ),
+            Baseline(
+                name="Megatron tp 8",
+                mesh=Mesh(tp=8),
+                micro_batch=4,
+                recompute="none",
+                step_time=12.1,
+                memory=58.3 * GIB,
+                note="tensor and sequence parallel over the node",
+            ),
         ),
         candidates=_candidates(),
         solve=Solve(status="optimal", gap=0.0001, bound=7.9192, solver="HiGHS 1.15.1", candidates=212),
@@ -104,7 +192,9 @@ def llama() -> Plan:
 def single() -> Plan:
     """A small model on one device: no mesh, no baselines, no candidates but the chosen one."""
     time = TimeBreakdown(forward=0.031, backward=0.062, optimizer=0.004)
-    memory = MemoryBreakdown(parameters=0.46 * GIB, gradients=0.46 * GIB, optimizer=0.93 * GIB, activations=6.1 * GIB, temporary=1.5 * GIB)
+    memory = MemoryBreakdown(
+        parameters=0.46 * GIB, gradients=0.46 * GIB, optimizer=0.93 * GIB, activations=6.1 * GIB, temporary=1.5 * GIB
+    )
     return replace(
         llama(),
         model="gpt2",
@@ -116,7 +206,14 @@ def single() -> Plan:
         strategies=(("plain", Strategy()),),
         outer="plain",
         runs=(LayerRun(layers=tuple(f"transformer.h.{i}" for i in range(12)), strategy="plain"),),
-        prediction=Prediction(step_time=time.total, time=time, memory=memory, hidden_communication=0.0, tokens_per_second=4096 / time.total, mfu=0.31),
+        prediction=Prediction(
+            step_time=time.total,
+            time=time,
+            memory=memory,
+            hidden_communication=0.0,
+            tokens_per_second=4096 / time.total,
+            mfu=0.31,
+        ),
         memory_limit=21 * GIB,
         baselines=(),
         candidates=(),
@@ -145,7 +242,10 @@ def hostile() -> Plan:
         workload=Workload(global_batch=2048),
         strategies=((EVIL, Strategy(sharding, "full", False)),),
         outer=EVIL,
-        runs=(LayerRun(layers=(EVIL, f"{EVIL}.2"), strategy=EVIL), LayerRun(layers=tuple(f"x.{i}" for i in range(200)), strategy=EVIL)),
+        runs=(
+            LayerRun(layers=(EVIL, f"{EVIL}.2"), strategy=EVIL),
+            LayerRun(layers=tuple(f"x.{i}" for i in range(200)), strategy=EVIL),
+        ),
         memory_limit=60 * GIB,
         baselines=(Baseline(name=EVIL, mesh=Mesh(), micro_batch=1, recompute=EVIL, step_time=None, memory=None, note=EVIL),),
         candidates=(Candidate(mesh=Mesh(), micro_batch=1, status="illegal", reason=EVIL),),
