@@ -1,0 +1,168 @@
+"""The user's file: `build_model()` and `example_inputs(batch_size)`, and what can be wrong with them, said in one sentence.
+
+    path/model.py            build_model builds the model
+    path/model.py:factory    factory does
+
+The file may also define `loss_fn(output, batch) -> scalar` and `workload = {...}`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from autoplan.errors import UsageError
+
+EXAMPLE = "def example_inputs(batch_size): return {'input_ids': torch.randint(0, 1000, (batch_size, 128))}"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A user's model file, ready to build."""
+
+    spec: str
+    build: Callable[[], nn.Module]
+    example_inputs: Callable[[int], dict[str, Any]]
+    loss_fn: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
+    workload: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_model(spec: str, kwargs: Mapping[str, str] | None = None) -> LoadedModel:
+    """The model file that `spec` names; `kwargs` go to the factory, and to `example_inputs` as far as it takes them.
+
+    Raises `UsageError` for everything that can be wrong with the file; `build` and `example_inputs` of the result do too.
+    """
+    path_text, _, factory = spec.partition(".py:")
+    path = Path(path_text + ".py" if factory or spec.endswith(".py:") else spec)
+    factory = factory or "build_model"
+    _check_path(path)
+    module = _import(path)
+    given = {key: convert(value) for key, value in (kwargs or {}).items()}
+    build = _function(module, path, factory, "def build_model(): return MyModel()")
+    inputs = _function(module, path, "example_inputs", EXAMPLE)
+    loss_fn = getattr(module, "loss_fn", None)
+    if loss_fn is not None and not callable(loss_fn):
+        raise UsageError(f"loss_fn in {path} is no function.", "Write 'def loss_fn(output, batch): ...' that returns a scalar.")
+    workload = getattr(module, "workload", {})
+    if not isinstance(workload, Mapping):
+        raise UsageError(f"workload in {path} is a {type(workload).__name__}.", "Write 'workload = {\"global_batch\": 256}'.")
+    unknown = [key for key in given if not _accepts(build, key)]
+    if unknown:
+        known = ", ".join(inspect.signature(build).parameters) or "none"
+        raise UsageError(f"{factory} in {path} takes no argument '{unknown[0]}'.", f"It takes {known}.")
+    return LoadedModel(
+        spec,
+        partial(_build, build, path, factory, given),
+        partial(_inputs, inputs, path, {key: value for key, value in given.items() if _accepts(inputs, key)}),
+        loss_fn,
+        dict(workload),
+    )
+
+
+def convert(text: str) -> int | float | bool | str:
+    """The int, float or bool that a command-line value looks like, else the text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _check_path(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder.", "Name the Python file in it that defines build_model.")
+    if not path.exists():
+        raise UsageError(f"There is no file {path}.", "Check the path; relative ones start at the current folder.")
+    if path.suffix != ".py":
+        raise UsageError(f"{path} is no Python file.", "Name a .py file that defines build_model and example_inputs.")
+
+
+def _import(path: Path) -> ModuleType:
+    name = f"autoplan_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look the module up by its name
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UsageError(f"{error.filename}:{error.lineno} is not valid Python: {error.msg}.", "Correct the line.") from error
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{path} could not be imported: {error}{line_of(error, path)}.", "Install the package, or run from the right environment."
+        ) from error
+    except (Exception, SystemExit) as error:
+        _fail(f"{path} could not be imported", error, path)
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _function(module: ModuleType, path: Path, name: str, example: str) -> Callable[..., Any]:
+    function = getattr(module, name, None)
+    if function is None:
+        raise UsageError(f"{path} defines no {name}.", f"Add one: '{example}'.")
+    if not callable(function):
+        raise UsageError(f"{name} in {path} is a {type(function).__name__}, not a function.", f"Write '{example}'.")
+    return function  # type: ignore[no-any-return]
+
+
+def _accepts(function: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _build(function: Callable[..., Any], path: Path, name: str, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        module = function(**kwargs)
+    except (Exception, SystemExit) as error:
+        if "meta" in str(error) and isinstance(error, RuntimeError | NotImplementedError):
+            raise  # a value was asked for on meta: the caller tries another way
+        _fail(f"{name} in {path} raised", error, path)
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"{name} in {path} returns a {type(module).__name__}.", "It must return an nn.Module.")
+    return module
+
+
+def _inputs(function: Callable[..., Any], path: Path, kwargs: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    try:
+        inputs = function(batch_size, **kwargs)
+    except (Exception, SystemExit) as error:
+        _fail(f"example_inputs in {path} raised", error, path)
+    if not isinstance(inputs, Mapping):
+        raise UsageError(
+            f"example_inputs in {path} returns a {type(inputs).__name__}.", f"It must return a dict of forward's arguments: '{EXAMPLE}'."
+        )
+    return dict(inputs)
+
+
+def _fail(what: str, error: BaseException, path: Path) -> NoReturn:
+    if isinstance(error, UsageError):
+        raise error
+    text = " ".join(str(error).split())
+    raise UsageError(f"{what}: {type(error).__name__}: {text}{line_of(error, path)}.", "Correct it; autoplan runs it as it is.") from error
+
+
+def line_of(error: BaseException, path: Path | None = None) -> str:
+    """" (file:line)": the innermost line of the user's own code, not of a library, in the traceback of `error`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    house = str(Path(__file__).parent)
+    own = [f for f in frames if path is not None and Path(f.filename).resolve() == path.resolve()]
+    other = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith((house, "<"))]
+    found = own or other
+    return f" ({found[-1].filename}:{found[-1].lineno})" if found else ""

@@ -1,0 +1,109 @@
+"""Every use of PyTorch's private interfaces in capture, in one place, so that a new release breaks one file.
+
+Checked with torch 2.10 to 2.13: the autograd sequence numbers, the current autograd node, the identity of a storage,
+`FakeTensorMode`, the FLOP formulas, and the two classmethods and methods that are replaced while a model is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+__all__ = [
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "flops",
+    "is_view",
+    "no_torch_function",
+    "node_sequence",
+    "patched",
+    "sequence",
+    "storage_key",
+]
+
+aten = torch.ops.aten
+
+
+def sequence() -> int:
+    """The sequence number that the next autograd node of this thread gets."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def node_sequence() -> int | None:
+    """The sequence number of the autograd node that is running its backward, if one is."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else int(node._sequence_nr())
+
+
+def storage_key(tensor: Tensor) -> int:
+    """The identity of the memory of a tensor that is alive."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def no_torch_function() -> AbstractContextManager[Any]:
+    """Hides torch calls from every TorchFunctionMode."""
+    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    """`owner.name` is `replacement` inside the context."""
+    original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+CallModule = Callable[..., Any]
+
+
+def module_call() -> CallModule:
+    """`nn.Module.__call__` as it is now."""
+    return nn.Module.__call__
+
+
+def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+    """FLOPs of one kernel by the formulas of `torch.utils.flop_counter`; 0 when it has none."""
+    formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+    return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
+
+
+_VIEWS = {aten._unsafe_view.default, aten._reshape_alias.default, aten.lift_fresh.default, aten.lift.default}
+_NO_KERNEL = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten._local_scalar_dense.default,
+}
+_is_view: dict[Any, bool] = {func: True for func in _VIEWS | _NO_KERNEL}
+
+
+def is_view(func: Any) -> bool:
+    """Whether an aten overload launches no kernel: it returns an alias of its input, or memory that nobody writes."""
+    known = _is_view.get(func)
+    if known is None:
+        aliases = [result.alias_info for result in func._schema.returns]
+        known = func.namespace == "prim" or any(alias is not None and not alias.is_write for alias in aliases)
+        _is_view[func] = known
+    return known
+
+
+if aten._grouped_mm not in flop_registry:
+
+    @register_flop_formula(aten._grouped_mm, get_raw=True)
+    def _grouped_mm_flops(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
+        """Torch has no formula: without this one the experts of a mixture would cost nothing. 2-D operands are ragged over the groups."""
+        groups = 1 if a.dim() == 2 or b.dim() == 2 else a.shape[0]
+        return int(2 * groups * a.shape[-2] * a.shape[-1] * b.shape[-1])
