@@ -27,7 +27,8 @@ def as_dict(graph: Graph) -> dict[str, Any]:
         "saved_bytes_per_sample": graph.saved_bytes,
         "inputs": [{"name": name, "shape": list(shape), "dtype": dtype} for name, shape, dtype in graph.inputs],
         "blocks": [
-            {"name": words.fold(names), "repeats": len(names), "layers": list(names), **_body_dict(body)} for names, body in kinds(graph)
+            {"name": words.fold(names), "repeats": len(names), "layers": list(names), **_body_dict(body)}
+            for names, body in kinds(graph)
         ],
         "outer": _body_dict(graph.outer),
         "tied": [list(group) for group in graph.tied],
@@ -52,6 +53,7 @@ def kinds(graph: Graph) -> Iterator[tuple[tuple[str, ...], Body]]:
 
 
 def parameters(body: Body) -> int:
+    """Number of parameters of one body."""
     return sum(parameter.numel for parameter in body.parameters if not parameter.buffer)
 
 
@@ -64,14 +66,15 @@ def summary(graph: Graph) -> RenderableType:
     """The captured model in a terminal of 80 columns."""
     parts: list[RenderableType] = [_answer(graph), titled("Layers", _kinds(graph))]
     for names, body in kinds(graph):
-        parts += _titled(f"One layer of {words.fold(names)}, one sample", _ops(body)))
-    parts += _titled("Outside the layers, one sample", _ops(graph.outer)))
+        parts.append(titled(f"One layer of {words.fold(names)}, one sample", _ops(body)))
+    parts.append(titled("Outside the layers, one sample", _ops(graph.outer)))
     parts += [Text(f"warning: {words.clean(warning)}", style="yellow") for warning in graph.warnings]
     return Group(*parts)
 
 
 def _answer(graph: Graph) -> RenderableType:
-    title = f"{words.clean(graph.model)}: {words.short_count(graph.parameters)} parameters in {words.plural(len(graph.blocks), 'layer')}."
+    size, layers = words.short_count(graph.parameters), words.plural(len(graph.blocks), "layer")
+    title = f"{words.clean(graph.model)}: {size} parameters in {layers}."
     costs = (
         f"One sample ({words.plural(graph.tokens, 'token')}, {graph.compute_dtype}): {words.flops(graph.forward_flops)} forward, "
         f"{words.flops(graph.backward_flops)} backward, {words.size(graph.saved_bytes)} saved for the backward pass."
