@@ -1,6 +1,6 @@
 """The command line: stdout is data, stderr is talk, an exit code says how it went.
 
-0 done; 1 nothing fits; 2 bad usage or file; 3 solver or internal failure; 130 interrupted. `main` holds the only `try`.
+0 done; 1 nothing fits; 2 bad usage or file; 3 solver or internal failure; 130 interrupted. `main` alone catches errors.
 Commands import what they need when they run, so that `--help` loads neither torch nor the solver.
 """
 
@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,7 +123,7 @@ def plan(
     memory_headroom: Annotated[
         str, typer.Option(metavar="SHARE", help="Share of each device's memory to keep free: 10%.")
     ] = "0%",
-    gap: Annotated[float, typer.Option(help="How far from the optimum the plan may be.")] = 1e-4,
+    gap: Annotated[float, typer.Option(help="Distance from the optimum at which to stop.")] = 1e-4,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.yaml"),
     report: Annotated[Path, typer.Option("--report", help="Where the HTML report goes.")] = Path("report.html"),
     settings: Settings = None,
@@ -166,7 +166,8 @@ def plan(
 
 
 @app.command(
-    epilog="Examples:\n\nautoplan inspect model.py\n\nautoplan inspect model.py --set size=70B --dtype float32\n\nautoplan inspect model.py --json"
+    epilog="Examples:\n\nautoplan inspect model.py\n\nautoplan inspect model.py --set size=70B --dtype float32\n\n"
+    "autoplan inspect model.py --json"
 )
 def inspect(
     model: Model,
@@ -185,7 +186,7 @@ def inspect(
         _print(summary(graph))
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """What `report` makes."""
 
     html = "html"

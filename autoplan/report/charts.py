@@ -41,15 +41,13 @@ def stacked_bar(parts: Sequence[Part], label: str, limit: float | None = None, l
         width = part.value * scale
         if width > 0:
             title = escape(f"{part.label}: {part.text} ({part.share:.1%})".replace("%", " %"))
-            shapes.append(
-                f'<rect class="k-{escape(part.key)}" x="{x:.2f}" y="0" width="{width:.2f}" height="{BAR_HEIGHT}"><title>{title}</title></rect>'
-            )
+            place = f'x="{x:.2f}" y="0" width="{width:.2f}" height="{BAR_HEIGHT}"'
+            shapes.append(f'<rect class="k-{escape(part.key)}" {place}><title>{title}</title></rect>')
         x += width
     if limit is not None:
         at = min(limit * scale, BAR_WIDTH - 3.0)
-        shapes.append(
-            f'<rect class="limit" x="{at:.2f}" y="0" width="3" height="{BAR_HEIGHT}"><title>{escape(limit_text)}</title></rect>'
-        )
+        place = f'x="{at:.2f}" y="0" width="3" height="{BAR_HEIGHT}"'
+        shapes.append(f'<rect class="limit" {place}><title>{escape(limit_text)}</title></rect>')
     return (
         f'<svg class="bar" viewBox="0 0 {BAR_WIDTH} {BAR_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">'
         f'<rect class="ground" width="{BAR_WIDTH}" height="{BAR_HEIGHT}"/>{"".join(shapes)}</svg>'
@@ -120,9 +118,8 @@ def _labels(marks: Sequence[tuple[Point, float, float]], edge: float) -> list[st
         shift = next((s for s in (4, -12, 20, -26, 34) if not _hits(taken, left, y + s, width)), 4)
         taken.append((left, y + shift, width))
         anchor = "start" if right else "end"
-        out.append(
-            f'<text class="label" x="{x + 11 if right else x - 11:.1f}" y="{y + shift:.1f}" text-anchor="{anchor}">{escape(point.label)}</text>'
-        )
+        place = f'x="{x + 11 if right else x - 11:.1f}" y="{y + shift:.1f}" text-anchor="{anchor}"'
+        out.append(f'<text class="label" {place}>{escape(point.label)}</text>')
     return out
 
 

@@ -49,6 +49,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaselineRow:
+    """A plan that people write by hand, against this one."""
+
     name: str
     mesh: str
     micro_batch: int
@@ -63,6 +65,8 @@ class BaselineRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidateRow:
+    """A mesh and micro-batch that was looked at; `seconds` and `bytes` are its place in the scatter."""
+
     mesh: str
     micro_batch: int
     status: CandidateStatus
@@ -84,11 +88,14 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Command:
+    """A line to copy."""
+
     text: str
     note: str
 
 
 def headline(plan: Plan) -> Headline:
+    """The answer."""
     prediction, memory = plan.prediction, plan.prediction.memory.total
     speedup, over = _best_speedup(plan)
     return Headline(
@@ -166,6 +173,7 @@ def time_parts(plan: Plan) -> tuple[Part, ...]:
 
 
 def memory_parts(plan: Plan) -> tuple[Part, ...]:
+    """What fills the fullest device at its peak."""
     return _parts(plan.prediction.memory.items(), words.MEMORY_WORDS, words.size)
 
 
@@ -181,6 +189,7 @@ def _parts(
 
 
 def baselines(plan: Plan) -> tuple[BaselineRow, ...]:
+    """Plans written by hand, in the order of the plan."""
     return tuple(_baseline(plan, baseline) for baseline in plan.baselines)
 
 
@@ -233,6 +242,7 @@ def candidate_counts(plan: Plan) -> tuple[tuple[CandidateStatus, int], ...]:
 
 
 def workload(plan: Plan) -> tuple[Fact, ...]:
+    """What was asked of the machine."""
     load, mesh = plan.workload, plan.mesh
     return (
         Fact(
@@ -250,6 +260,7 @@ def workload(plan: Plan) -> tuple[Fact, ...]:
 
 
 def hardware(plan: Plan) -> tuple[Fact, ...]:
+    """What the prediction stands on."""
     return (
         Fact("Profile", words.clean(plan.hardware)),
         Fact("Devices", words.count(plan.mesh.size)),
@@ -262,6 +273,7 @@ def hardware(plan: Plan) -> tuple[Fact, ...]:
 
 
 def warnings(plan: Plan) -> tuple[str, ...]:
+    """What the reader should know before trusting the plan."""
     return tuple(words.clean(warning) for warning in plan.warnings)
 
 

@@ -38,6 +38,8 @@ class WeightRow:
 
 @dataclass(frozen=True, slots=True)
 class BorderRow:
+    """A redistribution of one tensor and what it costs on the wire."""
+
     leaf: str
     source: str
     target: str

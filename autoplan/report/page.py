@@ -29,6 +29,7 @@ MAX_CELLS = 160
 MAX_DEVICES = 32
 """Devices that are drawn one by one."""
 
+_TIMES = "\N{MULTIPLICATION SIGN}"
 _HERE = Path(__file__).parent
 _GIB = dict(BYTE.prefixes)["GiB"]
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
@@ -83,8 +84,8 @@ def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["times"] = lambda text: str(text).replace(" x ", " × ")
-    environment.filters["factors"] = lambda text: re.sub(r"(?<=\d)x\b", "×", str(text))
+    environment.filters["times"] = lambda text: str(text).replace(" x ", f" {_TIMES} ")
+    environment.filters["factors"] = lambda text: re.sub(r"(?<=\d)x\b", _TIMES, str(text))
     environment.filters["percent"] = words.percent
     return environment.get_template("page.html.j2")
 
@@ -106,6 +107,7 @@ def _group_title(plan: Plan, group: int) -> str:
 
 
 def memory_bar(plan: Plan) -> str:
+    """The peak by category against the limit."""
     head = facts.headline(plan)
     label = f"Peak memory {head.memory} of {head.limit} by category"
     return charts.stacked_bar(facts.memory_parts(plan), label, plan.memory_limit, f"limit: {head.limit}")

@@ -41,14 +41,17 @@ def clean(text: str) -> str:
 
 
 def seconds(value: float) -> str:
+    """ "7.92 s"."""
     return show(value, SECOND)
 
 
 def size(value: float) -> str:
+    """ "70.3 GiB"."""
     return show(value, BYTE)
 
 
 def flops(value: float) -> str:
+    """ "1.2 PFLOP"."""
     return show(value, FLOP)
 
 
@@ -72,6 +75,7 @@ def percent(value: float) -> str:
 
 
 def factor(value: float) -> str:
+    """ "1.12x"."""
     return f"{value:.2f}x"
 
 
