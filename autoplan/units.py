@@ -76,12 +76,10 @@ def show(value: float, unit: Unit, digits: int = 3) -> str:
 
 
 def exact(value: float, unit: Unit) -> str:
-    """`value` as text that `parse` reads back to the same float, in the largest unit that allows it."""
-    choices = sorted(unit.prefixes, key=lambda item: -item[1])
-    for name, scale in choices:
-        scaled = value / scale
-        text = f"{scaled:.6f}".rstrip("0").rstrip(".")
-        if abs(scaled) >= 1 and float(text) * scale == value:
+    """`value` as text that `parse` reads back to the same float: in a unit that makes it short, else in the base unit."""
+    for name, scale in sorted(unit.prefixes, key=lambda item: -item[1]):
+        text = f"{value / scale:.9g}"
+        if abs(value) >= scale and "e" not in text and parse(f"{text} {name}", unit) == value:
             return f"{text} {name}"
     return f"{value!r} {unit.base}"
 

@@ -24,7 +24,8 @@ additive over layers but for three maxima, which is what the search's integer pr
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import optimizer_time
@@ -70,6 +71,12 @@ class CostModel:
         hardware.device.peak_of(workload.compute_dtype)  # a profile without this dtype is the user's error, told early
         self._models: dict[tuple[int, int, int], LayerModel] = {}
         self._costs: dict[tuple[int, int, int, Sharding], LayerCost] = {}
+
+    def with_batch(self, global_batch: int) -> CostModel:
+        """The same model at another global batch; what layers cost for one micro-batch is shared."""
+        other = copy(self)
+        other.workload = replace(self.workload, global_batch=global_batch)
+        return other
 
     def layer_model(self, body: int, tp: int, micro_batch: int) -> LayerModel:
         """The table of prices of a body (an index, or OUTER)."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
 from autoplan.cost.model import OUTER, CostModel
-from autoplan.graph import Body
 from autoplan.search.ilp import Column, peaks, unbeaten_columns
 from autoplan.search.shardings import pareto_shardings, streams
 from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy
@@ -47,8 +47,11 @@ class Tables:
             self.classes[block.body] = self.classes.get(block.body, 0) + 1
         self._shardings: dict[tuple[int, int, int, Layout], list[Sharding]] = {}
 
-    def body(self, g: int) -> Body:
-        return self.graph.outer if g == OUTER else self.graph.bodies[g]
+    def with_batch(self, global_batch: int) -> Tables:
+        """The same tables for another global batch: shardings and layer costs do not depend on it."""
+        other = copy(self)
+        other.costs = self.costs.with_batch(global_batch)
+        return other
 
     def streams(self, tp: int) -> list[Layout]:
         """The layouts in which activations may pass between all layers."""

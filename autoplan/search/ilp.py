@@ -11,6 +11,9 @@ every class has strategies `s` in `S_g`, each with seconds `t_gs` and bytes `b_g
                 sum_g sum_s b_gs x_gs + sum_k P_k <= M - 1 MiB                                     (`_memory`)
                 x_gs in {0..N_g},  y_gs in {0, 1},  P_k >= 0
 
+To the objective comes `epsilon sum y_gs` with a small `epsilon`: of two plans that are equal within the gap, the one with
+fewer different strategies is the better one. The bound that is reported is one on the seconds alone.
+
 Equal layers are interchangeable, so counting them loses nothing: the program has as many columns for 126 layers as for 2.
 Shardings are the unbeaten ones of `search.shardings`; a strategy beaten by another in time, bytes and all peaks is left
 out before (`unbeaten_columns`). The solver's tolerance is 1e-6 of a row in MiB; the mebibyte kept back is far more than
@@ -26,6 +29,7 @@ from typing import Any
 import pulp
 
 from autoplan.cost.model import LayerStep
+from autoplan.errors import SolverError
 from autoplan.search.solver import solve
 from autoplan.strategy import Strategy
 from autoplan.units import Bytes, Seconds
@@ -57,6 +61,10 @@ class Choice:
     proven: bool
 
 
+class UnsolvedError(Exception):
+    """The time limit passed before the solver found a solution or proved that there is none."""
+
+
 def peaks(step: LayerStep) -> tuple[Bytes, Bytes, Bytes]:
     """The bytes of which only the largest over all layers counts."""
     return step.peak_unsharded, step.peak_recompute, step.peak_temporary
@@ -80,27 +88,36 @@ def memory(counts: Mapping[int, Sequence[tuple[Column, int]]]) -> Bytes:
 def choose(
     classes: Mapping[int, int], columns: Mapping[int, Sequence[Column]], limit: Bytes, *, gap: float, time_limit: float = 60.0
 ) -> Choice | None:
-    """The fastest choice that fits into `limit` bytes, or None when there is none.
+    """The fastest choice that fits into `limit` bytes, within a relative `gap`, or None when there is none.
 
-    `classes`: class -> number of layers; `columns`: class -> its strategies.
+    `classes`: class -> number of layers; `columns`: class -> its strategies. Raises `UnsolvedError` when time runs out first.
     """
+    fastest = sum(n * min(c.step.seconds for c in columns[g]) for g, n in classes.items())
+    most = sum(min(n, len(columns[g])) for g, n in classes.items())
+    epsilon = fastest * gap / 2 / max(most, 1)
     problem = pulp.LpProblem("plan", pulp.LpMinimize)
     counts, used = _classes(problem, classes, columns)
     held = _peaks(problem, columns, used)
     _memory(problem, columns, counts, held, limit)
-    problem.setObjective(_sum([(counts[g, s], column.step.seconds) for g in columns for s, column in enumerate(columns[g])]))
-    answer = solve(problem, gap=gap, time_limit=time_limit)
-    if answer.status in ("infeasible", "unknown"):
+    seconds = [(counts[g, s], column.step.seconds) for g in columns for s, column in enumerate(columns[g])]
+    problem.setObjective(_sum(seconds) + _sum([(indicator, epsilon) for indicator in used.values()]))
+    answer = solve(problem, gap=gap / 2, time_limit=time_limit)
+    if answer.status == "infeasible":
         return None
+    if answer.status == "unknown":
+        raise UnsolvedError
     chosen = {
         g: tuple((column, n) for s, column in enumerate(columns[g]) if (n := round(counts[g, s].value() or 0.0)) > 0)
         for g in classes
     }
     if any(sum(n for _, n in chosen[g]) != classes[g] for g in classes) or memory(chosen) > limit:
-        return None
-    seconds = sum(column.step.seconds * n for pairs in chosen.values() for column, n in pairs)
-    bound = min(seconds, answer.bound) if answer.bound is not None else seconds * (1 - gap)
-    return Choice(chosen, seconds, bound, answer.status == "optimal")
+        raise SolverError(
+            "the solver's answer does not meet the constraints it was given.", "Please report this with your model."
+        )
+    total = sum(column.step.seconds * n for pairs in chosen.values() for column, n in pairs)
+    least = answer.bound - epsilon * most if answer.bound is not None else 0.0
+    bound = min(total, max(least, fastest))
+    return Choice(chosen, total, bound, answer.status == "optimal" and total - bound <= gap * total)
 
 
 def _classes(

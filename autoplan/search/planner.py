@@ -17,7 +17,7 @@ from autoplan.hardware import HardwareProfile
 from autoplan.plan import Baseline, Candidate, Plan, Solve
 from autoplan.search.baselines import baselines
 from autoplan.search.columns import Entry, Tables
-from autoplan.search.ilp import Choice, choose
+from autoplan.search.ilp import Choice, UnsolvedError, choose
 from autoplan.search.naming import named
 from autoplan.search.shortfall import nothing_fits
 from autoplan.search.solver import solver_name
@@ -39,6 +39,9 @@ class Progress:
 
 
 Tell = Callable[[Progress], None]
+
+LISTED = 64
+"""Candidates that a plan lists, the best first; the proof covers all of them."""
 
 
 def search(
@@ -64,8 +67,8 @@ def search(
     if best is None:
         raise nothing_fits(tables, entries, refused, limit, gpus)
     entry, choice, bound = best
-    priced = baselines(tables, gpus, limit)
-    return _plan(costs, entry, choice, bound, [*candidates, *refused], priced, limit)
+    proof = _proof(choice.seconds, bound, gap, len(candidates) + len(refused))
+    return _plan(costs, entry, choice, proof, [*candidates, *refused], baselines(tables, gpus, limit), limit)
 
 
 def _enumerate(tables: Tables, gpus: int, fixed: Mapping[str, int], tell: Tell | None) -> tuple[list[Entry], list[Candidate]]:
@@ -108,7 +111,12 @@ def _solve(
             unsolved.append(entry.bound)
             verdicts.append((entry, _slower(entry, entry.bound, best[1].seconds, bound=True, limit=limit)))
             continue
-        choice = choose(entry.classes, entry.columns, limit, gap=gap / 2) if entry.least_memory <= limit else None
+        try:
+            choice = choose(entry.classes, entry.columns, limit, gap=gap) if entry.least_memory <= limit else None
+        except UnsolvedError:
+            unsolved.append(entry.bound)
+            verdicts.append((entry, _slower(entry, entry.bound, entry.bound, bound=True, limit=limit)))
+            continue
         if choice is None:
             verdicts.append((entry, _too_big(entry, limit)))
             continue
@@ -173,11 +181,19 @@ def _told(candidate: Candidate, best: Seconds) -> Candidate:
     return replace(candidate, reason=f"{least}{show(candidate.step_time, SECOND)}, {least}{more:.2g} % slower")
 
 
+def _proof(seconds: Seconds, bound: Seconds, gap: float, candidates: int) -> Solve:
+    """What was shown: optimal only if the bound over *all* candidates is within the gap."""
+    shown = max(0.0, (seconds - bound) / seconds)
+    return Solve(
+        status="optimal" if shown <= gap else "feasible", gap=shown, bound=bound, solver=solver_name(), candidates=candidates
+    )
+
+
 def _plan(
     costs: CostModel,
     entry: Entry,
     choice: Choice,
-    bound: Seconds,
+    proof: Solve,
     candidates: list[Candidate],
     priced: list[Baseline],
     limit: Bytes,
@@ -190,7 +206,6 @@ def _plan(
     prediction = costs.predict(entry.mesh, entry.micro_batch, by_name[outer], layers)
     if abs(prediction.step_time - choice.seconds) > 1e-9 * choice.seconds or prediction.memory.total > limit:
         raise SolverError("the plan's price is not the one that the search found.", "Please report this with your model.")
-    seconds = prediction.step_time
     memory = {"memory": prediction.memory.total}
     return Plan(
         model=graph.model,
@@ -208,13 +223,7 @@ def _plan(
         prediction=prediction,
         memory_limit=limit,
         baselines=tuple(priced),
-        candidates=tuple(replace(c, **memory) if c.status == "chosen" else c for c in candidates),  # type: ignore[arg-type]
-        solve=Solve(
-            status="optimal" if choice.proven else "feasible",
-            gap=max(0.0, (seconds - bound) / seconds),
-            bound=bound,
-            solver=solver_name(),
-            candidates=len(candidates),
-        ),
+        candidates=tuple(replace(c, **memory) if c.status == "chosen" else c for c in candidates[:LISTED]),  # type: ignore[arg-type]
+        solve=proof,
         warnings=graph.warnings,
     )

@@ -22,6 +22,8 @@ from autoplan.cost.layer import LayerModel, borders_of, call_borders, changes_me
 from autoplan.cost.rules import Outcome, conversions, outcomes
 from autoplan.strategy import REPLICATE, Border, Layout, Sharding, shard
 
+_ROUNDING = 1 + 1e-12
+
 
 class Live(NamedTuple):
     """A live tensor: its layout, and the value that allocated its memory."""
@@ -236,12 +238,12 @@ class _Frontier:
 
 
 def unbeaten(labels: list[Label]) -> list[Label]:
-    """Those that no other label equals or beats in every cost."""
+    """Those that no other label equals or beats in every cost (seconds that differ by rounding are equal)."""
     if len(labels) == 1:
         return labels
     kept: list[Label] = []
-    for label in sorted(labels, key=lambda x: x[:4]):
-        f, b, s, n = label[:4]
+    for label in sorted(labels, key=lambda x: (x[0] + x[1], *x[2:4])):
+        f, b, s, n = label[0] * _ROUNDING, label[1] * _ROUNDING, label[2], label[3]
         if not any(k[0] <= f and k[1] <= b and k[2] <= s and k[3] <= n for k in kept):
             kept.append(label)
     return kept

@@ -71,14 +71,13 @@ def _hints(tables: Tables, limit: Bytes, gpus: int, nearest: Entry) -> list[str]
 
 def _enough_gpus(tables: Tables, limit: Bytes, gpus: int) -> int | None:
     """The smallest power-of-two multiple of `gpus` on which the leanest strategies fit, at one sample a group."""
-    batch = tables.costs.workload.global_batch
     number = gpus * 2
     while number <= _MOST_GPUS:
         for tp in (1, 2, 4, 8):
-            mesh = Mesh(dp_shard=number // tp, tp=tp)
-            if number % tp or batch % mesh.dp:
+            if number % tp:
                 continue
-            if any(entry.least_memory <= limit for entry in tables.entries(mesh, 1, ("full",))):
+            mesh = Mesh(dp_shard=number // tp, tp=tp)
+            if any(entry.least_memory <= limit for entry in tables.with_batch(mesh.dp).entries(mesh, 1, ("full",))):
                 return number
         number *= 2
     return None

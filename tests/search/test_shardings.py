@@ -1,0 +1,112 @@
+"""The Pareto set of one layer's shardings: equal to brute force, and the classic plans come out of the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from autoplan.cost.layer import LayerModel, borders_of, layer_cost, stream_layout
+from autoplan.cost.rules import Outcome, conversions, outcomes
+from autoplan.graph import Body
+from autoplan.search.shardings import pareto_shardings
+from autoplan.strategy import GATHERED, PARTIAL, REPLICATE, Border, Layout, Sharding, shard
+from tests.bodies import mlp_block
+from tests.hardware import machine
+
+
+def layer(body: Body, tp: int = 2, micro_batch: int = 4) -> LayerModel:
+    return LayerModel(body, (body,), (), tp=tp, micro_batch=micro_batch, hardware=machine(), dtype="bfloat16")
+
+
+def every_sharding(model: LayerModel, stream: Layout) -> Iterator[Sharding]:
+    """All decisions at all operations, one after another, with nothing pruned."""
+    body = model.body
+
+    def follow(index: int, layouts: dict[int, Layout], chain: list[tuple[int, Outcome]]) -> Iterator[Sharding]:
+        if index == len(body.ops):
+            if all(layouts[i] == stream_layout(body.values[i], stream) for i in body.outputs):
+                yield finished(chain)
+            return
+        op = body.ops[index]
+        arriving = [layouts.get(i) if body.values[i].parameter else layouts.get(i, REPLICATE) for i in op.inputs]
+        if op.kind in ("enter", "exit"):
+            source = arriving[0] or REPLICATE
+            choices = [
+                Outcome((source,), (target,), False) for target in conversions(body.values[op.inputs[0]], source, model.tp)
+            ]
+        else:
+            choices = list(outcomes(op, body, arriving, model.tp))
+        for choice in choices:
+            after = {
+                **layouts,
+                **dict(zip(op.inputs, choice.inputs, strict=True)),
+                **dict(zip(op.outputs, choice.outputs, strict=True)),
+            }
+            yield from follow(index + 1, after, [*chain, (index, choice)])
+
+    def finished(chain: list[tuple[int, Outcome]]) -> Sharding:
+        parameters: list[tuple[str, Layout]] = []
+        borders: list[Border] = []
+        for index, outcome in chain:
+            borders.extend(borders_of(index, model, outcome, stream))
+            for i, layout in zip(body.ops[index].inputs, outcome.inputs, strict=True):
+                name = body.values[i].parameter
+                if name and layout != REPLICATE:
+                    parameters.append((name, layout))
+        return Sharding(tuple(parameters), tuple(borders), stream)
+
+    yield from follow(0, {i: stream_layout(body.values[i], stream) for i in body.inputs}, [])
+
+
+def price(model: LayerModel, sharding: Sharding) -> tuple[float, float, float, float]:
+    cost = layer_cost(model, sharding)
+    numel = float(sum(p.numel(1) for p in cost.parameters))
+    return (cost.forward + cost.tp_forward, cost.backward + cost.tp_backward, cost.saved, numel)
+
+
+def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return all(x <= y * (1 + 1e-12) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("stream", [REPLICATE, shard(1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{}, {"hidden": 512, "ffn": 64}, {"hidden": 2048, "ffn": 8192, "seq": 512}, {"norm": False}], ids=str
+)
+def test_equals_brute_force(stream: Layout, sizes: dict[str, int]) -> None:
+    model = layer(mlp_block(**sizes))  # type: ignore[arg-type]
+    everything = {price(model, sharding) for sharding in every_sharding(model, stream)}
+    found = [price(model, sharding) for sharding in pareto_shardings(model, stream)]
+    assert len(everything) > 20
+    for cost in everything:
+        assert any(beats(other, cost) for other in found), "a sharding that nothing found beats"
+    for cost in found:
+        assert not any(beats(other, cost) and not beats(cost, other) for other in everything), "a found sharding that is beaten"
+
+
+def fastest(model: LayerModel, stream: Layout) -> Sharding:
+    return min(pareto_shardings(model, stream), key=lambda s: sum(price(model, s)[:2]))
+
+
+def test_column_then_row_comes_out_of_the_rules() -> None:
+    model = layer(mlp_block(hidden=4096, ffn=16384, seq=2048), tp=8, micro_batch=1)
+    best = fastest(model, REPLICATE)
+    assert best.layout("up.weight") == shard(0)
+    assert best.layout("down.weight") == shard(1)
+    assert {(b.source, b.target) for b in best.borders} == {(REPLICATE, GATHERED), (PARTIAL, REPLICATE)}
+
+
+def test_sequence_parallelism_comes_out_of_the_rules() -> None:
+    model = layer(mlp_block(hidden=4096, ffn=16384, seq=2048), tp=8, micro_batch=1)
+    best = fastest(model, shard(1))
+    assert best.layout("up.weight") == shard(0)
+    assert best.layout("down.weight") == shard(1)
+    assert best.layout("norm.weight") == GATHERED
+    assert {(b.source, b.target) for b in best.borders} == {(shard(1), GATHERED), (PARTIAL, shard(1))}
+    replicated, sequence = (sum(price(model, fastest(model, s))[:2]) for s in (REPLICATE, shard(1)))
+    assert sequence < replicated, "sequence parallelism saves the norms' work at equal traffic"
+
+
+def test_one_device_shards_nothing() -> None:
+    model = layer(mlp_block(), tp=1)
+    assert pareto_shardings(model, REPLICATE) == [Sharding()]
