@@ -1,0 +1,102 @@
+"""Does the plan fit this module and this launch? Every rank finds the same answer, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from autoplan.apply.shards import ParameterShards
+from autoplan.errors import UsageError
+from autoplan.plan import Plan
+from autoplan.strategy import REPLICATE, Layout, Sharding
+
+_REPLAN = "The plan was made for another model: plan this one."
+
+
+def check_world(plan: Plan, world: int) -> None:
+    """Raise `UsageError` unless `world` processes are what the plan wants."""
+    wanted = plan.mesh.size
+    if world != wanted:
+        raise UsageError(
+            f"the plan wants {wanted} device{'s' if wanted > 1 else ''} ({plan.mesh}), torchrun started {world}.",
+            f"Start torchrun with {wanted} processes, or make a plan for {world}.",
+        )
+
+
+def parameter_shards(model: nn.Module, plan: Plan) -> dict[str, ParameterShards]:
+    """How every parameter of `model` is cut, tied names included. Raises `UsageError` when plan and model do not fit."""
+    layouts = _layouts(model, plan)
+    shards: dict[str, ParameterShards] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shape = tuple(parameter.shape)
+        if not shape:
+            raise UsageError(f"parameter '{name}' is a scalar, which FSDP can't hold.", "Give it the shape [1].")
+        layout = layouts.get(name, REPLICATE) if plan.mesh.tp > 1 else REPLICATE
+        _check_layout(name, shape, layout, plan)
+        shards[name] = ParameterShards(shape, layout, _fsdp_dim(name, shape, layout, plan))
+    return shards
+
+
+def _layouts(model: nn.Module, plan: Plan) -> dict[str, Layout]:
+    """Layout by full parameter name, as the outer strategy and the layers' say; tied names share it."""
+    found: dict[str, Layout] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for prefix, sharding in _members(model, plan):
+        for name, layout in sharding.parameters:
+            full = f"{prefix}{name}"
+            if full not in parameters:
+                raise UsageError(f"the plan places parameter '{full}', which the model doesn't have.", _REPLAN)
+            found[full] = layout
+        for border in sharding.borders:
+            _submodule(model, ".".join(filter(None, (prefix.rstrip("."), border.module))))
+    for group in _tied(parameters):
+        named = {found[name] for name in group if name in found}
+        if len(named) > 1:
+            raise UsageError(f"the plan places the tied parameters {', '.join(group)} differently.", "Give them one layout.")
+        found.update({name: layout for name in group for layout in named})
+    return found
+
+
+def _members(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Sharding]]:
+    yield "", plan.outer_strategy.sharding
+    for name, strategy in plan.layers():
+        _submodule(model, name)
+        yield f"{name}.", strategy.sharding
+
+
+def _tied(parameters: dict[str, nn.Parameter]) -> Iterator[list[str]]:
+    by_id: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        by_id.setdefault(id(parameter), []).append(name)
+    return (names for names in by_id.values() if len(names) > 1)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise UsageError(f"the plan names the module '{name}', which the model doesn't have.", _REPLAN) from None
+
+
+def _check_layout(name: str, shape: tuple[int, ...], layout: Layout, plan: Plan) -> None:
+    if layout.kind == "partial":
+        raise UsageError(f"the plan makes parameter '{name}' Partial.", "A parameter is replicated or sharded.")
+    if not layout.sharded:
+        return
+    parts = layout.blocks * plan.mesh.tp
+    if layout.dim >= len(shape) or shape[layout.dim] % parts:
+        wanted = f"{layout.blocks} x {plan.mesh.tp}" if layout.blocks > 1 else str(plan.mesh.tp)
+        raise UsageError(f"dim {layout.dim} of parameter '{name}' {list(shape)} can't be cut into {wanted} equal parts.", _REPLAN)
+    if layout.blocks > 1 and len(shape) != 2:
+        raise UsageError(f"packed parameter '{name}' {list(shape)} has no second dim.", "Place a packed bias Replicate|Partial.")
+
+
+def _fsdp_dim(name: str, shape: tuple[int, ...], layout: Layout, plan: Plan) -> int:
+    """The dim that FSDP cuts: 0, but the free one of a packed weight, whose dim 0 FSDP can't describe twice."""
+    if layout.blocks == 1:
+        return 0
+    dim = 1 - layout.dim
+    if shape[dim] % plan.mesh.dp_shard:
+        raise UsageError(f"dim {dim} of packed parameter '{name}' {list(shape)} isn't divisible by dp_shard {plan.mesh.dp_shard}.")
+    return dim

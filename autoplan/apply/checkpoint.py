@@ -1,0 +1,174 @@
+"""Distributed checkpoints that any other plan can load: every rank writes its pieces under their place in the full tensor.
+
+DTensor could describe its own place to `torch.distributed.checkpoint`, except for packed weights (their share is several
+rectangles). One arithmetic for all, `shards.pieces`, is simpler than two. Keys are the model's own names; optimizer
+states are `optimizer.<parameter>.<state>`, so that a checkpoint knows nothing of the plan, or the order of parameters.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+
+from autoplan.apply.shards import Piece
+from autoplan.errors import UsageError
+
+if TYPE_CHECKING:
+    from autoplan.apply.model import ParallelModel
+
+_STEP = "autoplan.step"
+_GROUPS = "autoplan.param_groups"
+
+
+class Pieces(torch.Tensor):
+    """A rank's shard as `torch.distributed.checkpoint` wants to see it: rectangles of a full tensor."""
+
+    _local: torch.Tensor
+    _pieces: list[Piece]
+
+    @staticmethod
+    def __new__(cls, local: torch.Tensor, shape: tuple[int, ...], pieces: list[Piece]) -> Pieces:
+        self: Pieces = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=local.dtype, device=local.device)
+        self._local, self._pieces = local, pieces
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{func} on the pieces of a checkpoint")
+
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self._local)
+        return [
+            WriteItem(
+                MetadataIndex(fqn, torch.Size(piece.offset)),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.size()),
+            )
+            for piece, chunk in zip(self._pieces, self.__create_chunk_list__(), strict=True)
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.sizes)) for piece in self._pieces]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        piece = next(piece for piece in self._pieces if torch.Size(piece.offset) == index.offset)
+        return piece.of_local(self._local)
+
+
+def save(model: ParallelModel, path: Path, optimizer: torch.optim.Optimizer | None, step: int) -> None:
+    """Write to a folder beside `path`, then put it in its place."""
+    states: dict[str, Any] = {_STEP: torch.tensor(step)}
+    for name, tensor in model.module.state_dict().items():
+        states[name] = _pieces(model, name, tensor)
+    if optimizer is not None:
+        names = _names(model)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    states[f"optimizer.{names[parameter]}.{key}"] = _state(model, names[parameter], value)
+        states[_GROUPS] = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    fresh, old = _beside(path, "new"), _beside(path, "old")
+    if dist.get_rank() == 0:
+        shutil.rmtree(fresh, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    dcp.save(states, checkpoint_id=fresh, no_dist=dist.get_world_size() == 1)
+    if dist.get_rank() == 0:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        fresh.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+
+
+def load(model: ParallelModel, path: Path, optimizer: torch.optim.Optimizer | None) -> int:
+    """Read model, optimizer and step. Raises `UsageError` when there is no checkpoint, or it is another model's."""
+    if not path.exists() and _beside(path, "old").exists():
+        path = _beside(path, "old")  # a save was interrupted between its two renames
+    if not (path / ".metadata").exists():
+        raise UsageError(f"'{path}' holds no checkpoint.")
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    states: dict[str, Any] = {_STEP: torch.tensor(0)}
+    for name, tensor in model.module.state_dict().items():
+        if name not in metadata.state_dict_metadata:
+            raise UsageError(f"the checkpoint '{path}' has no '{name}'.", "It was saved from another model.")
+        states[name] = _pieces(model, name, tensor)
+    if optimizer is not None:
+        states |= _empty_states(model, optimizer, metadata)
+    dcp.load(states, checkpoint_id=path, no_dist=dist.get_world_size() == 1)
+    for group, saved in zip(optimizer.param_groups if optimizer else [], states.get(_GROUPS) or [], strict=False):
+        group.update(saved)
+    return int(states[_STEP])
+
+
+def _empty_states(model: ParallelModel, optimizer: torch.optim.Optimizer, metadata: Metadata) -> dict[str, Any]:
+    """Give the optimizer the states that the checkpoint has, to be filled. They need not exist before its first step."""
+    found: dict[str, Any] = {}
+    if _GROUPS in metadata.state_dict_metadata:
+        found[_GROUPS] = []
+    names = _names(model)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            prefix = f"optimizer.{names[parameter]}."
+            for key, saved in metadata.state_dict_metadata.items():
+                if not key.startswith(prefix) or "." in key[len(prefix) :] or not isinstance(saved, TensorStorageMetadata):
+                    continue
+                like_parameter = saved.size == parameter.shape and len(saved.size) > 0
+                value = torch.zeros_like(parameter) if like_parameter else torch.zeros(saved.size, dtype=saved.properties.dtype)
+                optimizer.state[parameter][key[len(prefix) :]] = value
+                found[key] = _state(model, names[parameter], value)
+    return found
+
+
+def full(model: ParallelModel, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A whole parameter (or a state shaped like it) on the CPU of every rank."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().cpu()
+    shards, at = model._shards[name], model._at
+    local = tensor.to_local().detach()
+    whole = torch.zeros(shards.shape, dtype=local.dtype, device=local.device)
+    mesh = model.mesh
+    if at.tp == 0 or shards.layout.sharded:  # of equal copies only one may be summed
+        for piece in shards.pieces(at):
+            piece.of_full(whole).copy_(piece.of_local(local))
+    for axis in ("dp_shard", "tp"):
+        if mesh[axis].size() > 1:
+            dist.all_reduce(whole, group=mesh.get_group(axis))
+    return whole.cpu()
+
+
+def _pieces(model: ParallelModel, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    shards, at = model._shards[name], model._at
+    return Pieces(tensor.to_local().detach(), shards.shape, list(shards.pieces(at)))
+
+
+def _state(model: ParallelModel, name: str, value: Any) -> Any:
+    """An optimizer state: cut as its parameter when it is shaped like it, else the same on every rank."""
+    return _pieces(model, name, value) if isinstance(value, torch.Tensor) else value
+
+
+def _names(model: ParallelModel) -> dict[torch.Tensor, str]:
+    return {parameter: name for name, parameter in model.module.named_parameters()}
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{path.name}.{suffix}")

@@ -1,0 +1,74 @@
+"""The dp axes, recomputation and number formats: FSDP2 around every layer of the plan and around the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
+
+from autoplan.apply.local_ops import local_ops
+from autoplan.apply.shards import ParameterShards
+from autoplan.plan import Plan
+from autoplan.workload import Workload
+
+
+def recompute(model: nn.Module, plan: Plan, tp: DeviceMesh | None) -> None:
+    """Let the layers that the plan recomputes keep their inputs alone. The borders' hooks stay outside: they run once."""
+    for name, strategy in plan.layers():
+        if strategy.recompute == "full":
+            module = model.get_submodule(name)
+            module.forward = _checkpointed(module.forward, tp)  # type: ignore[method-assign]
+
+
+def _checkpointed(forward: Callable[..., Any], tp: DeviceMesh | None) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with local_ops(tp):  # the second run happens in the backward pass, outside the root's forward
+            return forward(*args, **kwargs)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(partial(run, **kwargs), *args, use_reentrant=False)
+
+    return wrapped
+
+
+def shard(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> None:
+    """FSDP per layer and for the root, over `dp_shard`, replicated over `dp_replicate`.
+
+    A mesh of size 1 goes the same way: FSDP then skips its collectives, and still casts parameters, brings gradients to
+    their placements and keeps master weights, so there is one path. Resharding is free there, so it always happens.
+    """
+    replicated = plan.mesh.dp_replicate > 1
+    dims = {id(p): shards[name].fsdp_dim for name, p in model.named_parameters(remove_duplicate=False)}
+    wrap = partial(
+        fully_shard,
+        mesh=mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"],
+        mp_policy=mixed_precision(plan.workload),
+        shard_placement_fn=lambda parameter: Shard(dims[id(parameter)]),
+    )
+    alone = plan.mesh.dp_shard == 1
+    for name, strategy in plan.layers():
+        wrap(model.get_submodule(name), reshard_after_forward=strategy.reshard_after_forward or alone)
+    wrap(model, reshard_after_forward=plan.outer_strategy.reshard_after_forward or alone)
+
+
+def mixed_precision(workload: Workload) -> MixedPrecisionPolicy:
+    """Parameters live in `param_dtype`; FSDP casts them for computing and gradients for reducing, where those differ."""
+    param, compute, reduce = (dtype(name) for name in (workload.param_dtype, workload.compute_dtype, workload.reduce_dtype))
+    return MixedPrecisionPolicy(
+        param_dtype=compute if compute != param else None,
+        reduce_dtype=reduce if reduce != compute else None,
+        cast_forward_inputs=compute != param,
+    )
+
+
+def dtype(name: str) -> torch.dtype:
+    """The torch dtype of a plan's word."""
+    found: torch.dtype = getattr(torch, name)
+    return found

@@ -1,0 +1,251 @@
+"""Build a model without its weights, and compute each weight later, one at a time, exactly as construction would have.
+
+`record` calls the user's factory on the meta device and writes down every operation. `Recording.replay` runs on the CPU
+those that matter, in the original order, with the original random numbers. Two facts make it cheap in memory:
+
+- An operation that overwrites a tensor whole makes everything that happened to it before dead. Only the last such
+  epoch of a storage is computed (a second `init` after the constructor's own); dead random operations still draw their
+  numbers, into a scratch tensor that is dropped at once.
+- A storage is given to `emit` and freed after the last operation that touches it. Constructors and `apply(init)` loops
+  touch one parameter after another, so about one parameter is alive at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoplan.apply._torch import tree_flatten, tree_map_only
+from autoplan.errors import AutoplanError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor as a window on a storage."""
+
+    storage: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)  # type: ignore[call-overload, no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One recorded operation; tensors in `args` and `outputs` are `View`s (or real tensors, which are constants)."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Any, ...]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    """Storages that the operation makes or changes."""
+    overwrites: bool
+    """Nothing of what was in `writes` before survives."""
+    random: bool
+
+
+@dataclass
+class Recording:
+    """The operations of a constructor, and the size of every storage that they touch."""
+
+    nodes: list[Node] = field(default_factory=list)
+    sizes: dict[int, int] = field(default_factory=dict)
+    peak: int = 0
+    """Most bytes of storages that were alive at once in `replay`."""
+
+    def replay(self, wanted: dict[int, Callable[[torch.UntypedStorage], None]], seed: int) -> None:
+        """Compute the storages in `wanted`, and call each one's function with it as soon as it is final."""
+        live = self._live(set(wanted))
+        last = {storage: i for i, node in enumerate(self.nodes) if live[i] for storage in (*node.reads, *node.writes)}
+        missing = set(wanted) - set(last)
+        ends = defaultdict(list)
+        for storage, i in last.items():
+            ends[i].append(storage)
+        alive: dict[int, torch.UntypedStorage] = {}
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            for i, node in enumerate(self.nodes):
+                if live[i]:
+                    self._run(node, alive)
+                elif node.random:
+                    self._run(node, {})
+                for storage in ends.get(i, ()):
+                    data = alive.pop(storage)
+                    if storage in wanted:
+                        wanted[storage](data)
+        for storage in missing:  # torch.empty that nobody filled: any value is right, zero is a kind one
+            wanted[storage](_blank(self.sizes[storage]))
+
+    def _live(self, needed: set[int]) -> list[bool]:
+        """Which operations the final values of the storages `needed` depend on."""
+        live = [False] * len(self.nodes)
+        needed = set(needed)
+        for i in range(len(self.nodes) - 1, -1, -1):
+            node = self.nodes[i]
+            if needed.isdisjoint(node.writes):
+                continue
+            live[i] = True
+            if node.overwrites:
+                needed.difference_update(node.writes)
+            needed.update(node.reads)
+        return live
+
+    def _run(self, node: Node, alive: dict[int, torch.UntypedStorage]) -> None:
+        def real(leaf: View) -> torch.Tensor:
+            if leaf.storage not in alive:
+                alive[leaf.storage] = _blank(self.sizes[leaf.storage])
+            return leaf.on(alive[leaf.storage])
+
+        args, kwargs = tree_map_only(View, real, (node.args, node.kwargs))
+        if kwargs.get("device") is not None:
+            kwargs["device"] = torch.device("cpu")
+        results, _ = tree_flatten(node.func(*args, **kwargs))
+        for view, result in zip(node.outputs, results, strict=True):
+            if isinstance(view, View) and view.storage not in node.reads and view.storage not in alive:
+                alive[view.storage] = _storage_of(result, view)
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive.values()))
+
+
+def _blank(size: int) -> torch.UntypedStorage:
+    return torch.zeros(size, dtype=torch.uint8).untyped_storage()
+
+
+def _storage_of(result: torch.Tensor, view: View) -> torch.UntypedStorage:
+    """The storage of a new tensor, laid out as it was on meta."""
+    if tuple(result.stride()) != view.stride or result.storage_offset() != view.offset:
+        fresh = torch.empty_strided(view.shape, view.stride, dtype=view.dtype)
+        result = fresh.copy_(result)
+    return result.untyped_storage()
+
+
+_FILLS = {"normal_", "uniform_", "zero_", "fill_", "copy_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_", "bernoulli_"}
+"""Operations that give every element of `self` a new value without reading the old one."""
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+        self._storages: dict[int, tuple[int, torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        before, _ = tree_flatten((args, kwargs))
+        inputs = [leaf for leaf in before if isinstance(leaf, torch.Tensor)]
+        recorded = tree_map_only(torch.Tensor, self.view, (args, dict(kwargs)))
+        result = func(*args, **kwargs)
+        outputs, _ = tree_flatten(result)
+        random = torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+        if any(isinstance(out, torch.Tensor) and out.is_meta for out in outputs) or any(t.is_meta for t in inputs):
+            self._note(func, recorded, inputs, outputs, random)
+        elif random:
+            raise UsageError(
+                f"the model's constructor draws random numbers on the CPU by name ({func}).",
+                "Leave out device= in the constructor, or pass the built module instead of the factory.",
+            )
+        return result
+
+    def _note(self, func: Any, recorded: Any, inputs: list[torch.Tensor], outputs: list[Any], random: bool) -> None:
+        args, kwargs = recorded
+        views = tuple(self.view(out) if isinstance(out, torch.Tensor) else out for out in outputs)
+        read = {view.storage for view in map(self.view, inputs) if isinstance(view, View)}
+        mutated = [
+            view.storage
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, View)
+            for view in [value]
+        ]
+        made = [view.storage for view in views if isinstance(view, View) and view.storage not in read]
+        if not made and not mutated:
+            return  # a view: its readers know its window
+        name = func._schema.name.split("::")[-1]
+        whole = bool(mutated) and name in _FILLS and self._covers(args[0])
+        if whole:
+            sources = {view.storage for view in tree_flatten((args[1:], kwargs))[0] if isinstance(view, View)}
+            whole = args[0].storage not in sources
+            read = sources if whole else read
+        writes = tuple(dict.fromkeys([*made, *mutated]))
+        overwrites = whole or (bool(made) and not mutated)
+        self.recording.nodes.append(Node(func, args, kwargs, views, tuple(read), writes, overwrites, random))
+
+    def _covers(self, view: View) -> bool:
+        """Does the tensor fill its storage?"""
+        numel = 1
+        for size in view.shape:
+            numel *= size
+        dense = len(set(view.stride)) == len(view.stride) or numel <= 1 or 1 in view.shape
+        return dense and numel * view.dtype.itemsize == self.recording.sizes[view.storage] and 0 not in view.stride
+
+    def view(self, tensor: torch.Tensor) -> Any:
+        """The window that a meta tensor is; a real tensor stays what it is."""
+        if not tensor.is_meta:
+            return tensor
+        storage = tensor.untyped_storage()
+        key, _ = self._storages.setdefault(storage._cdata, (len(self._storages), storage))  # kept, so that no id is used twice
+        self.recording.sizes[key] = storage.nbytes()
+        return View(key, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A model on meta, and how to compute what belongs into it."""
+
+    model: nn.Module
+    recording: Recording
+    views: dict[str, View]
+    """By full name: parameters, buffers, and other tensor attributes (`module.attribute`)."""
+
+    def values(self, seed: int, emit: Callable[[str, torch.Tensor], None]) -> None:
+        """Call `emit(name, full CPU tensor)` for every name, one storage at a time. The tensor is gone afterwards."""
+        by_storage: dict[int, list[str]] = defaultdict(list)
+        for name, view in self.views.items():
+            by_storage[view.storage].append(name)
+
+        def deliver(names: list[str]) -> Callable[[torch.UntypedStorage], None]:
+            def give(storage: torch.UntypedStorage) -> None:
+                for name in names:
+                    emit(name, self.views[name].on(storage))
+
+            return give
+
+        self.recording.replay({storage: deliver(names) for storage, names in by_storage.items()}, seed)
+
+
+def record(factory: Callable[[], nn.Module]) -> Deferred:
+    """Call `factory` without allocating its weights."""
+    recording = Recording()
+    recorder = _Recorder(recording)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), recorder:
+            model = factory()
+    except AutoplanError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error).lower():
+            raise
+        raise UsageError(
+            f"the model's constructor reads a tensor's values or moves it ({str(error).splitlines()[0]})",
+            "Build the module yourself and pass it to apply instead of the factory.",
+        ) from error
+    views = {name: recorder.view(tensor) for name, tensor in named_tensors(model)}
+    return Deferred(model, recording, {name: view for name, view in views.items() if isinstance(view, View)})
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, buffers and tensors that are mere attributes of modules, by full name, tied names each."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for holder in (module._parameters, module._buffers, module.__dict__):
+            for name, tensor in holder.items():
+                if isinstance(tensor, torch.Tensor):
+                    yield f"{prefix}.{name}" if prefix else name, tensor

@@ -1,0 +1,284 @@
+"""What to do where a model's function meets a DTensor and DTensor alone would fail or choose a dearer way.
+
+`LocalOps` sees every torch function that the model calls. Plain tensors among DTensors (masks, positions, rotary tables)
+become replicated ones. Attention, embedding, dropout, cross-entropy and packed projections run on local tensors. What
+DTensor has no rule for runs on replicated tensors. Everything else goes to DTensor unchanged.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.overrides import TorchFunctionMode
+
+from autoplan.apply import packed
+from autoplan.apply._torch import tree_any, tree_map_only
+from autoplan.apply.cross_entropy import vocab_parallel_cross_entropy
+
+_active = threading.local()
+
+
+@contextmanager
+def local_ops(mesh: DeviceMesh | None) -> Iterator[None]:
+    """Run a forward pass with `LocalOps`, once however often it is asked for (a recomputed block asks in the backward pass)."""
+    if mesh is None or mesh.size() == 1 or getattr(_active, "on", False):
+        yield
+        return
+    _active.on = True
+    try:
+        with LocalOps(mesh):
+            yield
+    finally:
+        _active.on = False
+
+
+class LocalOps(TorchFunctionMode):
+    """See the module."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _UNTOUCHED or not _meets_dtensor(args, kwargs):
+            return func(*args, **kwargs)
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not None:
+                return result
+        args, kwargs = tree_map_only(torch.Tensor, self._wrapped, (args, kwargs))
+        try:
+            return func(*args, **kwargs)
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return self._replicated(func, args, kwargs, error)
+
+    def _wrapped(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, DTensor):
+            return tensor
+        return DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
+
+    def _replicated(self, func: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> Any:
+        """Run what DTensor can't on replicated tensors; an error that remains is the model's own."""
+
+        def local(tensor: DTensor) -> torch.Tensor:
+            return whole(tensor).to_local(grad_placements=[Replicate()])
+
+        try:
+            args, kwargs = tree_map_only(DTensor, local, (args, kwargs))
+            result = func(*args, **kwargs)
+        except Exception:
+            raise error from None
+        return tree_map_only(torch.Tensor, self._wrapped, result)
+
+
+_UNTOUCHED = {"__get__", "__set__", "__delete__", "register_hook", "backward", "requires_grad_", "detach_", "as_subclass"}
+"""Attributes and bookkeeping: no computation."""
+
+
+def _meets_dtensor(args: Any, kwargs: Any) -> bool:
+    for arg in args:
+        if isinstance(arg, DTensor):
+            return True
+        if isinstance(arg, tuple | list) and tree_any(lambda leaf: isinstance(leaf, DTensor), arg):
+            return True
+    return any(isinstance(arg, DTensor) for arg in kwargs.values())
+
+
+def whole(tensor: DTensor) -> DTensor:
+    """`tensor` replicated."""
+    if packed.packing(tensor) is not None:
+        return packed.gathered(tensor)  # type: ignore[return-value]
+    return tensor if tensor.placements[0].is_replicate() else tensor.redistribute(placements=[Replicate()])
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    if packed.packing(weight) is not None:
+        return packed.linear(x, weight, bias)  # type: ignore[arg-type]
+    if isinstance(x, DTensor) and isinstance(weight, DTensor) and weight.placements[0].is_replicate():
+        return _rowwise(x, weight, bias)
+    return None
+
+
+def _rowwise(x: DTensor, weight: DTensor, bias: torch.Tensor | None) -> DTensor | None:
+    """A replicated weight on a sequence-sharded input: local. (DTensor would flatten the rows first, and gather them for it.)"""
+    placement = x.placements[0]
+    if not isinstance(placement, Shard) or placement.dim in (0, x.ndim - 1) or packed.packing(x) is not None:
+        return None
+    local_weight = weight.to_local(grad_placements=[Partial()])
+    local_bias = bias.to_local(grad_placements=[Partial()]) if isinstance(bias, DTensor) else bias
+    y = F.linear(x.to_local(grad_placements=x.placements), local_weight, local_bias)
+    return DTensor.from_local(y, x.device_mesh, [Shard(placement.dim)], run_check=False)
+
+
+def _addmm(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, **options: Any) -> Any:
+    return packed.addmm(bias, x, weight) if packed.packing(weight) is not None and not options else None  # type: ignore[arg-type]
+
+
+def _on_packed(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """`rule` for packed tensors; None (so that DTensor is asked) for others."""
+
+    def handler(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return rule(tensor, *args, **kwargs) if packed.packing(tensor) is not None else None
+
+    return handler
+
+
+def _view(tensor: DTensor, *shape: Any, **kwargs: Any) -> Any:
+    sizes = kwargs.get("shape", kwargs.get("size", shape[0] if len(shape) == 1 else shape))
+    if isinstance(sizes, int):
+        sizes = (sizes,)
+    return packed.view(tensor, sizes) if all(isinstance(size, int) for size in sizes) else None
+
+
+def _embedding(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> DTensor | None:
+    """A vocabulary spread over the ranks: each looks up what it has, the sum is the answer: a clean Partial."""
+    if not isinstance(weight, DTensor) or weight.placements[0] != Shard(0) or max_norm is not None or scale_grad_by_freq:
+        return None
+    mesh, local_weight = weight.device_mesh, weight.to_local(grad_placements=weight.placements)
+    rows, first = local_weight.shape[0], mesh.get_local_rank() * local_weight.shape[0]
+    local = (whole(indices).to_local() if isinstance(indices, DTensor) else indices) - first
+    elsewhere = (local < 0) | (local >= rows)
+    padding = None
+    if padding_idx is not None:
+        padding = padding_idx % weight.shape[0] - first
+        padding = padding if 0 <= padding < rows else None
+    out = F.embedding(local.masked_fill(elsewhere, 0), local_weight, padding)
+    return DTensor.from_local(out.masked_fill(elsewhere[..., None], 0.0), mesh, [Partial()], run_check=False)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> DTensor:
+    """Attention of each rank's own heads; of all heads on every rank where they are not sharded."""
+    tensors = [query, key, value]
+    mesh = next(tensor.device_mesh for tensor in [*tensors, attn_mask] if isinstance(tensor, DTensor))
+    by_heads = query.ndim == 4 and all(isinstance(t, DTensor) and t.placements[0] == Shard(1) for t in tensors)
+    placement: Placement = Shard(1) if by_heads else Replicate()
+
+    def local(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        tensor = tensor if by_heads else whole(tensor)
+        return tensor.to_local(grad_placements=[placement])
+
+    mask = attn_mask
+    if mask is not None:
+        mask = _local_mask(mask, query.shape[1], mesh) if by_heads else local(mask)
+    with _own_randomness(mesh, by_heads and dropout_p > 0):
+        out = F.scaled_dot_product_attention(
+            local(query), local(key), local(value), mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return DTensor.from_local(out, mesh, [placement], run_check=False)
+
+
+def _local_mask(mask: torch.Tensor, heads: int, mesh: DeviceMesh) -> torch.Tensor:
+    """The mask of this rank's heads."""
+    per_head = mask.ndim >= 3 and mask.shape[-3] == heads and heads > 1
+    if not isinstance(mask, DTensor):
+        share = heads // mesh.size()
+        return mask.narrow(-3, mesh.get_local_rank() * share, share) if per_head else mask
+    if not per_head:
+        return whole(mask).to_local(grad_placements=[Partial()])
+    placement = Shard(mask.ndim - 3)
+    return mask.redistribute(placements=[placement]).to_local(grad_placements=[placement])
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:  # noqa: A002
+    """Dropout: ranks agree on replicated tensors and draw their own for their shards. (DTensor draws in step on CUDA alone.)"""
+    if not training or p == 0.0 or not isinstance(input, DTensor):
+        return input
+    if packed.packing(input) is not None:
+        return None
+    tensor = whole(input) if input.placements[0].is_partial() else input
+    with _own_randomness(tensor.device_mesh, tensor.placements[0].is_shard()):
+        out = F.dropout(tensor.to_local(grad_placements=tensor.placements), p, True)
+    return DTensor.from_local(
+        out, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+@contextmanager
+def _own_randomness(mesh: DeviceMesh, own: bool) -> Iterator[None]:
+    """Random numbers of this tp rank's own, from a seed that the ranks' common generator draws (so that recomputing repeats them)."""
+    if not own:
+        yield
+        return
+    seed = int(torch.randint(2**48, ()).item())
+    kind = mesh.device_type
+    devices = [] if kind == "cpu" else [torch.get_device_module(kind).current_device()]
+    with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
+        torch.manual_seed(seed + mesh.get_local_rank())
+        yield
+
+
+def _cross_entropy(
+    input: torch.Tensor,  # noqa: A002
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    """Vocabulary-parallel where the classes are sharded and the targets are indices; on replicated logits otherwise."""
+    if not isinstance(input, DTensor):
+        return None
+    if isinstance(target, DTensor):
+        target = whole(target).to_local()
+    simple = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
+    if simple and input.ndim == 2 and input.placements[0] == Shard(1) and not target.is_floating_point():
+        return vocab_parallel_cross_entropy(input, target, ignore_index, reduction)
+    if isinstance(weight, DTensor):
+        weight = whole(weight).to_local()
+    logits = whole(input).to_local(grad_placements=[Replicate()])
+    loss = F.cross_entropy(logits, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    return DTensor.from_local(loss, input.device_mesh, [Replicate()], run_check=False)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    F.scaled_dot_product_attention: _attention,
+    F.dropout: _dropout,
+    F.cross_entropy: _cross_entropy,
+    torch.split: _on_packed(packed.split),
+    torch.Tensor.split: _on_packed(packed.split),
+    torch.chunk: _on_packed(packed.chunk),
+    torch.Tensor.chunk: _on_packed(packed.chunk),
+    torch.unflatten: _on_packed(packed.unflatten),
+    torch.Tensor.unflatten: _on_packed(packed.unflatten),
+    torch.Tensor.view: _on_packed(_view),
+    torch.reshape: _on_packed(_view),
+    torch.Tensor.reshape: _on_packed(_view),
+    torch.Tensor.__getitem__: _on_packed(packed.getitem),
+}

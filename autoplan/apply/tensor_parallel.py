@@ -1,0 +1,62 @@
+"""The tp axis: every parameter becomes a DTensor on it, hooks redistribute activations, the forward pass gets its rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from autoplan.apply import borders
+from autoplan.apply._torch import StridedShard, tree_map_only
+from autoplan.apply.local_ops import local_ops
+from autoplan.apply.shards import ParameterShards
+from autoplan.plan import Plan
+from autoplan.strategy import Layout
+
+
+def parallelize(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> None:
+    """Spread the (meta) parameters of `model` over `mesh`, hook the plan's borders, and let the root's forward run on DTensors."""
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) not in made:
+            made[id(parameter)] = _distribute(parameter, shards[name], mesh)
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner)._parameters[last] = made[id(parameter)]
+    borders.install(model, plan, mesh)
+    _wrap_forward(model, mesh)
+
+
+def _distribute(parameter: nn.Parameter, shards: ParameterShards, mesh: DeviceMesh) -> nn.Parameter:
+    local = torch.empty(shards.tp_shape(mesh.size()), dtype=parameter.dtype, device="meta")
+    stride = torch.empty(shards.shape, device="meta").stride()
+    placements = [parameter_placement(shards.layout)]
+    tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shards.shape), stride=stride)
+    return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+
+
+def parameter_placement(layout: Layout) -> Placement:
+    """GATHERED is Replicate with a Partial gradient: FSDP brings a gradient to its parameter's placement, whatever arrives."""
+    if not layout.sharded:
+        return Replicate()
+    return Shard(layout.dim) if layout.blocks == 1 else StridedShard(layout.dim, split_factor=layout.blocks)
+
+
+def _wrap_forward(model: nn.Module, mesh: DeviceMesh) -> None:
+    """The root's forward with `LocalOps` on; what it returns replicated, and the loss in any case, is a plain tensor."""
+    forward = model.forward
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with local_ops(mesh):
+            return tree_map_only(DTensor, plain, forward(*args, **kwargs))
+
+    model.forward = wrapped  # type: ignore[method-assign]
+
+
+def plain(tensor: DTensor) -> torch.Tensor:
+    """A local tensor for what every rank has whole, and for scalars; sharded logits stay sharded (for `loss_fn`)."""
+    if tensor.ndim > 0 and not tensor.placements[0].is_replicate():
+        return tensor
+    return tensor.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
