@@ -78,6 +78,8 @@ class Link:
     efficiency: Curve
     """Achieved fraction of `bandwidth` by the bytes that one device sends in a collective."""
     source: str
+    all_reduce_gain: float = 1.0
+    """How many times faster than a ring an all_reduce is, because the switch adds up (NVLink SHARP)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,8 @@ class HardwareProfile:
     """The torch.distributed backend: nccl or gloo."""
     measured: str | None = None
     """Date of the measurement, when there is one."""
+    source: str = ""
+    """Of what belongs to the machine as a whole."""
 
     def link(self, group: int) -> Link:
         """The innermost link that joins `group` neighbouring devices."""
