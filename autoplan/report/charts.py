@@ -48,10 +48,8 @@ def stacked_bar(parts: Sequence[Part], label: str, limit: float | None = None, l
         at = min(limit * scale, BAR_WIDTH - 3.0)
         place = f'x="{at:.2f}" y="0" width="3" height="{BAR_HEIGHT}"'
         shapes.append(f'<rect class="limit" {place}><title>{escape(limit_text)}</title></rect>')
-    return (
-        f'<svg class="bar" viewBox="0 0 {BAR_WIDTH} {BAR_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">'
-        f'<rect class="ground" width="{BAR_WIDTH}" height="{BAR_HEIGHT}"/>{"".join(shapes)}</svg>'
-    )
+    frame = f'viewBox="0 0 {BAR_WIDTH} {BAR_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(label)}"'
+    return f'<svg class="bar" {frame}><rect class="ground" width="{BAR_WIDTH}" height="{BAR_HEIGHT}"/>{"".join(shapes)}</svg>'
 
 
 def ticks(low: float, high: float, about: int = 6) -> list[float]:

@@ -60,9 +60,8 @@ def details(profile: HardwareProfile) -> RenderableType:
     device = profile.device
     lines = [
         Text(f"{words.clean(profile.name)}: {words.clean(device.name)}", style="bold"),
-        Text(
-            f"{words.size(device.memory)} of memory, {words.size(device.reserved)} of it reserved, {show(device.bandwidth, BYTE_PER_SECOND)}"
-        ),
+        Text(f"{words.size(device.memory)} of memory, {words.size(device.reserved)} of it reserved"),
+        Text(f"memory bandwidth {show(device.bandwidth, BYTE_PER_SECOND)}"),
         Text(f"source: {words.clean(device.source)}", style="dim"),
         Text(f"measured: {profile.measured or 'never'}; backend {profile.backend}", style="dim"),
         Text(""),

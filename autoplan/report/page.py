@@ -20,8 +20,8 @@ from autoplan.plan import Plan
 from autoplan.report import charts, facts, layers, words
 from autoplan.units import BYTE
 
-MAX_CANDIDATES = 600
-"""Rows of the table: a page that opens at once. What is left out is counted."""
+MAX_CANDIDATES = 300
+"""Rows of the table and marks of the scatter: a page that opens at once. What is left out is counted."""
 
 MAX_CELLS = 160
 """Layers that are drawn one by one in a run; further ones are counted."""
@@ -128,7 +128,7 @@ def scatter(plan: Plan) -> str:
 
 def _candidate_points(plan: Plan) -> list[charts.Point]:
     points = []
-    for row in facts.candidates(plan):
+    for row in facts.candidates(plan)[:MAX_CANDIDATES]:
         if row.seconds is None or row.bytes is None:
             continue
         kind = {"chosen": "chosen", "slower": "bound" if row.bound else "slower"}.get(row.status, "refused")

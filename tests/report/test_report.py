@@ -1,0 +1,196 @@
+"""The report says what the plan says, harms nobody, and looks as it looked (the golden texts)."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from autoplan.plan import Plan
+from autoplan.report import facts, layers, words
+from autoplan.report.page import page
+from autoplan.report.terminal import summary
+from autoplan.strategy import GATHERED, PARTIAL, Sharding, shard
+
+from .plans import EVIL, hostile, llama, single
+
+GOLDEN = Path(__file__).parent / "golden"
+PLANS = {"llama": llama, "single": single, "hostile": hostile}
+
+
+def plain(what: RenderableType, width: int = 80) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, no_color=True).print(what)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+class Reader(HTMLParser):
+    """What a browser without JavaScript makes of the page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: list[str] = []
+        self._silent = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        self._silent += tag in ("style", "script")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._silent -= tag in ("style", "script")
+
+    def handle_data(self, data: str) -> None:
+        if not self._silent:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+@pytest.mark.parametrize("name", ["llama", "single"])
+def test_the_terminal_shows_what_it_showed(name: str) -> None:
+    """Set AUTOPLAN_UPDATE_GOLDEN=1 to accept a new look."""
+    text, golden = plain(summary(PLANS[name]())), GOLDEN / f"{name}.txt"
+    if os.environ.get("AUTOPLAN_UPDATE_GOLDEN"):
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_terminal_keeps_to_80_columns_and_obeys_no_name(name: str) -> None:
+    text = plain(summary(PLANS[name]()))
+    wide = [line for line in text.splitlines() if len(line) > 80 and "torchrun" not in line]
+    assert not wide
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_page_is_small_and_asks_no_network(name: str) -> None:
+    text = page(PLANS[name]())
+    assert len(text.encode()) < 300_000
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "@import" not in text
+    assert "url(" not in text
+    sources = [value for key, value in Reader(text).attributes if key in ("src", "href", "srcset", "action", "data")]
+    assert all(value == "data:," or (value or "").startswith("#") for value in sources)
+
+
+def test_the_page_of_a_long_search_stays_small() -> None:
+    plan = llama()
+    text = page(replace(plan, candidates=plan.candidates * 100))
+    assert len(text.encode()) < 300_000
+    assert "more are left out here" in text
+
+
+def test_a_hostile_name_makes_no_element_and_no_attribute() -> None:
+    tame = page(hostile())
+    reader = Reader(tame)
+    assert "img" not in reader.tags
+    assert reader.tags.count("script") == 1
+    assert not [key for key, _ in reader.attributes if key.startswith("on")]
+    assert "</script><img src=x onerror=alert(1)>" in reader.text
+    assert EVIL not in tame
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_without_javascript_everything_is_there(name: str) -> None:
+    plan = PLANS[name]()
+    text = Reader(page(plan)).text.replace("\N{MULTIPLICATION SIGN}", "x")
+    for row in facts.candidates(plan):
+        assert f"{row.mesh} {row.micro_batch} {row.step_time} {row.memory}" in re.sub(r"\s+", " ", text)
+    for part in (*facts.time_parts(plan), *facts.memory_parts(plan)):
+        assert part.label in text
+        assert part.text in text
+    for row in (*facts.workload(plan), *facts.hardware(plan)):
+        assert row.text in text
+    for baseline in facts.baselines(plan):
+        assert baseline.name in text
+        assert baseline.note in text
+    for warning in facts.warnings(plan):
+        assert warning in text
+    assert facts.headline(plan).answer in text
+    assert facts.proof(plan) in text
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_parts_add_up(name: str) -> None:
+    plan = PLANS[name]()
+    assert sum(part.value for part in facts.time_parts(plan)) == pytest.approx(plan.prediction.step_time)
+    assert sum(part.value for part in facts.memory_parts(plan)) == pytest.approx(plan.prediction.memory.total)
+    for parts in (facts.time_parts(plan), facts.memory_parts(plan)):
+        assert sum(part.share for part in parts) == pytest.approx(1)
+
+
+def test_every_part_of_a_prediction_has_words() -> None:
+    """A category that is added to the plan must be named (and coloured) here."""
+    style = (Path(words.__file__).parent / "page.css").read_text(encoding="utf-8")
+    for key, _ in llama().prediction.time.items():
+        assert key in words.TIME_WORDS
+        assert f".k-{key}" in style
+    for key, _ in llama().prediction.memory.items():
+        assert key in words.MEMORY_WORDS
+        assert f".k-{key}" in style
+
+
+def test_the_page_is_deterministic() -> None:
+    assert page(llama()) == page(llama())
+
+
+def test_speed_ups_are_over_what_can_run() -> None:
+    assert facts.headline(llama()).speedup == "1.12x"
+    assert facts.headline(llama()).speedup_over == "the best baseline, FSDP"
+    assert [row.verdict for row in facts.baselines(llama())] == ["cannot run", "1.12x", "1.25x", "1.53x"]
+    assert facts.headline(single()).speedup == "-"
+
+
+def test_candidates_come_best_first_and_bounds_are_marked() -> None:
+    rows = facts.candidates(llama())
+    assert rows[0].status == "chosen"
+    assert [row.status for row in rows] == sorted(
+        (row.status for row in rows), key=["chosen", "slower", "out of memory", "illegal"].index
+    )
+    assert all(row.step_time.startswith("\N{GREATER-THAN OR EQUAL TO}") == row.bound for row in rows)
+
+
+def test_layers_fold_into_runs() -> None:
+    assert [row.layers for row in layers.runs(llama())] == ["layers.0-11", "layers.12-31", "outside the layers"]
+    assert words.fold(["a.1", "a.3"]) == "a.1 ... a.3"
+    assert words.fold(["a"]) == "a"
+
+
+def test_strategies_that_shard_alike_share_a_card() -> None:
+    cards = layers.cards(llama())
+    assert [card.names for card in cards] == [("tp+sp", "tp+sp, recompute"), ("outer",)]
+    attention = next(module for module in cards[0].modules if module.name == "attention")
+    assert [weight.words for weight in attention.weights] == ["column parallel", "row parallel"]
+    assert (attention.enter[0].forward, attention.enter[0].backward) == ("all-gather", "reduce-scatter")
+    assert (attention.leave[0].forward, attention.leave[0].backward) == ("reduce-scatter", "all-gather")
+
+
+def test_a_bias_tells_conv1d_from_linear() -> None:
+    conv = Sharding(
+        (("c_attn.weight", shard(1, 3)), ("c_attn.bias", shard(0, 3)), ("c_proj.weight", shard(0)), ("c_proj.bias", PARTIAL))
+    )
+    said = {name: words.parameter_style(name, conv)[1] for name, _ in conv.parameters}
+    assert said["c_attn.weight"] == "column parallel, 3 packed parts"
+    assert said["c_proj.weight"] == "row parallel"
+    assert words.parameter_style("norm.weight", Sharding((("norm.weight", GATHERED),)))[0] == "whole"
+
+
+def test_a_plan_over_its_limit_says_so() -> None:
+    plan: Plan = hostile()
+    assert facts.headline(plan).headroom == "10.3 GiB over the limit"
