@@ -25,7 +25,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from autoplan.errors import UsageError
 
@@ -57,9 +57,11 @@ class Mesh:
         return " x ".join(axes) or "1 device"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Layout:
-    """Placement of a tensor's value and gradient over the `tp` axis. See the module's table."""
+class Layout(NamedTuple):
+    """Placement of a tensor's value and gradient over the `tp` axis. See the module's table.
+
+    A tuple rather than a dataclass: the search hashes and compares millions of them.
+    """
 
     kind: Kind
     dim: int = -1

@@ -104,6 +104,11 @@ class LayerModel:
         self._border_costs: dict[tuple[int, Layout, Layout], tuple[Seconds, Seconds]] = {}
 
     @cached_property
+    def outer(self) -> bool:
+        """Whether this is the body around the blocks: what leaves it is the loss."""
+        return all(self.body is not body for body in self.bodies)
+
+    @cached_property
     def packings(self) -> dict[int, tuple[int, ...]]:
         return packings(self.body)
 
@@ -244,7 +249,7 @@ def walk(model: LayerModel, sharding: Sharding) -> Iterator[Step]:
         layouts.update(zip(op.outputs, outcome.outputs, strict=True))
         yield Step(index, op, outcome)
     for i in body.outputs:
-        wanted = stream_layout(body.values[i], sharding.stream) if body.inputs else REPLICATE
+        wanted = REPLICATE if model.outer else stream_layout(body.values[i], sharding.stream)
         if layout_of(i) != wanted:
             raise UsageError(f"the layer's output leaves as {layout_of(i)}, but the next layer expects {wanted}.")
     unused = [key for key in borders if key not in used]
@@ -316,7 +321,7 @@ def layer_cost(model: LayerModel, sharding: Sharding) -> LayerCost:
                 tp_backward += model.parameter_sync(body.values[i], layout)
         for i in op.outputs:
             root[i] = shared_root(body, op, i, root)
-        for i in op.saved:
+        for i in saved_values(body, op):
             r = root.get(i, body.values[i].storage)
             if r not in counted:
                 counted.add(r)
@@ -335,6 +340,14 @@ def shared_root(body: Body, op: Op, output: int, root: dict[int, int]) -> int:
         if storage != output and body.values[i].storage == storage:
             return root.get(i, i)
     return output
+
+
+def saved_values(body: Body, op: Op) -> Iterator[int]:
+    """The values that the operation keeps, as it sees them: past the borders that may have moved their data."""
+    for i in op.saved:
+        storage = body.values[i].storage
+        seen = (j for j in (*op.inputs, *op.outputs) if body.values[j].storage == storage)
+        yield next(seen, i)
 
 
 def changes_memory(source: Layout, target: Layout) -> bool:

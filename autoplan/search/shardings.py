@@ -7,8 +7,9 @@ that meet in one state have the same future, so only those are kept that are not
 
     (forward seconds, backward seconds, saved bytes, parameters)
 
-which is a dynamic program over the layer's frontier: exact, and independent of how many layers are equal. Seconds are
-those of `cost.layer`, added in the same order.
+which is a dynamic program over the layer's frontier (`_advance`): exact, and independent of how many layers are equal.
+Beforehand one pass forward and one backward find the layouts of every tensor that can be reached and from which the end
+can be reached (`_viable`): a query sharded along its sequence, say, ends at the attention, and need not be carried there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-from autoplan.cost.layer import LayerModel, borders_of, call_borders, changes_memory, stream_layout
+from autoplan.cost.layer import LayerModel, borders_of, call_borders, changes_memory, saved_values, stream_layout
 from autoplan.cost.rules import Outcome, conversions, outcomes
 from autoplan.strategy import REPLICATE, Border, Layout, Sharding, shard
 
@@ -26,10 +27,11 @@ _ROUNDING = 1 + 1e-12
 
 
 class Live(NamedTuple):
-    """A live tensor: its layout, and the value that allocated its memory."""
+    """A live tensor: its layout, which memory it lives in (numbered in the order of the live tensors), and that memory's local bytes."""
 
     layout: Layout
-    root: int
+    memory: int
+    size: float
 
 
 class Label(NamedTuple):
@@ -82,11 +84,39 @@ class _Frontier:
             for i in op.inputs:
                 self.last_use.setdefault(i, index)
         self.cache: dict[tuple[int, tuple[Layout | None, ...]], list[Choice]] = {}
+        self.viable = self._viable()
+
+    def _viable(self) -> dict[int, set[Layout | None]]:
+        """For every value the layouts that can occur in a complete sharding, correlations between values ignored."""
+        body = self.body
+        reached: dict[int, set[Layout | None]] = {i: {stream_layout(body.values[i], self.stream)} for i in body.inputs}
+        runs: list[list[tuple[tuple[Layout | None, ...], Outcome]]] = []
+        for index, op in enumerate(body.ops):
+            arriving = product(*(sorted(reached.setdefault(i, {self._layout(i, {})}), key=str) for i in op.inputs))
+            runs.append([(layouts, choice.outcome) for layouts in arriving for choice in self._choices(index, layouts)])
+            for position, i in enumerate(op.outputs):
+                reached[i] = {outcome.outputs[position] for _, outcome in runs[-1]}
+            for position, i in enumerate(op.inputs):  # a free parameter is decided by its first use
+                if body.values[i].parameter:
+                    reached[i] = reached[i] | {outcome.inputs[position] for _, outcome in runs[-1]}
+        alive = {i: set(layouts) for i, layouts in reached.items()}
+        for i in body.outputs:
+            alive[i] &= {REPLICATE if self.model.outer else stream_layout(body.values[i], self.stream)}
+        for op, run in zip(reversed(body.ops), reversed(runs), strict=True):
+            usable = [
+                (layouts, outcome)
+                for layouts, outcome in run
+                if all(layout in alive[i] for i, layout in zip(op.outputs, outcome.outputs, strict=True))
+            ]
+            for position, i in enumerate(op.inputs):
+                alive[i] &= {layouts[position] for layouts, _ in usable} | {None}
+        return alive
 
     def run(self) -> list[Sharding]:
         body = self.body
-        start = tuple((i, Live(stream_layout(body.values[i], self.stream), i)) for i in sorted(body.inputs))
-        frontier: dict[State, list[Label]] = {(start, frozenset()): [Label(0.0, 0.0, 0.0, 0.0, None)]}
+        arriving = {i: stream_layout(body.values[i], self.stream) for i in body.inputs}
+        live = {i: Live(layout, i, self.model.local_bytes(body.values[i], layout)) for i, layout in arriving.items()}
+        frontier: dict[State, list[Label]] = {self._state(live, frozenset(), -1): [Label(0.0, 0.0, 0.0, 0.0, None)]}
         for index in range(len(body.ops)):
             frontier = self._advance(index, frontier)
             if not frontier:
@@ -98,9 +128,8 @@ class _Frontier:
         return list(dict.fromkeys(self._sharding(label) for label in unbeaten(finals)))
 
     def _leaves_right(self, live: dict[int, Live]) -> bool:
-        outer = not self.body.inputs
         return all(
-            live[i].layout == (REPLICATE if outer else stream_layout(self.body.values[i], self.stream))
+            live[i].layout == (REPLICATE if self.model.outer else stream_layout(self.body.values[i], self.stream))
             for i in self.body.outputs
             if i in live
         )
@@ -112,6 +141,8 @@ class _Frontier:
             live = dict(live_items)
             arriving = tuple(self._layout(i, live) for i in op.inputs)
             for choice in self._choices(index, arriving):
+                if any(layout not in self.viable[i] for i, layout in zip(op.outputs, choice.outcome.outputs, strict=True)):
+                    continue
                 state, saved = self._next(index, choice, live, counted)
                 step = (index, choice.outcome)
                 bucket = grown.setdefault(state, [])
@@ -187,38 +218,45 @@ class _Frontier:
         after = dict(live)
         for i, layout in zip(op.inputs, outcome.inputs, strict=True):
             if body.values[i].parameter and i not in after:
-                after[i] = Live(layout, i)
+                after[i] = self._fresh(i, layout)
         for i, layout in zip(op.outputs, outcome.outputs, strict=True):
-            after[i] = Live(layout, self._root(index, i, outcome, after))
+            after[i] = self._made(index, i, layout, outcome, after)
         saved = choice.saved_extra
         if op.saved:
             marked = set(counted)
-            for i in op.saved:
-                root, layout = self._memory(i, after)
-                if root not in marked:
-                    marked.add(root)
-                    saved += self.model.local_bytes(body.values[root], layout)
+            for i in saved_values(body, op):
+                at = after.get(i) or self._fresh(i, REPLICATE)
+                if at.memory not in marked:
+                    marked.add(at.memory)
+                    saved += at.size
             counted = frozenset(marked)
-        kept = tuple(sorted((i, at) for i, at in after.items() if self.last_use.get(i, -1) > index))
-        roots = {at.root for _, at in kept}
-        return (kept, counted & roots), saved
+        return self._state(after, counted, index), saved
 
-    def _root(self, index: int, output: int, outcome: Outcome, live: dict[int, Live]) -> int:
-        op, body = self.body.ops[index], self.body
+    def _state(self, live: dict[int, Live], counted: frozenset[int], index: int) -> State:
+        """What the operations after `index` can see, memories numbered anew so that equal futures are equal states."""
+        numbers: dict[int, int] = {}
+        kept = []
+        for i in sorted(live):
+            if self.last_use.get(i, -1) > index:
+                at = live[i]
+                kept.append((i, Live(at.layout, numbers.setdefault(at.memory, len(numbers)), at.size)))
+        return tuple(kept), frozenset(numbers[m] for m in counted if m in numbers)
+
+    def _fresh(self, i: int, layout: Layout) -> Live:
+        """A tensor in a memory of its own (its number must differ from those in use: they count from 0)."""
+        return Live(layout, -1 - i, self.model.local_bytes(self.body.values[i], layout))
+
+    def _made(self, index: int, output: int, layout: Layout, outcome: Outcome, live: dict[int, Live]) -> Live:
+        """Where an output lives: in the memory of the input that it is a view of, else in its own."""
+        op, values = self.body.ops[index], self.body.values
         if op.kind in ("enter", "exit"):
-            moved = changes_memory(outcome.inputs[0], outcome.outputs[0])
-            return output if moved or op.inputs[0] not in live else live[op.inputs[0]].root
+            source = live.get(op.inputs[0])
+            moved = source is None or changes_memory(outcome.inputs[0], layout)
+            return self._fresh(output, layout) if moved or source is None else source._replace(layout=layout)
         for i in op.inputs:
-            if body.values[output].storage != output and body.values[i].storage == body.values[output].storage and i in live:
-                return live[i].root
-        return output
-
-    def _memory(self, value: int, live: dict[int, Live]) -> tuple[int, Layout]:
-        """(root, layout that decides its size) of a saved value."""
-        at = live.get(value)
-        if at is None:
-            return self.body.values[value].storage, REPLICATE
-        return at.root, at.layout
+            if values[output].storage != output and values[i].storage == values[output].storage and i in live:
+                return live[i]._replace(layout=layout)
+        return self._fresh(output, layout)
 
     def _sharding(self, label: Label) -> Sharding:
         parameters: dict[str, Layout] = {}
