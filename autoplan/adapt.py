@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from types import MethodType
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,5 +87,3 @@ def _additive(mask: Tensor, q: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(q.dtype)
     return torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf"))
-
-

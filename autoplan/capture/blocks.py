@@ -23,7 +23,9 @@ from torch.utils import _pytree as pytree
 
 from autoplan.capture.scope import Owned, Scope
 
-_INDEX_LIKE = frozenset("layer_idx layer_id layer_number layer_index layer_no block_idx block_id idx index i".split())
+_INDEX_LIKE = frozenset(
+    ("layer_idx", "layer_id", "layer_number", "layer_index", "layer_no", "block_idx", "block_id", "idx", "index", "i")
+)
 _SIMPLE = (int, float, str, bool, type(None), torch.dtype)
 
 

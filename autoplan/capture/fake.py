@@ -16,6 +16,27 @@ _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, tor
 _SMALL = 1 << 16
 
 
+_FILLS = frozenset(
+    f"{name}_"
+    for name in (
+        *("normal", "uniform", "trunc_normal", "zero", "zeros", "ones", "fill", "constant", "random", "bernoulli"),
+        *("kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal", "orthogonal", "exponential"),
+    )
+)
+
+
+class _NoFill(TorchFunctionMode):
+    """Leaves out the initial values of tensors that have no memory: there is nothing to fill."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _FILLS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
 class _BigOnMeta(TorchFunctionMode):
     """Diverts only big tensors to meta, for models whose `__init__` looks at values (`torch.linspace(...).item()`)."""
 
@@ -31,12 +52,12 @@ class _BigOnMeta(TorchFunctionMode):
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     """The module, without memory for its weights."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoFill():
             return build()
     except (RuntimeError, NotImplementedError) as error:
         if "meta" not in str(error):
             raise
-    with _BigOnMeta():
+    with _BigOnMeta(), _NoFill():
         return build()
 
 

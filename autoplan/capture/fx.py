@@ -17,7 +17,12 @@ from autoplan.capture.scope import Call
 
 
 def capture_fx(
-    module: nn.Module, example_inputs: ExampleInputs, loss_fn: LossFunction | None = None, *, compute_dtype: str = "bfloat16", batch: int = 2
+    module: nn.Module,
+    example_inputs: ExampleInputs,
+    loss_fn: LossFunction | None = None,
+    *,
+    compute_dtype: str = "bfloat16",
+    batch: int = 2,
 ) -> fx.GraphModule:
     """A `GraphModule` over the user's own parameters that takes the model's inputs and returns the loss. Sizes are those of `batch`."""
     title = type(module).__name__
@@ -74,5 +79,3 @@ def _bind(graph: fx.Graph, nodes: dict[int, fx.Node], node: fx.Node, call: Call)
                 nodes[id(item)] = graph.call_function(operator.getitem, (node, i))
     for tensor in tensors(call.result):
         assert id(tensor) in nodes, f"{call.name} returns a nested structure"
-
-

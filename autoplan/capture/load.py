@@ -104,7 +104,7 @@ def _import(path: Path) -> ModuleType:
         raise UsageError(f"{error.filename}:{error.lineno} is not valid Python: {error.msg}.", "Correct the line.") from error
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"{path} could not be imported: {error}{line_of(error, path)}.", "Install the package, or run from the right environment."
+            f"{path} could not be imported: {error}{line_of(error, path)}.", "Install it, or use the right environment."
         ) from error
     except (Exception, SystemExit) as error:
         _fail(f"{path} could not be imported", error, path)
@@ -146,7 +146,7 @@ def _inputs(function: Callable[..., Any], path: Path, kwargs: dict[str, Any], ba
         _fail(f"example_inputs in {path} raised", error, path)
     if not isinstance(inputs, Mapping):
         raise UsageError(
-            f"example_inputs in {path} returns a {type(inputs).__name__}.", f"It must return a dict of forward's arguments: '{EXAMPLE}'."
+            f"example_inputs in {path} returns a {type(inputs).__name__}.", f"Return forward's arguments: '{EXAMPLE}'."
         )
     return dict(inputs)
 
@@ -155,11 +155,11 @@ def _fail(what: str, error: BaseException, path: Path) -> NoReturn:
     if isinstance(error, UsageError):
         raise error
     text = " ".join(str(error).split())
-    raise UsageError(f"{what}: {type(error).__name__}: {text}{line_of(error, path)}.", "Correct it; autoplan runs it as it is.") from error
+    raise UsageError(f"{what}: {type(error).__name__}: {text}{line_of(error, path)}.", "autoplan runs it as it is.") from error
 
 
 def line_of(error: BaseException, path: Path | None = None) -> str:
-    """" (file:line)": the innermost line of the user's own code, not of a library, in the traceback of `error`."""
+    """ " (file:line)": the innermost line of the user's own code, not of a library, in the traceback of `error`."""
     frames = traceback.extract_tb(error.__traceback__)
     house = str(Path(__file__).parent)
     own = [f for f in frames if path is not None and Path(f.filename).resolve() == path.resolve()]

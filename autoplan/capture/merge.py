@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from autoplan.capture.private import storage_key
 from autoplan.capture.record import Recorder
-from autoplan.capture.scope import Call, Item, Meter, Owned, Scope
+from autoplan.capture.scope import Call, Item, Owned, Scope
 from autoplan.errors import UsageError
 from autoplan.graph import Block, Body, Cost, Graph, Op, Parameter, Value
 
@@ -17,19 +16,13 @@ BATCHES = (2, 3)
 """The two batch sizes. Neither is 1, so that no dim of length one is taken for the batch."""
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """The same scope in both recordings."""
-
-    two: Scope
-    three: Scope
-    external: frozenset[int]
+SAME = "Capture needs a program that does not depend on the batch size."
 
 
 def merge(name: str, dtype: str, root: nn.Module, two: Recorder, three: Recorder) -> Graph:
     """The graph of a model that was recorded twice. Raises `UsageError` when the batch changes more than sizes."""
     if list(two.layers) != list(three.layers):
-        raise UsageError(f"{name} runs other layers for a batch of 3 than for a batch of 2.", "Capture needs one and the same program.")
+        raise UsageError(f"{name} runs other layers for a batch of 3 than for a batch of 2.", SAME)
     bodies: dict[Body, int] = {}
     known: dict[tuple[int, int], int] = {}
     blocks = []
@@ -41,28 +34,22 @@ def merge(name: str, dtype: str, root: nn.Module, two: Recorder, three: Recorder
         blocks.append(Block(layer, known[pair]))
     outer = _body(name, root, two.outer, three.outer, two.owned)
     inputs = tuple(
-        (leaf, outer.values[i].shape, outer.values[i].dtype)
-        for leaf, i in zip(outer.input_leaves, outer.inputs, strict=True)
+        (leaf, outer.values[i].shape, outer.values[i].dtype) for leaf, i in zip(outer.input_leaves, outer.inputs, strict=True)
     )
-    tied = tuple(group for group in two.tied)
-    return Graph(name, dtype, outer, tuple(bodies), tuple(blocks), tied, inputs, tuple({**two.warnings, **three.warnings}))
+    return Graph(name, dtype, outer, tuple(bodies), tuple(blocks), two.tied, inputs, tuple({**two.warnings, **three.warnings}))
 
 
 def _body(name: str, root: nn.Module, two: Scope, three: Scope, owned: Mapping[int, Owned]) -> Body:
     if len(two.calls) != len(three.calls) or len(two.items) != len(three.items):
         raise UsageError(
             f"{name} runs {len(two.calls)} operations for a batch of 2 and {len(three.calls)} for a batch of 3{_where(two)}.",
-            "Capture needs a program that does not depend on the batch size.",
+            SAME,
         )
     users = {value: call for call in reversed(two.calls) for value in call.outputs}
-    values = tuple(
-        _value(i, a, b, two, users.get(i)) for i, (a, b) in enumerate(zip(two.items, three.items, strict=True))
-    )
+    values = tuple(_value(i, a, b, two, users.get(i)) for i, (a, b) in enumerate(zip(two.items, three.items, strict=True)))
     kept: set[int] = set()
     ops = tuple(_op(a, b, two, three, values, kept) for a, b in zip(two.calls, three.calls, strict=True))
-    return Body(
-        values, ops, tuple(two.inputs), tuple(two.outputs), _parameters(root, two.name, owned), tuple(two.input_leaves)
-    )
+    return Body(values, ops, tuple(two.inputs), tuple(two.outputs), _parameters(root, two.name, owned), tuple(two.input_leaves))
 
 
 def _where(scope: Scope) -> str:
@@ -94,8 +81,9 @@ def _op(two: Call, three: Call, scope: Scope, scope3: Scope, values: tuple[Value
     same = ("kind", "name", "module", "inputs", "outputs", "leaf", "block")
     if any(getattr(two, key) != getattr(three, key) for key in same):
         raise UsageError(
-            f"{two.place or two.module} runs {two.name} for a batch of 2, where {three.place or three.module} runs {three.name} for a batch of 3.",
-            "Capture needs a program that does not depend on the batch size.",
+            f"{two.place or two.module} runs {two.name} for a batch of 2, where {three.place or three.module} runs {three.name} "
+            "for a batch of 3.",
+            SAME,
         )
     before = set(kept)
     saved, extra = _saved(two, scope, values, kept)
@@ -127,7 +115,10 @@ def _cost(two: float, three: float) -> Cost:
 
 
 def _saved(call: Call, scope: Scope, values: tuple[Value, ...], kept: set[int]) -> tuple[tuple[int, ...], float]:
-    """The values that a call keeps, and the bytes of kept memory that is no value. `kept` is what earlier calls counted as extra."""
+    """The values that a call keeps, and the bytes of kept memory that is no value.
+
+    `kept`: what earlier calls counted.
+    """
     saved: dict[int, None] = {}
     extra = 0.0
     for tensor in call.packed:
@@ -165,8 +156,3 @@ def _parameters(root: nn.Module, block: str, owned: Mapping[int, Owned]) -> tupl
 def _parameter(name: str, tensor: Tensor, buffer: bool) -> Parameter:
     dtype = str(tensor.dtype).removeprefix("torch.")
     return Parameter(name, tuple(tensor.shape), dtype, trainable=tensor.requires_grad and not buffer, buffer=buffer)
-
-
-def total(meters: list[Meter]) -> Meter:
-    """The sum of some meters."""
-    return Meter(sum(m.flops for m in meters), sum(m.bytes for m in meters), sum(m.kernels for m in meters))

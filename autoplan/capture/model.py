@@ -15,7 +15,7 @@ from autoplan.capture.fake import build_on_meta, fake_copy, fake_inputs
 from autoplan.capture.load import LoadedModel, line_of
 from autoplan.capture.merge import BATCHES, merge
 from autoplan.capture.private import DynamicOutputShapeException, FakeTensorMode
-from autoplan.capture.record import CalledTwice, Recorder
+from autoplan.capture.record import CalledTwiceError, Recorder
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
 
@@ -77,7 +77,7 @@ def record(
                     _run(recorder, inputs, loss_fn, title)
                 recorders.append(recorder)
             return root, recorders
-        except CalledTwice as twice:
+        except CalledTwiceError as twice:
             excluded |= {twice.name}
     raise AssertionError
 
@@ -85,7 +85,7 @@ def record(
 def _run(recorder: Recorder, inputs: dict[str, Any], loss_fn: LossFunction | None, title: str) -> None:
     try:
         recorder.run(inputs, lambda output: loss_of(output, inputs, loss_fn, title))
-    except (UsageError, CalledTwice):
+    except (UsageError, CalledTwiceError):
         raise
     except DynamicOutputShapeException as error:
         raise UsageError(
@@ -116,5 +116,5 @@ def loss_of(output: Any, inputs: Mapping[str, Any], loss_fn: LossFunction | None
             "Define loss_fn(output, batch) -> scalar in the file.",
         )
     if not loss.requires_grad:
-        raise UsageError(f"The loss of {title} needs no gradient.", "Some parameter must have requires_grad=True and reach the loss.")
+        raise UsageError(f"The loss of {title} needs no gradient.", "Set requires_grad=True on some parameter.")
     return loss

@@ -16,26 +16,31 @@ from torch import Tensor
 
 from autoplan.graph import OpKind
 
-_VIEW_OF_DIMS = frozenset(
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_VIEW_OF_DIMS = _words(
     "permute transpose swapaxes swapdims t T mT H mH adjoint movedim moveaxis unsqueeze squeeze select getitem narrow "
-    "expand expand_as broadcast_to".split()
+    "expand expand_as broadcast_to"
 )
-_VIEWS = frozenset("view reshape flatten unflatten view_as reshape_as ravel".split())
-_SPLITS = frozenset("split chunk unbind tensor_split split_with_sizes unsafe_chunk unsafe_split".split())
-_CATS = frozenset("cat concat concatenate stack".split())
-_ALONG = frozenset("softmax log_softmax softmin cumsum cumprod logcumsumexp flip roll".split())
-_REDUCE = frozenset("mean sum".split())
-_REDUCE_KEPT = frozenset("amax amin var std logsumexp prod argmax argmin all any".split())
-_CASTS = frozenset("to float half bfloat16 double type_as type int long bool cuda cpu".split())
-_LINEAR = frozenset("contiguous clone neg negative positive detach data alias".split())
-_POINTWISE = frozenset(
-    "add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow rsub rdiv rpow rfloordiv square sqrt rsqrt "
+_VIEWS = _words("view reshape flatten unflatten view_as reshape_as ravel")
+_SPLITS = _words("split chunk unbind tensor_split split_with_sizes unsafe_chunk unsafe_split")
+_CATS = _words("cat concat concatenate stack")
+_ALONG = _words("softmax log_softmax softmin cumsum cumprod logcumsumexp flip roll")
+_REDUCE = _words("mean sum")
+_REDUCE_KEPT = _words("amax amin var std logsumexp prod argmax argmin all any")
+_CASTS = _words("to float half bfloat16 double type_as type int long bool cuda cpu")
+_LINEAR = _words("contiguous clone neg negative positive detach data alias")
+_POINTWISE = _words(
+    "add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow rsub rdiv rpow square sqrt rsqrt "
     "reciprocal exp exp2 expm1 log log2 log10 log1p sin cos tan sinh cosh tanh asin acos atan atan2 erf erfc sigmoid "
     "logsigmoid relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign hardtanh hardswish hardsigmoid "
     "tanhshrink threshold abs absolute sign sgn ceil floor round trunc frac clamp clip clamp_min clamp_max minimum maximum "
     "where masked_fill lerp addcmul addcdiv dropout alpha_dropout nan_to_num isnan isinf isfinite logical_and logical_or "
     "logical_not logical_xor bitwise_and bitwise_or bitwise_xor bitwise_not and or xor invert eq ne lt le gt ge equal "
-    "zeros_like ones_like full_like softcap logit digamma lgamma heaviside hypot logaddexp xlogy".split()
+    "zeros_like ones_like full_like softcap logit digamma lgamma heaviside hypot logaddexp xlogy"
 )
 _ALIASES = {
     "radd": "add",
@@ -210,10 +215,8 @@ def _reduce_kept(func: Any, name: str, args: Args, kwargs: Kwargs, outputs: list
 
 def _view_of_dims(func: Any, name: str, args: Args, kwargs: Kwargs, outputs: list[Tensor]) -> Form | None:
     x, rest = (args[0], args[1:]) if args else (kwargs["input"], ())
-    index = tuple(tensors(rest)) if name == "getitem" else ()
-    if index or any(isinstance(item, list | bool) for item in (rest[0] if rest and isinstance(rest[0], tuple) else rest)):
-        if name == "getitem":
-            return None
+    if name == "getitem" and any(isinstance(item, Tensor | list | bool) for item in _items(rest[0])):
+        return None
     probe = torch.empty_strided(x.shape, _PRIMES[: x.dim()], dtype=torch.bool)
     moved = func(probe, *rest, **{k: v for k, v in kwargs.items() if k != "input"})
     at = {stride: dim for dim, stride in enumerate(_PRIMES[: x.dim()])}
@@ -222,6 +225,10 @@ def _view_of_dims(func: Any, name: str, args: Args, kwargs: Kwargs, outputs: lis
         dim = at.get(stride, -1)
         carried.append(dim if dim >= 0 and x.shape[dim] == size and dim not in carried else -1)
     return Form("dims", (x,), dim_map=tuple(carried))
+
+
+def _items(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
 
 
 def _repeat_interleave(func: Any, name: str, args: Args, kwargs: Kwargs, outputs: list[Tensor]) -> Form | None:

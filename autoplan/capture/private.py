@@ -50,7 +50,7 @@ def storage_key(tensor: Tensor) -> int:
 
 def no_torch_function() -> AbstractContextManager[Any]:
     """Hides torch calls from every TorchFunctionMode."""
-    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
+    return torch._C.DisableTorchFunction()
 
 
 @contextmanager
@@ -87,7 +87,7 @@ _NO_KERNEL = {
     aten.new_empty_strided.default,
     aten._local_scalar_dense.default,
 }
-_is_view: dict[Any, bool] = {func: True for func in _VIEWS | _NO_KERNEL}
+_is_view: dict[Any, bool] = dict.fromkeys(_VIEWS | _NO_KERNEL, True)
 
 
 def is_view(func: Any) -> bool:
@@ -104,6 +104,6 @@ if aten._grouped_mm not in flop_registry:
 
     @register_flop_formula(aten._grouped_mm, get_raw=True)
     def _grouped_mm_flops(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
-        """Torch has no formula: without this one the experts of a mixture would cost nothing. 2-D operands are ragged over the groups."""
+        """Torch has none, and a mixture's experts would cost nothing. 2-D operands are ragged over the groups."""
         groups = 1 if a.dim() == 2 or b.dim() == 2 else a.shape[0]
         return int(2 * groups * a.shape[-2] * a.shape[-1] * b.shape[-1])

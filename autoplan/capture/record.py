@@ -29,10 +29,12 @@ from autoplan.capture.scope import Call, Meter, Scope, argument_leaves, leaves, 
 
 aten = torch.ops.aten
 _READS_ROWS = {aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor}
+_READS_TARGET_ONLY = {aten.nll_loss_forward.default, aten.nll_loss_backward.default}
+_SAYS_YES = {aten.all.default, aten._is_all_true.default}
 _HOUSE = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(__file__).parent.parent / "adapt.py"))
 
 
-class CalledTwice(Exception):
+class CalledTwiceError(Exception):
     """A block runs more than once in one forward pass, so that it is no layer of its own."""
 
     def __init__(self, name: str) -> None:
@@ -214,7 +216,7 @@ class Recorder(TorchFunctionMode):
         self, original: Callable[..., Any], module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if name in self.layers:
-            raise CalledTwice(name)
+            raise CalledTwiceError(name)
         outer = self._scope
         passed = argument_leaves(args, kwargs)
         arguments = [tensor for _, tensor in passed]
@@ -281,6 +283,7 @@ class _Kernels(TorchDispatchMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
+        self._yes: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -289,6 +292,8 @@ class _Kernels(TorchDispatchMode):
         out = func(*args, **kwargs)
         if private.is_view(func):
             return out
+        if func in _SAYS_YES:
+            self._yes[id(out)] = out
         meter = self._recorder.meter()
         if meter is not None:
             meter.flops += private.flops(func, args, kwargs, out)
@@ -297,13 +302,13 @@ class _Kernels(TorchDispatchMode):
         return out
 
     def _scalar(self, func: Any, args: Any) -> Any:
-        """A tensor's value decides what the Python code does. A fake tensor has none: guess, and say so."""
+        """A tensor's value decides what the Python code does. A fake tensor has none: guess (`all` is true), and say so."""
         try:
             return func(*args)
         except private.DataDependentOutputException:
             dtype = args[0].dtype
-            guess: Any = False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-            self._recorder.warnings[f"{place()}: the code asks for the value of a tensor; capture took {guess}"] = None
+            guess: Any = id(args[0]) in self._yes if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+            self._recorder.warnings[f"{place()} asks for the value of a tensor; capture went on with {guess}"] = None
             return guess
 
 
@@ -313,9 +318,10 @@ def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> float:
     read = {id(tensor): tensor for tensor in tensors((args, kwargs))}
     total = sum(_size(tensor) for tensor in written.values())
     if func in _READS_ROWS:
-        table = next(tensors(args))
-        read.pop(id(table), None)
+        read.pop(id(next(tensors(args))), None)
         total *= 2
+    elif func in _READS_TARGET_ONLY:
+        read.pop(id(args[0] if func is aten.nll_loss_forward.default else args[1]), None)
     return total + sum(_size(tensor) for tensor in read.values())
 
 
