@@ -107,7 +107,8 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist
 
 
 @app.command(
-    epilog="Examples:\n\nautoplan plan model.py --gpus 8\n\nautoplan plan model.py --gpus 64 --hardware h100-sxm-8x --global-batch 512\n\n"
+    epilog="Examples:\n\nautoplan plan model.py --gpus 8\n\n"
+    "autoplan plan model.py --gpus 64 --hardware h100-sxm-8x --global-batch 512\n\n"
     "autoplan plan model.py --set size=70B --gpus 256 --tp 8 -o plan-70b.yaml --report plan-70b.html"
 )
 def plan(
