@@ -78,10 +78,10 @@ def show(value: float, unit: Unit, digits: int = 3) -> str:
 def exact(value: float, unit: Unit) -> str:
     """`value` as text that `parse` reads back to the same float: in a unit that makes it short, else in the base unit."""
     for name, scale in sorted(unit.prefixes, key=lambda item: -item[1]):
-        text = f"{value / scale:.9g}"
-        if abs(value) >= scale and "e" not in text and parse(f"{text} {name}", unit) == value:
+        text = f"{value / scale:.12g}"
+        if scale <= abs(value) < 10_000 * scale and "e" not in text and parse(f"{text} {name}", unit) == value:
             return f"{text} {name}"
-    return f"{value!r} {unit.base}"
+    return f"{int(value) if value == int(value) else repr(value)} {unit.base}"
 
 
 def _digits(value: float, digits: int) -> str:

@@ -109,6 +109,15 @@ class LayerModel:
         return all(self.body is not body for body in self.bodies)
 
     @cached_property
+    def fixed_borders(self) -> frozenset[int]:
+        """Borders (by index) that may not redistribute: a module that is called several times has one hook for all calls."""
+        seen: dict[tuple[str, str, str], list[int]] = {}
+        for index, op in enumerate(self.body.ops):
+            if op.kind in ("enter", "exit"):
+                seen.setdefault((op.kind, op.module, op.leaf), []).append(index)
+        return frozenset(index for calls in seen.values() if len(calls) > 1 for index in calls)
+
+    @cached_property
     def packings(self) -> dict[int, tuple[int, ...]]:
         return packings(self.body)
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import optimizer_time
@@ -42,7 +43,7 @@ OUTER = -1
 """Index of the outer body among the bodies."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerStep:
     """One layer's share of a step. `time` and `memory` add up over layers; the `peak_` bytes are maxima over them."""
 
@@ -53,11 +54,11 @@ class LayerStep:
     peak_recompute: Bytes
     peak_temporary: Bytes
 
-    @property
+    @cached_property
     def seconds(self) -> Seconds:
         return self.time.total
 
-    @property
+    @cached_property
     def bytes(self) -> Bytes:
         """The part of memory that adds up over layers."""
         return self.memory.total

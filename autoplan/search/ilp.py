@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pulp
@@ -44,7 +45,7 @@ class Column:
     strategy: Strategy
     step: LayerStep
 
-    @property
+    @cached_property
     def costs(self) -> tuple[float, ...]:
         """Everything that could make another strategy preferable."""
         step = self.step
@@ -74,7 +75,11 @@ def unbeaten_columns(columns: Sequence[Column]) -> list[Column]:
     """Columns that no other column equals or beats in every cost, the fastest first."""
     kept: list[Column] = []
     for column in sorted(columns, key=lambda c: c.costs):
-        if not any(all(a <= b for a, b in zip(other.costs, column.costs, strict=True)) for other in kept):
+        seconds, size, unsharded, recompute, temporary = column.costs
+        if not any(
+            o[0] <= seconds and o[1] <= size and o[2] <= unsharded and o[3] <= recompute and o[4] <= temporary
+            for o in (other.costs for other in kept)
+        ):
             kept.append(column)
     return kept
 

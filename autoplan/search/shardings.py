@@ -176,7 +176,7 @@ class _Frontier:
         op, model, body = self.body.ops[index], self.model, self.body
         if op.kind in ("enter", "exit"):
             source, value = arriving[0] or REPLICATE, body.values[op.inputs[0]]
-            for target in conversions(value, source, model.tp):
+            for target in (source,) if index in model.fixed_borders else conversions(value, source, model.tp):
                 forward, backward = model.border(value, source, target)
                 yield Choice(Outcome((source,), (target,), False), forward, backward, 0.0, 0.0)
         elif op.kind == "call":
