@@ -22,6 +22,8 @@ def adapt(module: nn.Module) -> None:
         elif isinstance(part, nn.TransformerEncoder):
             part.enable_nested_tensor = False
             part.use_nested_tensor = False
+        elif isinstance(part, nn.TransformerEncoderLayer):
+            part.activation_relu_or_gelu = 0  # says that there is no fused inference kernel for it
 
 
 def _is_plain(part: nn.MultiheadAttention) -> bool:

@@ -24,7 +24,7 @@ def capture_fx(
     compute_dtype: str = "bfloat16",
     batch: int = 2,
 ) -> fx.GraphModule:
-    """A `GraphModule` over the user's own parameters that takes the model's inputs and returns the loss. Sizes are those of `batch`."""
+    """A `GraphModule` over the user's own parameters that takes the model's inputs and returns the loss, for `batch` samples."""
     title = type(module).__name__
     _, (recorder,) = record(module, example_inputs, loss_fn, title, compute_dtype, False, (batch,))
     return fx.GraphModule(module, build(recorder))

@@ -222,7 +222,7 @@ class Recorder(TorchFunctionMode):
         arguments = [tensor for _, tensor in passed]
         key = call_key(self.blocks[name], module, args, kwargs)
         twin = self._twins.get(key) if self.stubs else None
-        call = Call("call", "block", "", place(), block=len(self.layers))
+        call = Call("call", "block", self._stack[-1], place(), block=len(self.layers))
         first = private.sequence()
         if twin is not None:
             scope, unseen = twin.scope, twin.unseen
