@@ -9,7 +9,7 @@ from functools import cached_property
 
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.search.ilp import Column, peaks, unbeaten_columns
-from autoplan.search.shardings import pareto_shardings, streams
+from autoplan.search.shardings import fastest_seconds, pareto_shardings, streams
 from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy
 from autoplan.units import Bytes, Seconds
 
@@ -46,6 +46,7 @@ class Tables:
         for block in self.graph.blocks:
             self.classes[block.body] = self.classes.get(block.body, 0) + 1
         self._shardings: dict[tuple[int, int, int, Layout], list[Sharding]] = {}
+        self._fastest: dict[tuple[int, int, int, Layout], Seconds | None] = {}
 
     def with_batch(self, global_batch: int) -> Tables:
         """The same tables for another global batch: shardings and layer costs do not depend on it."""
@@ -69,12 +70,26 @@ class Tables:
             self._shardings[key] = pareto_shardings(self.costs.layer_model(g, tp, micro_batch), stream)
         return self._shardings[key]
 
+    def fastest(self, g: int, tp: int, micro_batch: int, stream: Layout) -> Seconds | None:
+        """Seconds of one layer and micro-batch at its fastest sharding; None when there is no legal one."""
+        key = (g, tp, micro_batch, stream)
+        if key not in self._fastest:
+            self._fastest[key] = fastest_seconds(self.costs.layer_model(g, tp, micro_batch), stream)
+        return self._fastest[key]
+
     def entries(self, mesh: Mesh, micro_batch: int, recompute: Sequence[Recompute] = ("none", "full")) -> Iterator[Entry]:
         """One entry for every stream layout under which all layers can run."""
         for stream in self.streams(mesh.tp):
-            columns = {g: self._columns(g, mesh, micro_batch, stream, recompute) for g in self.classes}
-            if all(columns.values()):
-                yield Entry(mesh, micro_batch, stream, self.classes, columns)
+            entry = self.entry(mesh, micro_batch, stream, recompute)
+            if entry is not None:
+                yield entry
+
+    def entry(
+        self, mesh: Mesh, micro_batch: int, stream: Layout, recompute: Sequence[Recompute] = ("none", "full")
+    ) -> Entry | None:
+        """Every strategy of every class of layers, priced; None when some layer has none."""
+        columns = {g: self._columns(g, mesh, micro_batch, stream, recompute) for g in self.classes}
+        return Entry(mesh, micro_batch, stream, self.classes, columns) if all(columns.values()) else None
 
     def _columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout, recompute: Sequence[Recompute]) -> list[Column]:
         found = []

@@ -1,14 +1,23 @@
-"""The best plan, with proof: best-first branch and bound over meshes, micro-batches and stream layouts.
+"""The best plan, with proof: best-first branch and bound.
 
-Every candidate has a lower bound that costs nothing (each layer at its fastest, memory ignored: `Entry.bound`) and a least
-memory (`Entry.least_memory`). Candidates are solved exactly (`search.ilp`) in the order of their bounds, until the next
-bound is not below the best solution: whatever was not solved is proven slower, and is listed with that bound.
+A *family* is a tp degree with a layout in which activations pass between layers; it splits into *groups*, one a micro-batch,
+and a group into *entries*, one a mesh. Each has a lower bound on the step that is valid for everything in it:
+
+    family, group   m sum_g N_g fastest_seconds(g)     forward and backward of the fastest sharding of every layer; memory and
+                                                       the data-parallel axes ignored. A family's is taken at its largest
+                                                       micro-batch: a sample is never dearer in a larger one.
+    entry           Entry.bound                        every layer at its fastest strategy on this mesh; memory ignored
+    solved          the integer program (search.ilp)   exact, under memory
+
+The node with the least bound is opened next, until no bound is below the best solution: whatever was not opened is proven
+slower, and is listed with the bound that proves it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 
 from autoplan.cost.model import CostModel
 from autoplan.errors import SolverError
@@ -22,7 +31,7 @@ from autoplan.search.naming import named
 from autoplan.search.shortfall import nothing_fits
 from autoplan.search.solver import solver_name
 from autoplan.search.space import indivisible, meshes, micro_batches
-from autoplan.strategy import Mesh
+from autoplan.strategy import Layout, Mesh
 from autoplan.units import BYTE, SECOND, Bytes, Seconds, show
 from autoplan.workload import Workload
 
@@ -60,112 +69,164 @@ def search(
     Raises `NothingFits` when no plan fits into memory and `UsageError` when the wishes in `fixed` contradict each other.
     """
     costs = CostModel(graph, hardware, workload)
-    tables = Tables(costs)
-    limit = costs.memory_limit(headroom)
-    entries, refused = _enumerate(tables, gpus, fixed or {}, tell)
-    best, candidates = _solve(entries, limit, gap, tell)
-    if best is None:
-        raise nothing_fits(tables, entries, refused, limit, gpus)
-    entry, choice, bound = best
-    proof = _proof(choice.seconds, bound, gap, len(candidates) + len(refused))
-    return _plan(costs, entry, choice, proof, [*candidates, *refused], baselines(tables, gpus, limit), limit)
+    run = _Search(Tables(costs), gpus, fixed or {}, costs.memory_limit(headroom), gap, tell)
+    run.run()
+    if run.best is None:
+        raise nothing_fits(run.tables, run.entries, run.refused, run.limit, gpus)
+    entry, choice = run.best
+    candidates = run.candidates()
+    proof = _proof(choice.seconds, run.proven_bound(), gap, len(candidates))
+    return _plan(costs, entry, choice, proof, candidates, baselines(run.tables, gpus, run.limit), run.limit)
 
 
-def _enumerate(tables: Tables, gpus: int, fixed: Mapping[str, int], tell: Tell | None) -> tuple[list[Entry], list[Candidate]]:
-    workload = tables.costs.workload
-    entries: list[Entry] = []
-    refused: list[Candidate] = []
-    everything = list(meshes(gpus, fixed))
-    for number, mesh in enumerate(everything):
-        if tell is not None:
-            tell(Progress(number, len(everything), None, None, f"pricing {mesh}"))
-        sizes = micro_batches(mesh, workload)
-        if not sizes:
-            refused.append(indivisible(mesh, workload))
-        for micro_batch in sizes:
-            found = list(tables.entries(mesh, micro_batch))
-            entries.extend(found)
-            if not found:
-                refused.append(
-                    Candidate(mesh=mesh, micro_batch=micro_batch, status="illegal", reason=_unsplittable(tables, mesh))
-                )
-    return entries, refused
+@dataclass(frozen=True)
+class _Family:
+    """All meshes and micro-batches of one tp degree and stream layout."""
+
+    tp: int
+    stream: Layout
 
 
-def _unsplittable(tables: Tables, mesh: Mesh) -> str:
-    return f"the model's layers cannot be placed on tp {mesh.tp} x dp_shard {mesh.dp_shard}"
+@dataclass(frozen=True)
+class _Group:
+    """All meshes of one tp degree, stream layout and micro-batch."""
+
+    tp: int
+    stream: Layout
+    micro_batch: int
 
 
-def _solve(
-    entries: list[Entry], limit: Bytes, gap: float, tell: Tell | None
-) -> tuple[tuple[Entry, Choice, Seconds] | None, list[Candidate]]:
-    """The best entry with its choice and the proven bound, and what became of every (mesh, micro-batch)."""
-    best: tuple[Entry, Choice] | None = None
-    verdicts: list[tuple[Entry, Candidate]] = []
-    unsolved: list[Seconds] = []
-    ordered = sorted(entries, key=lambda e: (e.bound, e.mesh, e.micro_batch, e.stream))
-    for number, entry in enumerate(ordered):
-        if tell is not None:
-            tell(Progress(number, len(ordered), best[1].seconds if best else None, entry.bound, f"solving {entry.mesh}"))
-        if best is not None and entry.bound >= best[1].seconds * (1 - gap):
-            unsolved.append(entry.bound)
-            verdicts.append((entry, _slower(entry, entry.bound, best[1].seconds, bound=True, limit=limit)))
-            continue
+class _Search:
+    """The open nodes by their bounds, the best solution, and what became of every entry."""
+
+    def __init__(self, tables: Tables, gpus: int, fixed: Mapping[str, int], limit: Bytes, gap: float, tell: Tell | None) -> None:
+        self.tables, self.limit, self.gap, self.tell = tables, limit, gap, tell
+        self.meshes: dict[int, list[Mesh]] = {}
+        self.sizes: dict[int, list[int]] = {}
+        self.refused: list[Candidate] = []
+        self.entries: list[Entry] = []
+        self.verdicts: list[tuple[Entry, Candidate]] = []
+        self.best: tuple[Entry, Choice] | None = None
+        self.bounds: list[Seconds] = []
+        self.open: list[tuple[Seconds, int, _Family | _Group | Entry]] = []
+        self.pushed = 0
+        for mesh in meshes(gpus, fixed):
+            sizes = micro_batches(mesh, tables.costs.workload)
+            if sizes:
+                self.meshes.setdefault(mesh.tp, []).append(mesh)
+                self.sizes[mesh.tp] = sizes
+            else:
+                self.refused.append(indivisible(mesh, tables.costs.workload))
+
+    def run(self) -> None:
+        """Open nodes until the best solution is proven, or there is none."""
+        for tp in self.meshes:
+            for stream in self.tables.streams(tp):
+                self._push(self._least_seconds(tp, stream, self.sizes[tp][-1]), _Family(tp, stream))
+        while self.open and (self.best is None or self.open[0][0] < self.best[1].seconds * (1 - self.gap)):
+            bound, _, node = heappop(self.open)
+            self._report(bound, node)
+            if isinstance(node, _Family):
+                for size in self.sizes[node.tp]:
+                    self._push(self._least_seconds(node.tp, node.stream, size), _Group(node.tp, node.stream, size))
+            elif isinstance(node, _Group):
+                self._split(node, bound)
+            else:
+                self._solve(node)
+
+    def _push(self, bound: Seconds | None, node: _Family | _Group | Entry) -> None:
+        if bound is not None:
+            self.pushed += 1
+            heappush(self.open, (bound, self.pushed, node))
+
+    def _least_seconds(self, tp: int, stream: Layout, micro_batch: int) -> Seconds | None:
+        batches = self.sizes[tp][-1] // micro_batch
+        seconds = [self.tables.fastest(g, tp, micro_batch, stream) for g in self.tables.classes]
+        if any(t is None for t in seconds):
+            return None
+        return batches * sum(n * t for n, t in zip(self.tables.classes.values(), seconds, strict=True) if t is not None)
+
+    def _split(self, group: _Group, bound: Seconds) -> None:
+        for mesh in self.meshes[group.tp]:
+            entry = self.tables.entry(mesh, group.micro_batch, group.stream)
+            if entry is not None:
+                self.entries.append(entry)
+                self._push(max(bound, entry.bound), entry)
+
+    def _solve(self, entry: Entry) -> None:
         try:
-            choice = choose(entry.classes, entry.columns, limit, gap=gap) if entry.least_memory <= limit else None
+            choice = choose(entry.classes, entry.columns, self.limit, gap=self.gap) if entry.least_memory <= self.limit else None
         except UnsolvedError:
-            unsolved.append(entry.bound)
-            verdicts.append((entry, _slower(entry, entry.bound, entry.bound, bound=True, limit=limit)))
-            continue
+            self.bounds.append(entry.bound)
+            self.verdicts.append((entry, _slower(entry.mesh, entry.micro_batch, entry.bound, bound=True)))
+            return
         if choice is None:
-            verdicts.append((entry, _too_big(entry, limit)))
-            continue
-        unsolved.append(choice.bound)
-        verdicts.append((entry, _slower(entry, choice.seconds, choice.seconds, bound=False, limit=limit)))
-        if best is None or choice.seconds < best[1].seconds:
-            best = entry, choice
-    if best is None:
-        return None, []
-    return (*best, min(*unsolved, best[1].seconds) if unsolved else best[1].seconds), _best_of_each(verdicts, *best)
+            self.verdicts.append((entry, _too_big(entry, self.limit)))
+            return
+        self.bounds.append(choice.bound)
+        self.verdicts.append((entry, _slower(entry.mesh, entry.micro_batch, choice.seconds, bound=False)))
+        if self.best is None or choice.seconds < self.best[1].seconds:
+            self.best = entry, choice
+
+    def _report(self, bound: Seconds, node: _Family | _Group | Entry) -> None:
+        if self.tell is not None:
+            what = str(node.mesh) if isinstance(node, Entry) else f"tp {node.tp}"
+            best = self.best[1].seconds if self.best else None
+            self.tell(Progress(self.pushed - len(self.open) - 1, self.pushed, best, bound, what))
+
+    def proven_bound(self) -> Seconds:
+        """No plan whatever is faster than this."""
+        assert self.best is not None
+        return min([*self.bounds, *(bound for bound, _, _ in self.open[:1]), self.best[1].seconds])
+
+    def candidates(self) -> list[Candidate]:
+        """What became of every (mesh, micro-batch), the best first, with its reason."""
+        assert self.best is not None
+        found = _best_of_each([candidate for _, candidate in self.verdicts], self._unopened(), self.refused)
+        entry, choice = self.best
+        found[entry.mesh, entry.micro_batch] = _slower(entry.mesh, entry.micro_batch, choice.seconds, bound=False)
+        told = [
+            replace(candidate, status="chosen", reason="the fastest")
+            if key == (entry.mesh, entry.micro_batch)
+            else _told(candidate, choice.seconds)
+            for key, candidate in found.items()
+        ]
+        return sorted(told, key=lambda c: (*_rank(c), c.mesh, c.micro_batch))
+
+    def _unopened(self) -> Iterator[Candidate]:
+        for bound, _, node in self.open:
+            if isinstance(node, Entry):
+                yield _slower(node.mesh, node.micro_batch, bound, bound=True)
+            else:
+                sizes = [node.micro_batch] if isinstance(node, _Group) else self.sizes[node.tp]
+                for mesh in self.meshes[node.tp]:
+                    for size in sizes:
+                        yield _slower(mesh, size, bound, bound=True)
 
 
-def _slower(entry: Entry, seconds: Seconds, best: Seconds, *, bound: bool, limit: Bytes) -> Candidate:
-    status = "out of memory" if entry.least_memory > limit else "slower"
-    reason = f"needs at least {show(entry.least_memory, BYTE)} of {show(limit, BYTE)}" if status == "out of memory" else ""
-    return Candidate(
-        mesh=entry.mesh,
-        micro_batch=entry.micro_batch,
-        status=status,  # type: ignore[arg-type]
-        reason=reason,
-        step_time=None if status == "out of memory" else seconds,
-        bound=bound,
-        memory=entry.least_memory if status == "out of memory" else None,
-    )
+def _slower(mesh: Mesh, micro_batch: int, seconds: Seconds, *, bound: bool) -> Candidate:
+    return Candidate(mesh=mesh, micro_batch=micro_batch, status="slower", reason="", step_time=seconds, bound=bound)
 
 
 def _too_big(entry: Entry, limit: Bytes) -> Candidate:
     needed = entry.least_memory
-    reason = (
-        f"needs at least {show(needed, BYTE)} of {show(limit, BYTE)}"
-        if needed > limit
-        else f"no choice of strategies fits {show(limit, BYTE)}"
-    )
+    if needed > limit:
+        reason = f"needs at least {show(needed, BYTE)} of {show(limit, BYTE)}"
+    else:
+        reason = f"no choice of strategies fits {show(limit, BYTE)}"
     return Candidate(
         mesh=entry.mesh, micro_batch=entry.micro_batch, status="out of memory", reason=reason, memory=max(needed, limit)
     )
 
 
-def _best_of_each(verdicts: Iterable[tuple[Entry, Candidate]], chosen: Entry, choice: Choice) -> list[Candidate]:
-    """One candidate for every (mesh, micro-batch): its best stream layout; reasons relative to the chosen plan."""
+def _best_of_each(*verdicts: Iterable[Candidate]) -> dict[tuple[Mesh, int], Candidate]:
+    """One candidate for every (mesh, micro-batch): that of its best stream layout."""
     found: dict[tuple[Mesh, int], Candidate] = {}
-    for entry, candidate in verdicts:
-        key = (entry.mesh, entry.micro_batch)
-        if entry is chosen:
-            found[key] = replace(candidate, status="chosen", reason="the fastest")
-        elif key not in found or (found[key].status != "chosen" and _rank(candidate) < _rank(found[key])):
+    for candidate in (c for some in verdicts for c in some):
+        key = (candidate.mesh, candidate.micro_batch)
+        if key not in found or _rank(candidate) < _rank(found[key]):
             found[key] = candidate
-    told = [_told(candidate, choice.seconds) for candidate in found.values()]
-    return sorted(told, key=lambda c: (*_rank(c), c.mesh, c.micro_batch))
+    return found
 
 
 def _rank(candidate: Candidate) -> tuple[int, float]:

@@ -5,7 +5,7 @@ the memory of every live tensor, and which of those memories are already counted
 continues by every outcome of its sharding rule (cost.rules), a border by every redistribution. Two partial shardings
 that meet in one state have the same future, so only those are kept that are not beaten in all of
 
-    (forward seconds, backward seconds, saved bytes, parameters)
+    (forward seconds, backward seconds, saved bytes, parameters, largest temporary)
 
 which is a dynamic program over the layer's frontier (`_advance`): exact, and independent of how many layers are equal.
 Beforehand one pass forward and one backward find the layouts of every tensor that can be reached and from which the end
@@ -22,6 +22,7 @@ from typing import NamedTuple
 from autoplan.cost.layer import LayerModel, borders_of, call_borders, changes_memory, saved_values, stream_layout
 from autoplan.cost.rules import Outcome, conversions, outcomes
 from autoplan.strategy import REPLICATE, Border, Layout, Sharding, shard
+from autoplan.units import Seconds
 
 _ROUNDING = 1 + 1e-12
 
@@ -41,6 +42,7 @@ class Label(NamedTuple):
     backward: float
     saved: float
     numel: float
+    temporary: float
     chain: tuple[object, ...] | None
 
 
@@ -53,6 +55,7 @@ class Choice:
     backward: float
     numel: float
     saved_extra: float
+    temporary: float
 
 
 State = tuple[tuple[tuple[int, Live], ...], frozenset[int]]
@@ -60,7 +63,12 @@ State = tuple[tuple[tuple[int, Live], ...], frozenset[int]]
 
 def pareto_shardings(model: LayerModel, stream: Layout) -> list[Sharding]:
     """Every unbeaten sharding of the layer whose activations enter and leave as `stream`; empty when there is none."""
-    return _Frontier(model, stream).run()
+    return _Frontier(model, stream).shardings()
+
+
+def fastest_seconds(model: LayerModel, stream: Layout) -> Seconds | None:
+    """Forward and backward of the fastest sharding, recomputation and data parallelism apart; None when there is none."""
+    return _Frontier(model, stream, seconds_only=True).seconds()
 
 
 def streams(model_inputs: Sequence[tuple[tuple[int, ...], int | None]], tp: int) -> list[Layout]:
@@ -76,8 +84,10 @@ def streams(model_inputs: Sequence[tuple[tuple[int, ...], int | None]], tp: int)
 
 
 class _Frontier:
-    def __init__(self, model: LayerModel, stream: Layout) -> None:
+    def __init__(self, model: LayerModel, stream: Layout, *, seconds_only: bool = False) -> None:
         self.model, self.stream, self.body = model, stream, model.body
+        self.seconds_only = seconds_only
+        self.prune = fastest if seconds_only else unbeaten
         self.trainable = {p.name: p for p in self.body.parameters}
         self.last_use = {i: len(self.body.ops) for i in self.body.outputs}
         for index, op in reversed(list(enumerate(self.body.ops))):
@@ -112,20 +122,24 @@ class _Frontier:
                 alive[i] &= {layouts[position] for layouts, _ in usable} | {None}
         return alive
 
-    def run(self) -> list[Sharding]:
+    def shardings(self) -> list[Sharding]:
+        return list(dict.fromkeys(self._sharding(label) for label in self._finals()))
+
+    def seconds(self) -> Seconds | None:
+        return min((label.forward + label.backward for label in self._finals()), default=None)
+
+    def _finals(self) -> list[Label]:
         body = self.body
         arriving = {i: stream_layout(body.values[i], self.stream) for i in body.inputs}
         live = {i: Live(layout, i, self.model.local_bytes(body.values[i], layout)) for i, layout in arriving.items()}
-        frontier: dict[State, list[Label]] = {self._state(live, frozenset(), -1): [Label(0.0, 0.0, 0.0, 0.0, None)]}
+        frontier: dict[State, list[Label]] = {self._state(live, frozenset(), -1): [Label(0.0, 0.0, 0.0, 0.0, 0.0, None)]}
         for index in range(len(body.ops)):
             frontier = self._advance(index, frontier)
-            if not frontier:
-                return []
         finals: list[Label] = []
-        for (live, _), labels in frontier.items():
-            if self._leaves_right(dict(live)):
+        for (live_items, _), labels in frontier.items():
+            if self._leaves_right(dict(live_items)):
                 finals.extend(labels)
-        return list(dict.fromkeys(self._sharding(label) for label in unbeaten(finals)))
+        return self.prune(finals) if finals else []
 
     def _leaves_right(self, live: dict[int, Live]) -> bool:
         return all(
@@ -153,10 +167,11 @@ class _Frontier:
                             label.backward + choice.backward,
                             label.saved + saved,
                             label.numel + choice.numel,
+                            max(label.temporary, choice.temporary),
                             (step, label.chain),
                         )
                     )
-        return {state: unbeaten(labels) for state, labels in grown.items()}
+        return {state: self.prune(labels) for state, labels in grown.items()}
 
     def _layout(self, i: int, live: dict[int, Live]) -> Layout | None:
         if i in live:
@@ -178,11 +193,11 @@ class _Frontier:
             source, value = arriving[0] or REPLICATE, body.values[op.inputs[0]]
             for target in (source,) if index in model.fixed_borders else conversions(value, source, model.tp):
                 forward, backward = model.border(value, source, target)
-                yield Choice(Outcome((source,), (target,), False), forward, backward, 0.0, 0.0)
+                yield Choice(Outcome((source,), (target,), False), forward, backward, 0.0, 0.0, 0.0)
         elif op.kind == "call":
             for outcome in self._calls(index, arriving):
                 forward, backward = call_borders(model, index, outcome, self.stream)
-                yield Choice(outcome, forward, backward, 0.0, 0.0)
+                yield Choice(outcome, forward, backward, 0.0, 0.0, 0.0)
         else:
             for outcome in outcomes(op, body, arriving, model.tp, model.packings.get(index, ())):
                 cost = model.op(index, outcome)
@@ -192,7 +207,7 @@ class _Frontier:
                     if before is None and name is not None:
                         numel += model.local_parameter(self.trainable[name], after).numel(1)
                         backward += model.parameter_sync(body.values[i], after)
-                yield Choice(outcome, forward, backward, numel, cost.saved_extra)
+                yield Choice(outcome, forward, backward, numel, cost.saved_extra, cost.temporary)
 
     def _calls(self, index: int, arriving: tuple[Layout | None, ...]) -> Iterator[Outcome]:
         """A block takes its inputs in the stream's layout, if a border can bring them there; its outputs may be brought
@@ -222,7 +237,7 @@ class _Frontier:
         for i, layout in zip(op.outputs, outcome.outputs, strict=True):
             after[i] = self._made(index, i, layout, outcome, after)
         saved = choice.saved_extra
-        if op.saved:
+        if op.saved and not self.seconds_only:
             marked = set(counted)
             for i in saved_values(body, op):
                 at = after.get(i) or self._fresh(i, REPLICATE)
@@ -234,13 +249,13 @@ class _Frontier:
 
     def _state(self, live: dict[int, Live], counted: frozenset[int], index: int) -> State:
         """What the operations after `index` can see, memories numbered anew so that equal futures are equal states."""
+        last_use = self.last_use
+        kept = [(i, at) for i, at in live.items() if last_use.get(i, -1) > index]
+        if self.seconds_only:
+            return tuple([(i, Live(at.layout, 0, 0.0)) for i, at in kept]), counted
         numbers: dict[int, int] = {}
-        kept = []
-        for i in sorted(live):
-            if self.last_use.get(i, -1) > index:
-                at = live[i]
-                kept.append((i, Live(at.layout, numbers.setdefault(at.memory, len(numbers)), at.size)))
-        return tuple(kept), frozenset(numbers[m] for m in counted if m in numbers)
+        renamed = tuple([(i, Live(at.layout, numbers.setdefault(at.memory, len(numbers)), at.size)) for i, at in kept])
+        return renamed, frozenset([numbers[m] for m in counted if m in numbers])
 
     def _fresh(self, i: int, layout: Layout) -> Live:
         """A tensor in a memory of its own (its number must differ from those in use: they count from 0)."""
@@ -275,13 +290,18 @@ class _Frontier:
         return Sharding(tuple(sorted(parameters.items(), key=lambda item: order[item[0]])), tuple(borders), self.stream)
 
 
+def fastest(labels: list[Label]) -> list[Label]:
+    """The one with the fewest seconds."""
+    return [min(labels, key=lambda label: label.forward + label.backward)]
+
+
 def unbeaten(labels: list[Label]) -> list[Label]:
     """Those that no other label equals or beats in every cost (seconds that differ by rounding are equal)."""
     if len(labels) == 1:
         return labels
     kept: list[Label] = []
-    for label in sorted(labels, key=lambda x: (x[0] + x[1], *x[2:4])):
-        f, b, s, n = label[0] * _ROUNDING, label[1] * _ROUNDING, label[2], label[3]
-        if not any(k[0] <= f and k[1] <= b and k[2] <= s and k[3] <= n for k in kept):
+    for label in sorted(labels, key=lambda x: (x[0] + x[1], *x[2:5])):
+        f, b, s, n, t = label[0] * _ROUNDING, label[1] * _ROUNDING, label[2], label[3], label[4]
+        if not any(k[0] <= f and k[1] <= b and k[2] <= s and k[3] <= n and k[4] <= t for k in kept):
             kept.append(label)
     return kept

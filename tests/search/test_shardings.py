@@ -59,10 +59,10 @@ def every_sharding(model: LayerModel, stream: Layout) -> Iterator[Sharding]:
     yield from follow(0, {i: stream_layout(body.values[i], stream) for i in body.inputs}, [])
 
 
-def price(model: LayerModel, sharding: Sharding) -> tuple[float, float, float, float]:
+def price(model: LayerModel, sharding: Sharding) -> tuple[float, ...]:
     cost = layer_cost(model, sharding)
     numel = float(sum(p.numel(1) for p in cost.parameters))
-    return (cost.forward + cost.tp_forward, cost.backward + cost.tp_backward, cost.saved, numel)
+    return (cost.forward + cost.tp_forward, cost.backward + cost.tp_backward, cost.saved, numel, cost.temporary)
 
 
 def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
