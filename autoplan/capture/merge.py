@@ -124,14 +124,19 @@ def _saved(call: Call, scope: Scope, values: tuple[Value, ...], kept: set[int]) 
     for tensor in call.packed:
         root = scope.root(tensor)
         if root is not None:
-            if values[root].parameter is None and not _constant(scope, root):
-                saved[root] = None
-            continue
+            if values[root].parameter is not None or _constant(scope, root):
+                continue
+            saved[root] = None
         key = storage_key(tensor)
         if key not in kept:
             kept.add(key)
-            extra += tensor.untyped_storage().nbytes()
+            extra += tensor.untyped_storage().nbytes() - (0 if root is None else _size(scope.items[root].tensor))
     return tuple(saved), extra
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes that the value stands for; a slice keeps all of its storage, an expanded tensor less than its size."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _constant(scope: Scope, root: int) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from autoplan.capture.fake import build_on_meta, fake_copy, fake_inputs
 from autoplan.capture.load import LoadedModel, line_of
 from autoplan.capture.merge import BATCHES, merge
 from autoplan.capture.private import DynamicOutputShapeException, FakeTensorMode
-from autoplan.capture.record import CalledTwiceError, Recorder
+from autoplan.capture.record import NoBlockError, Recorder
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
 
@@ -67,25 +66,37 @@ def record(
     adapt(root)
     samples = [fake_inputs(example_inputs(batch), mode, dtype) for batch in batches]
     excluded: frozenset[str] = frozenset()
-    for _ in itertools.count():
+    while True:
         blocks = find_blocks(root, excluded)
         try:
-            recorders = []
-            for inputs in samples:
-                recorder = Recorder(root, blocks, stubs)
-                with mode:
-                    _run(recorder, inputs, loss_fn, title)
-                recorders.append(recorder)
-            return root, recorders
-        except CalledTwiceError as twice:
-            excluded |= {twice.name}
-    raise AssertionError
+            return root, [_recording(root, blocks, stubs, mode, inputs, loss_fn, title) for inputs in samples]
+        except NoBlockError as error:
+            excluded |= error.names
+        except UsageError:
+            if not stubs:
+                raise
+            stubs = False  # perhaps the code looks for something that a block left behind, and a stub does not
+
+
+def _recording(
+    root: nn.Module,
+    blocks: Mapping[str, Hashable],
+    stubs: bool,
+    mode: FakeTensorMode,
+    inputs: dict[str, Any],
+    loss_fn: LossFunction | None,
+    title: str,
+) -> Recorder:
+    recorder = Recorder(root, blocks, stubs)
+    with mode:
+        _run(recorder, inputs, loss_fn, title)
+    return recorder
 
 
 def _run(recorder: Recorder, inputs: dict[str, Any], loss_fn: LossFunction | None, title: str) -> None:
     try:
         recorder.run(inputs, lambda output: loss_of(output, inputs, loss_fn, title))
-    except (UsageError, CalledTwiceError):
+    except (UsageError, NoBlockError):
         raise
     except DynamicOutputShapeException as error:
         raise UsageError(

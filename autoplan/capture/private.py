@@ -11,17 +11,20 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 __all__ = [
+    "CHECKPOINT",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "flops",
     "is_view",
+    "module_call",
     "no_torch_function",
     "node_sequence",
     "patched",
@@ -63,6 +66,9 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
     finally:
         setattr(owner, name, original)
 
+
+CHECKPOINT = (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator")
+"""Where `checkpoint` looks up what runs around the checkpointed call, however the user imported `checkpoint`."""
 
 CallModule = Callable[..., Any]
 

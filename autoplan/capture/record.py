@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,12 @@ _SAYS_YES = {aten.all.default, aten._is_all_true.default}
 _HOUSE = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(__file__).parent.parent / "adapt.py"))
 
 
-class CalledTwiceError(Exception):
-    """A block runs more than once in one forward pass, so that it is no layer of its own."""
+class NoBlockError(Exception):
+    """What looked like layers are none: `names` run twice or never, or pass tensors past their results."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+        super().__init__(", ".join(sorted(self.names)))
 
 
 def place() -> str:
@@ -89,10 +89,19 @@ class Recorder(TorchFunctionMode):
                 output = self.root(**inputs)
                 loss = loss_of(output)
             self.outer.outputs.append(self.outer.find(loss))
+            self._check_blocks()
             self._last = None
             wanted = [p for p in self.root.parameters() if p.requires_grad]
             torch.autograd.grad(loss, wanted, allow_unused=True)
         return loss
+
+    def _check_blocks(self) -> None:
+        """All blocks ran, and none let a tensor out by a side door (`self.aux_loss = ...`): a constant with a gradient."""
+        if len(self.layers) < len(self.blocks):
+            raise NoBlockError(self.blocks.keys() - self.layers.keys())
+        for scope in (self.outer, *self.layers.values()):
+            if any(constant.grad_fn is not None for constant in scope.constants):
+                raise NoBlockError(self.blocks)
 
     @contextlib.contextmanager
     def _patches(self) -> Iterator[None]:
@@ -108,7 +117,7 @@ class Recorder(TorchFunctionMode):
             masks = sys.modules.get("transformers.masking_utils")
             if hasattr(masks, "find_packed_sequence_indices"):  # decides by tensor values; under fake tensors, wrongly
                 stack.enter_context(private.patched(masks, "find_packed_sequence_indices", lambda *a, **k: None))
-            stack.enter_context(private.patched(torch.utils.checkpoint, "checkpoint", self._checkpoint))
+            stack.enter_context(private.patched(*private.CHECKPOINT, self._no_checkpoint))
             yield
 
     def _routed(self, function: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,6 +131,9 @@ class Recorder(TorchFunctionMode):
     def _custom(self, apply: Any) -> Callable[..., Any]:
         def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
             bound = apply.__get__(None, cls)
+            if cls is torch.utils.checkpoint.CheckpointFunction:
+                next(self._no_checkpoint())
+                return args[0](*args[2:])
             if self._current is not None or cls.__module__.startswith("autoplan.capture"):
                 return bound(*args, **kwargs)
             with private.no_torch_function():
@@ -129,11 +141,10 @@ class Recorder(TorchFunctionMode):
 
         return call
 
-    def _checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _no_checkpoint(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
+        """In the place of the generator around a checkpointed call: does nothing before and after it."""
         self.warnings["the model's own activation checkpointing is left out: the plan decides what is recomputed"] = None
-        for name in ("use_reentrant", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state"):
-            kwargs.pop(name, None)
-        return function(*args, **kwargs)
+        yield
 
     # --- calls of the user's code ------------------------------------------------------------------------------------
 
@@ -216,7 +227,7 @@ class Recorder(TorchFunctionMode):
         self, original: Callable[..., Any], module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if name in self.layers:
-            raise CalledTwiceError(name)
+            raise NoBlockError([name])
         outer = self._scope
         passed = argument_leaves(args, kwargs)
         arguments = [tensor for _, tensor in passed]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import TINY, loss_of, real, tiny
 
 from autoplan.capture.fx import capture_fx
+from tests.capture.models import TINY, loss_of, real, tiny
 
 
 @pytest.mark.parametrize("name", list(TINY))

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import TINY, loss_of, real, tiny
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoplan.capture import capture, capture_module
 from autoplan.errors import UsageError
 from autoplan.graph import Body, Graph
+from tests.capture.models import TINY, loss_of, real, tiny
 
 NAMES = list(TINY)
 
