@@ -9,8 +9,6 @@ import sys
 from types import ModuleType
 from typing import Any
 
-__version__ = "0.1.0"
-
 _FACE = (
     "apply",
     "estimate",
@@ -37,6 +35,10 @@ class _Face(ModuleType):
             from autoplan import api
 
             return getattr(api, name)
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("autoplan-torch")
         raise AttributeError(f"module 'autoplan' has no attribute '{name}'")
 
     def __setattr__(self, name: str, value: Any) -> None:

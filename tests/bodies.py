@@ -15,7 +15,9 @@ class Builder:
         self.parameters: list[Parameter] = []
         self.scope: list[str] = []
 
-    def value(self, *shape: int, storage: int | None = None, parameter: str | None = None, grad: bool = True, dtype: str | None = None) -> int:
+    def value(
+        self, *shape: int, storage: int | None = None, parameter: str | None = None, grad: bool = True, dtype: str | None = None
+    ) -> int:
         i = len(self.values)
         batch_dim = None if parameter else 0
         self.values.append(Value(i, shape, dtype or self.dtype, batch_dim, grad, i if storage is None else storage, parameter))
@@ -28,7 +30,16 @@ class Builder:
         self.parameters.append(Parameter(name, shape, self.dtype))
         return self.value(*shape, parameter=name)
 
-    def op(self, kind: str, name: str, inputs: list[int], outputs: list[int], flops: float = 0.0, saved: tuple[int, ...] = (), **more: object) -> int:
+    def op(
+        self,
+        kind: str,
+        name: str,
+        inputs: list[int],
+        outputs: list[int],
+        flops: float = 0.0,
+        saved: tuple[int, ...] = (),
+        **more: object,
+    ) -> int:
         size = sum(self.values[i].bytes_at(1) for i in inputs + outputs)
         moved = Cost() if kind in ("enter", "exit", "view", "call") else Cost(size)
         self.ops.append(
@@ -71,7 +82,9 @@ class Builder:
         return self.op("pointwise", name, list(inputs), [self.value(*shape)], saved=saved, linear=linear)
 
     def body(self, inputs: list[int], outputs: list[int]) -> Body:
-        return Body(tuple(self.values), tuple(self.ops), tuple(inputs), tuple(outputs), tuple(self.parameters), ("0",) * len(inputs))
+        return Body(
+            tuple(self.values), tuple(self.ops), tuple(inputs), tuple(outputs), tuple(self.parameters), ("0",) * len(inputs)
+        )
 
 
 def mlp_block(hidden: int = 64, seq: int = 16, ffn: int = 128, norm: bool = True) -> Body:

@@ -15,7 +15,7 @@ from autoplan import cli
 from autoplan.errors import NothingFits
 
 sys.path.insert(0, str(Path(__file__).parent))
-from report.plans import llama, single
+from tests.report.plans import llama, single
 
 
 class FakeApi(ModuleType):

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
-from autoplan import __version__
 from autoplan.errors import AutoplanError, UsageError
 from autoplan.files.document import read_document, validate, write_text
 from autoplan.plan import (
@@ -37,7 +37,7 @@ from autoplan.units import BYTE, SECOND, Unit, exact, parse
 from autoplan.workload import Workload
 
 HEADER = f"""\
-# autoplan {__version__} plan: `autoplan report` shows it, `autoplan.apply(model, plan)` runs it.
+# autoplan {version("autoplan-torch")} plan: `autoplan report` shows it, `autoplan.apply(model, plan)` runs it.
 # Edit it freely: what does not hang together is refused with the place. Layouts are those of DTensor over the tp axis
 # ("Replicate|Partial": the value is replicated, its gradient is partial).
 """
