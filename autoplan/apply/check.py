@@ -40,9 +40,11 @@ def parameter_shards(model: nn.Module, plan: Plan) -> dict[str, ParameterShards]
 
 def _layouts(model: nn.Module, plan: Plan) -> dict[str, Layout]:
     """Layout by full parameter name, as the outer strategy and the layers' say; tied names share it."""
+    for name, _ in plan.layers():
+        _submodule(model, name)
     found: dict[str, Layout] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for prefix, sharding in _members(model, plan):
+    for prefix, sharding in _members(plan):
         for name, layout in sharding.parameters:
             full = f"{prefix}{name}"
             if full not in parameters:
@@ -58,10 +60,9 @@ def _layouts(model: nn.Module, plan: Plan) -> dict[str, Layout]:
     return found
 
 
-def _members(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Sharding]]:
+def _members(plan: Plan) -> Iterator[tuple[str, Sharding]]:
     yield "", plan.outer_strategy.sharding
     for name, strategy in plan.layers():
-        _submodule(model, name)
         yield f"{name}.", strategy.sharding
 
 

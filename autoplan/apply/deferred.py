@@ -133,27 +133,55 @@ _FILLS = {"normal_", "uniform_", "zero_", "fill_", "copy_", "exponential_", "log
 """Operations that give every element of `self` a new value without reading the old one."""
 
 
+_REAL = {"arange", "linspace", "logspace", "scalar_tensor"}
+"""Creations that are left alone: small tables that constructors like to read from, with values that cost nothing."""
+
+
+def _name(func: Any) -> str:
+    return str(func._schema.name).split("::")[-1]
+
+
+def _refuse_real_writes(func: Any, args: tuple[Any, ...]) -> None:
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and isinstance(value, torch.Tensor) and not value.is_meta:
+            raise UsageError(
+                f"the model's constructor writes weights into a table ({func}).",
+                "Build the module yourself and pass it to apply instead of the factory.",
+            )
+
+
 class _Recorder(TorchDispatchMode):
+    """Moves creations to the meta device, where tensors have no memory, and writes down what happens to them.
+
+    It does so below PyTorch's own `torch.device("meta")`, which libraries look for, to leave out their initialisation.
+    """
+
     def __init__(self, recording: Recording) -> None:
         super().__init__()
         self.recording = recording
         self._storages: dict[int, tuple[int, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        before, _ = tree_flatten((args, kwargs))
-        inputs = [leaf for leaf in before if isinstance(leaf, torch.Tensor)]
-        recorded = tree_map_only(torch.Tensor, self.view, (args, dict(kwargs)))
+        kwargs = dict(kwargs or {})
+        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        if not inputs and kwargs.get("device") is not None and _name(func) not in _REAL:
+            kwargs["device"] = torch.device("meta")
+            kwargs.pop("pin_memory", None)
+        recorded = tree_map_only(torch.Tensor, self.view, (args, kwargs))
+        random = torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+        if any(tensor.is_meta for tensor in inputs):
+            _refuse_real_writes(func, args)
+            args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        elif inputs and random:
+            raise UsageError(
+                f"the model's constructor draws random numbers into a tensor with a value ({func}).",
+                "Build the module yourself and pass it to apply instead of the factory.",
+            )
         result = func(*args, **kwargs)
         outputs, _ = tree_flatten(result)
-        random = torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
-        if any(isinstance(out, torch.Tensor) and out.is_meta for out in outputs) or any(t.is_meta for t in inputs):
+        if any(isinstance(out, torch.Tensor) and out.is_meta for out in outputs):
             self._note(func, recorded, inputs, outputs, random)
-        elif random:
-            raise UsageError(
-                f"the model's constructor draws random numbers on the CPU by name ({func}).",
-                "Leave out device= in the constructor, or pass the built module instead of the factory.",
-            )
         return result
 
     def _note(self, func: Any, recorded: Any, inputs: list[torch.Tensor], outputs: list[Any], random: bool) -> None:
@@ -169,8 +197,7 @@ class _Recorder(TorchDispatchMode):
         made = [view.storage for view in views if isinstance(view, View) and view.storage not in read]
         if not made and not mutated:
             return  # a view: its readers know its window
-        name = func._schema.name.split("::")[-1]
-        whole = bool(mutated) and name in _FILLS and self._covers(args[0])
+        whole = bool(mutated) and _name(func) in _FILLS and self._covers(args[0])
         if whole:
             sources = {view.storage for view in tree_flatten((args[1:], kwargs))[0] if isinstance(view, View)}
             whole = args[0].storage not in sources
@@ -205,9 +232,13 @@ class Deferred:
     recording: Recording
     views: dict[str, View]
     """By full name: parameters, buffers, and other tensor attributes (`module.attribute`)."""
+    constants: dict[str, torch.Tensor]
+    """Those of them that have their values already."""
 
     def values(self, seed: int, emit: Callable[[str, torch.Tensor], None]) -> None:
         """Call `emit(name, full CPU tensor)` for every name, one storage at a time. The tensor is gone afterwards."""
+        for name, tensor in self.constants.items():
+            emit(name, tensor)
         by_storage: dict[int, list[str]] = defaultdict(list)
         for name, view in self.views.items():
             by_storage[view.storage].append(name)
@@ -227,7 +258,7 @@ def record(factory: Callable[[], nn.Module]) -> Deferred:
     recording = Recording()
     recorder = _Recorder(recording)
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), recorder:
+        with torch.random.fork_rng(devices=[]), recorder:
             model = factory()
     except AutoplanError:
         raise
@@ -238,8 +269,9 @@ def record(factory: Callable[[], nn.Module]) -> Deferred:
             f"the model's constructor reads a tensor's values or moves it ({str(error).splitlines()[0]})",
             "Build the module yourself and pass it to apply instead of the factory.",
         ) from error
-    views = {name: recorder.view(tensor) for name, tensor in named_tensors(model)}
-    return Deferred(model, recording, {name: view for name, view in views.items() if isinstance(view, View)})
+    tensors = dict(named_tensors(model))
+    views = {name: recorder.view(tensor) for name, tensor in tensors.items() if tensor.is_meta}
+    return Deferred(model, recording, views, {name: tensor for name, tensor in tensors.items() if not tensor.is_meta})
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

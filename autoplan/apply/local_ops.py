@@ -107,9 +107,20 @@ def whole(tensor: DTensor) -> DTensor:
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
     if packed.packing(weight) is not None:
         return packed.linear(x, weight, bias)  # type: ignore[arg-type]
-    if isinstance(x, DTensor) and isinstance(weight, DTensor) and weight.placements[0].is_replicate():
+    if not isinstance(weight, DTensor):
+        return None
+    if isinstance(x, DTensor) and weight.placements[0].is_replicate():
         return _rowwise(x, weight, bias)
+    if isinstance(x, DTensor) and weight.placements[0] == Shard(0) and isinstance(bias, DTensor) and bias.placements[0].is_replicate():
+        return F.linear(x, weight, _share(bias))
     return None
+
+
+def _share(bias: DTensor) -> DTensor:
+    """This rank's part of a replicated bias; its gradient is Partial. (Left to DTensor it is gathered, in as many pieces as used.)"""
+    mesh = bias.device_mesh
+    part = bias.to_local(grad_placements=[Partial()]).chunk(mesh.size())[mesh.get_local_rank()]
+    return DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
 
 
 def _rowwise(x: DTensor, weight: DTensor, bias: torch.Tensor | None) -> DTensor | None:

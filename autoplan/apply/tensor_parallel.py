@@ -59,4 +59,19 @@ def plain(tensor: DTensor) -> torch.Tensor:
     """A local tensor for what every rank has whole, and for scalars; sharded logits stay sharded (for `loss_fn`)."""
     if tensor.ndim > 0 and not tensor.placements[0].is_replicate():
         return tensor
-    return tensor.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
+    local: torch.Tensor = _Plain.apply(tensor.redistribute(placements=[Replicate()]))  # type: ignore[no-untyped-call]
+    return local
+
+
+class _Plain(torch.autograd.Function):
+    """`to_local` of a replicated tensor, but no view of it: FSDP warns of those, since writing into one would undo its hooks."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor) -> torch.Tensor:
+        ctx.mesh = tensor.device_mesh
+        local = tensor.to_local()
+        return local.clone() if local._is_view() else local
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> DTensor:  # type: ignore[override]
+        return DTensor.from_local(gradient, ctx.mesh, [Replicate()], run_check=False)

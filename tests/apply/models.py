@@ -210,6 +210,4 @@ def loss_of(name: str, model: nn.Module, batch: dict[str, torch.Tensor]) -> torc
 
 def batches(name: str, samples: int = 8, steps: int = 3) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [
-        {key: torch.randint(0, VOCAB, (samples, SEQ), generator=generator) for key in NAMES[name]} for _ in range(steps)
-    ]
+    return [{key: torch.randint(0, VOCAB, (samples, SEQ), generator=generator) for key in NAMES[name]} for _ in range(steps)]

@@ -43,7 +43,12 @@ def make(
         outer="outer",
         runs=tuple(LayerRun(layers=(name,), strategy=name) for name in strategies),
         prediction=Prediction(
-            step_time=0.0, time=TimeBreakdown(), memory=MemoryBreakdown(), hidden_communication=0.0, tokens_per_second=0.0, mfu=0.0
+            step_time=0.0,
+            time=TimeBreakdown(),
+            memory=MemoryBreakdown(),
+            hidden_communication=0.0,
+            tokens_per_second=0.0,
+            mfu=0.0,
         ),
         memory_limit=0.0,
         solve=Solve(status="given", gap=0.0, bound=0.0, solver="", candidates=0),

@@ -46,6 +46,7 @@ def _start(rank: int, world: int, folder: Path, function: Callable[..., Any], ar
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=40)
         )
+        dist.barrier()  # nobody leaves before all have come
         outcome: Any = ("ok", function(*args))
     except BaseException as error:
         outcome = ("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")

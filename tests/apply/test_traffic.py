@@ -1,0 +1,66 @@
+"""The collectives that run are those that the plan's borders say, by the table in `strategy.py`, and no others."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from torch.distributed.tensor.debug import CommDebugMode
+
+from autoplan.apply import apply
+from autoplan.strategy import Mesh
+from tests.apply.models import batches, double, gpt_loss
+from tests.apply.plans import PLANNERS
+from tests.apply.ranks import run
+
+pytestmark = pytest.mark.gloo
+
+LAYERS = 2
+
+
+def counts(name, sequence):
+    """(forward, backward) collectives of one step; FSDP over one device has none."""
+    warnings.simplefilter("ignore")  # CommDebugMode's own hooks make views of outputs
+    plan = PLANNERS[name](Mesh(tp=2), sequence=sequence)
+    parallel = apply(double(name), plan, device="cpu", loss_fn=gpt_loss if name == "gpt" else None)
+    with CommDebugMode() as forward:
+        loss = parallel._loss(batches(name)[0])
+    with CommDebugMode() as backward:
+        loss.backward()
+    return named(forward), named(backward)
+
+
+def named(mode):
+    found = {}
+    for op, count in mode.get_comm_counts().items():
+        for word in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all"):
+            if word.replace("_", "") in str(op).replace("_", ""):
+                found[word] = found.get(word, 0) + count
+    return found
+
+
+def test_megatron_sequence_parallel_llama():
+    forward, backward = run(2, counts, "llama", True)[0]
+    # per layer two all_gathers and two reduce_scatters, and the embedding's reduce_scatter, the head's all_gather, two of the loss
+    assert forward == {"all_gather": 2 * LAYERS + 1, "reduce_scatter": 2 * LAYERS + 1, "all_reduce": 2}
+    # the same backward; the norms' weights are GATHERED: one all_reduce each
+    assert backward == {"all_gather": 2 * LAYERS + 1, "reduce_scatter": 2 * LAYERS + 1, "all_reduce": 2 * LAYERS + 1}
+
+
+def test_megatron_llama():
+    forward, backward = run(2, counts, "llama", False)[0]
+    assert forward == {"all_reduce": 2 * LAYERS + 1 + 2}
+    assert backward == {"all_reduce": 2 * LAYERS + 1}
+
+
+def test_packed_projections_are_not_gathered():
+    forward, backward = run(2, counts, "gpt", False)[0]
+    assert forward == {"all_reduce": 2 * LAYERS + 1 + 2}
+    assert backward == {"all_reduce": 2 * LAYERS + LAYERS + 1}  # one more a layer: the packed bias is GATHERED
+
+
+def test_encoder_decoder():
+    forward, backward = run(2, counts, "translator", False)[0]
+    assert forward == {"all_reduce": 2 * LAYERS + 3 * LAYERS + 2 + 2}
+    # borders in: 2 an encoder layer, 4 a decoder layer, the head; packed biases: 1 and 2
+    assert backward == {"all_reduce": (2 + 1) * LAYERS + (4 + 2) * LAYERS + 1}
