@@ -12,7 +12,6 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,18 +19,12 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoplan.capture import private, semantics
 from autoplan.capture.blocks import Twin, call_key, ownership, remember, repeat
+from autoplan.capture.kernels import Kernels
 from autoplan.capture.normalise import classify, name_of, tensors
-from autoplan.capture.scope import Call, Meter, Scope, argument_leaves, leaves, merged
-
-aten = torch.ops.aten
-_READS_ROWS = {aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor}
-_READS_TARGET_ONLY = {aten.nll_loss_forward.default, aten.nll_loss_backward.default}
-_SAYS_YES = {aten.all.default, aten._is_all_true.default}
-_HOUSE = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(__file__).parent.parent / "adapt.py"))
+from autoplan.capture.scope import Call, Meter, Scope, argument_leaves, leaves, merged, place
 
 
 class NoBlockError(Exception):
@@ -40,14 +33,6 @@ class NoBlockError(Exception):
     def __init__(self, names: Iterable[str]) -> None:
         self.names = frozenset(names)
         super().__init__(", ".join(sorted(self.names)))
-
-
-def place() -> str:
-    """file:line of the innermost frame of the user's code."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_HOUSE):
-        frame = frame.f_back  # type: ignore[assignment]
-    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 class Recorder(TorchFunctionMode):
@@ -83,7 +68,7 @@ class Recorder(TorchFunctionMode):
         self._external = {private.storage_key(t) for t in (*self.root.parameters(), *self.root.buffers(), *tensors(inputs))}
         for name, tensor in merged(list(leaves(inputs))):
             self.outer.take(tensor, name)
-        with warnings.catch_warnings(), _Kernels(self):
+        with warnings.catch_warnings(), Kernels(self._meter, self._warn):
             warnings.simplefilter("ignore")
             with self._patches(), torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor), self:
                 output = self.root(**inputs)
@@ -143,8 +128,11 @@ class Recorder(TorchFunctionMode):
 
     def _no_checkpoint(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
         """In the place of the generator around a checkpointed call: does nothing before and after it."""
-        self.warnings["the model's own activation checkpointing is left out: the plan decides what is recomputed"] = None
+        self._warn("the model's own activation checkpointing is left out: the plan decides what is recomputed")
         yield
+
+    def _warn(self, text: str) -> None:
+        self.warnings[text] = None
 
     # --- calls of the user's code ------------------------------------------------------------------------------------
 
@@ -173,8 +161,7 @@ class Recorder(TorchFunctionMode):
             self._emit(call, outputs)
         finally:
             self._current = None
-        for number in range(first, private.sequence()):
-            self._by_sequence[number] = call
+        self._claim(first, call)
         return result
 
     def _emit(self, call: Call, outputs: list[Tensor]) -> None:
@@ -229,41 +216,55 @@ class Recorder(TorchFunctionMode):
         if name in self.layers:
             raise NoBlockError([name])
         outer = self._scope
+        call = Call("call", "block", self._stack[-1], place(), block=len(self.layers))
         passed = argument_leaves(args, kwargs)
-        arguments = [tensor for _, tensor in passed]
         key = call_key(self.blocks[name], module, args, kwargs)
         twin = self._twins.get(key) if self.stubs else None
-        call = Call("call", "block", self._stack[-1], place(), block=len(self.layers))
-        first = private.sequence()
-        if twin is not None:
-            scope, unseen = twin.scope, twin.unseen
-            self._current = call  # the stub's own calls are nobody's
-            try:
-                result = repeat(twin, arguments, next((p for p in module.parameters() if p.requires_grad), None))
-            finally:
-                self._current = None
-            for number in range(first, private.sequence()):
-                self._by_sequence[number] = call
-        else:
-            scope = self._scope = Scope(name, outer, self.owned)
-            for leaf, tensor in passed:
-                scope.take(tensor, leaf)
-            self._stack.append("")
-            result = self._within(original, module, "", args, kwargs)
-            self._stack.pop()
-            self._scope = outer
-            given = set(map(id, arguments))
+        if twin is None:
+            scope, result = self._trace(original, module, Scope(name, outer, self.owned), args, kwargs)
+            given = {id(tensor) for _, tensor in passed}
             unseen = [scope.items[i].tensor for i in scope.inputs if id(scope.items[i].tensor) not in given]
-            scope.outputs = [scope.find(tensor) for _, tensor in merged(list(leaves(result)))]
-            self._twins[key] = remember(scope, arguments, unseen, result)
+            self._twins[key] = remember(scope, [tensor for _, tensor in passed], unseen, result)
+        else:
+            scope, unseen, result = twin.scope, twin.unseen, self._stub(twin, module, passed, call)
         self.layers[name] = scope
-        call.inputs = tuple(outer.find(tensor) for tensor in (*arguments, *unseen))
+        call.inputs = tuple(outer.find(tensor) for tensor in (*(tensor for _, tensor in passed), *unseen))
         outputs = [tensor for _, tensor in merged(list(leaves(result)))]
         call.outputs = tuple(outer.value(tensor) for tensor in outputs)
         self._alive.append((args, kwargs, outputs))
         outer.calls.append(call)
         self._last = call
         return result
+
+    def _trace(
+        self, original: Callable[..., Any], module: nn.Module, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Scope, Any]:
+        """Runs a block and records it in a scope of its own."""
+        outer, self._scope = self._scope, scope
+        for leaf, tensor in argument_leaves(args, kwargs):
+            scope.take(tensor, leaf)
+        self._stack.append("")
+        result = self._within(original, module, "", args, kwargs)
+        self._stack.pop()
+        self._scope = outer
+        scope.outputs = [scope.find(tensor) for _, tensor in merged(list(leaves(result)))]
+        return scope, result
+
+    def _stub(self, twin: Twin, module: nn.Module, passed: list[tuple[str, Tensor]], call: Call) -> Any:
+        """Does not run a block."""
+        first = private.sequence()
+        self._current = call  # the stub's own calls are nobody's
+        try:
+            anchor = next((p for p in module.parameters() if p.requires_grad), None)
+            return repeat(twin, [tensor for _, tensor in passed], anchor)
+        finally:
+            self._current = None
+            self._claim(first, call)
+
+    def _claim(self, first: int, call: Call) -> None:
+        """The autograd nodes made since `first` belong to `call`."""
+        for number in range(first, private.sequence()):
+            self._by_sequence[number] = call
 
     # --- costs ---------------------------------------------------------------------------------------------------------
 
@@ -272,7 +273,7 @@ class Recorder(TorchFunctionMode):
             self._current.packed.append(tensor)
         return tensor
 
-    def meter(self) -> Meter | None:
+    def _meter(self) -> Meter | None:
         """Where the costs of the kernel that runs now belong."""
         number = private.node_sequence()
         if number is None and self._current is not None:
@@ -286,56 +287,3 @@ class Recorder(TorchFunctionMode):
 def _same(outputs: list[Tensor], versions: list[tuple[Tensor, int]]) -> bool:
     given = {id(tensor) for tensor, _ in versions}
     return all(id(tensor) in given for tensor in outputs)
-
-
-class _Kernels(TorchDispatchMode):
-    """Adds FLOPs, bytes and the number of kernels to the call that is running."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-        self._yes: dict[int, Tensor] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is aten._local_scalar_dense.default:
-            return self._scalar(func, args)
-        out = func(*args, **kwargs)
-        if private.is_view(func):
-            return out
-        if func in _SAYS_YES:
-            self._yes[id(out)] = out
-        meter = self._recorder.meter()
-        if meter is not None:
-            meter.flops += private.flops(func, args, kwargs, out)
-            meter.bytes += _moved(func, args, kwargs, out)
-            meter.kernels += 1
-        return out
-
-    def _scalar(self, func: Any, args: Any) -> Any:
-        """A tensor's value decides what the Python code does. A fake tensor has none: guess (`all` is true), and say so."""
-        try:
-            return func(*args)
-        except private.DataDependentOutputException:
-            dtype = args[0].dtype
-            guess: Any = id(args[0]) in self._yes if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-            self._recorder.warnings[f"{place()} asks for the value of a tensor; capture went on with {guess}"] = None
-            return guess
-
-
-def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> float:
-    """Bytes that a kernel reads and writes, each tensor once; a gather reads the rows that it returns, not the table."""
-    written = {id(tensor): tensor for tensor in tensors(out)}
-    read = {id(tensor): tensor for tensor in tensors((args, kwargs))}
-    total = sum(_size(tensor) for tensor in written.values())
-    if func in _READS_ROWS:
-        read.pop(id(next(tensors(args))), None)
-        total *= 2
-    elif func in _READS_TARGET_ONLY:
-        read.pop(id(args[0] if func is aten.nll_loss_forward.default else args[1]), None)
-    return total + sum(_size(tensor) for tensor in read.values())
-
-
-def _size(tensor: Tensor) -> float:
-    """Bytes of a tensor; of one that is expanded, those that exist."""
-    return float(min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()))

@@ -7,14 +7,27 @@ outside. A tensor that no frame knows is a parameter, or comes from the scope ou
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from autoplan.capture.private import storage_key
 from autoplan.graph import OpKind
+
+_HOUSE = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(__file__).parent.parent / "adapt.py"))
+
+
+def place() -> str:
+    """file:line of the innermost frame of the user's code."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_HOUSE):
+        frame = frame.f_back  # type: ignore[assignment]
+    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 @dataclass
