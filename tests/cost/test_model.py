@@ -1,0 +1,140 @@
+"""Laws of the cost model, whatever the numbers are."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoplan.cost.layer import layer_cost
+from autoplan.cost.model import OUTER, CostModel
+from autoplan.errors import UsageError
+from autoplan.plan import Prediction
+from autoplan.search.columns import Tables
+from autoplan.strategy import REPLICATE, UNSHARDED, Mesh, Sharding, Strategy, shard
+from autoplan.workload import Workload
+from tests.bodies import mlp_block, model
+from tests.hardware import machine
+
+GRAPH = model(layers=4, hidden=1024, ffn=4096, seq=512, vocab=8192)
+OUTER_PLAIN = Strategy(UNSHARDED, "none", reshard_after_forward=False)
+
+
+def predict(
+    mesh: Mesh, micro_batch: int = 1, global_batch: int = 64, strategy: Strategy | None = None, **hardware: float
+) -> Prediction:
+    costs = CostModel(GRAPH, machine(**hardware), Workload(global_batch=global_batch))  # type: ignore[arg-type]
+    return costs.predict(mesh, micro_batch, OUTER_PLAIN, [(0, strategy or Strategy())] * 4)
+
+
+dp_meshes = st.builds(Mesh, dp_replicate=st.sampled_from([1, 2, 4]), dp_shard=st.sampled_from([1, 2, 4, 8]))
+strategies = st.builds(Strategy, st.just(UNSHARDED), st.sampled_from(["none", "full"]), st.booleans())
+
+
+@given(dp_meshes, strategies, st.sampled_from([1, 2]))
+def test_the_parts_add_up(mesh: Mesh, strategy: Strategy, micro_batch: int) -> None:
+    prediction = predict(mesh, micro_batch, strategy=strategy)
+    assert prediction.step_time == pytest.approx(sum(seconds for _, seconds in prediction.time.items()), rel=1e-12)
+    assert all(part >= 0 for _, part in [*prediction.time.items(), *prediction.memory.items()])
+    assert 0 < prediction.mfu < 1
+
+
+@given(dp_meshes, strategies)
+def test_more_batch_never_takes_less_time(mesh: Mesh, strategy: Strategy) -> None:
+    times = [predict(mesh, 1, batch, strategy).step_time for batch in (32, 64, 128)]
+    assert times == sorted(times)
+
+
+@given(dp_meshes, strategies)
+def test_a_sample_is_never_dearer_in_a_larger_micro_batch(mesh: Mesh, strategy: Strategy) -> None:
+    """What the search's bound on a family of micro-batches rests on."""
+    costs = CostModel(GRAPH, machine(), Workload(global_batch=64))
+    for body in (0, OUTER):
+        seconds = []
+        for micro_batch in (1, 2, 3, 4, 8):
+            cost = costs.layer_cost(body, UNSHARDED, 1, micro_batch)
+            seconds.append((cost.forward + cost.backward) / micro_batch)
+        assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(seconds))
+
+
+@given(dp_meshes, strategies, st.floats(1.0, 10.0))
+def test_more_bandwidth_never_takes_longer(mesh: Mesh, strategy: Strategy, factor: float) -> None:
+    slow = predict(mesh, strategy=strategy)
+    assert predict(mesh, strategy=strategy, bandwidth=300e9 * factor).step_time <= slow.step_time * (1 + 1e-12)
+    assert predict(mesh, strategy=strategy, network=25e9 * factor).step_time <= slow.step_time * (1 + 1e-12)
+
+
+@given(strategies, st.sampled_from([1, 2]))
+def test_state_memory_falls_with_dp_shard(strategy: Strategy, micro_batch: int) -> None:
+    sizes = []
+    for dp_shard in (1, 2, 4, 8, 16):
+        memory = predict(Mesh(dp_shard=dp_shard), micro_batch, strategy=strategy).memory
+        sizes.append(memory.parameters + memory.gradients + memory.optimizer)
+    assert all(b < a for a, b in itertools.pairwise(sizes))
+    assert sizes[0] / sizes[3] == pytest.approx(8, rel=0.01)
+
+
+def test_recompute_trades_activations_for_time() -> None:
+    mesh = Mesh(dp_shard=8)
+    kept, again = predict(mesh, 4, strategy=Strategy()), predict(mesh, 4, strategy=Strategy(recompute="full"))
+    assert again.memory.activations < kept.memory.activations
+    assert again.step_time > kept.step_time
+    assert again.time.recompute > 0
+    assert kept.memory.recompute == 0
+
+
+def test_zero_2_holds_what_zero_3_gathers_again() -> None:
+    mesh = Mesh(dp_shard=8)
+    zero3, zero2 = predict(mesh, strategy=Strategy()), predict(mesh, strategy=Strategy(reshard_after_forward=False))
+    assert zero2.memory.unsharded > zero3.memory.unsharded
+    assert zero2.step_time <= zero3.step_time
+
+
+def test_without_tensor_parallelism_nothing_is_sent_over_tp() -> None:
+    assert predict(Mesh(dp_shard=8)).time.tp_communication == 0
+    assert predict(Mesh()).time.dp_communication == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([2, 4, 8]), st.sampled_from([REPLICATE, shard(1)]))
+def test_every_sharding_the_search_finds_costs_no_more_compute(tp: int, stream: object) -> None:
+    tables = Tables(CostModel(GRAPH, machine(), Workload(global_batch=64)))
+    whole = tables.costs.layer_cost(0, UNSHARDED, 1, 2)
+    for sharding in tables.shardings(0, tp, 2, stream):  # type: ignore[arg-type]
+        cost = tables.costs.layer_cost(0, sharding, tp, 2)
+        assert cost.forward <= whole.forward * (1 + 1e-12)
+        assert sum(p.numel(1) for p in cost.parameters) <= sum(p.numel(1) for p in whole.parameters)
+
+
+def test_exact_parameter_bytes_with_uneven_shards() -> None:
+    """FSDP cuts dim 0 into equal chunks, the last ones shorter: the fullest rank holds the ceiling."""
+    cost = layer_cost(CostModel(GRAPH, machine(), Workload(global_batch=64)).layer_model(0, 1, 1), UNSHARDED)
+    norm = next(p for p in cost.parameters if p.name == "norm.weight")
+    assert [norm.numel(n) for n in (1, 3, 7, 1024, 4096)] == [1024, 342, 147, 1, 1]
+
+
+def test_an_illegal_sharding_is_refused_with_its_place() -> None:
+    costs = CostModel(GRAPH, machine(), Workload(global_batch=64))
+    half = Sharding((("up.weight", shard(0)),))
+    with pytest.raises(UsageError, match="'linear' in module 'up' cannot run on inputs Replicate, Shard"):
+        costs.layer_cost(0, half, 2, 1)
+
+
+def test_a_global_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(UsageError, match="does not divide"):
+        predict(Mesh(dp_shard=8), micro_batch=3, global_batch=64)
+
+
+def test_a_dtype_the_hardware_does_not_know_is_refused() -> None:
+    with pytest.raises(UsageError, match="no peak for float16"):
+        CostModel(GRAPH, machine(), Workload(global_batch=8, compute_dtype="float16"))
+
+
+def test_saved_bytes_of_a_body_are_those_of_its_unsharded_cost() -> None:
+    body = mlp_block(hidden=256, seq=64)
+    graph = replace(GRAPH, bodies=(body,))
+    cost = CostModel(graph, machine(), Workload(global_batch=8)).layer_cost(0, UNSHARDED, 1, 3)
+    assert cost.saved == body.saved.at(3)
