@@ -1,0 +1,100 @@
+"""Every sharding that the planner may choose for the examples runs, and equals the single process."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoplan.api import inspect, load_hardware, load_model
+from autoplan.apply import apply
+from autoplan.apply.checkpoint import full
+from autoplan.cost.model import OUTER, CostModel
+from autoplan.plan import LayerRun
+from autoplan.search.columns import Tables
+from autoplan.strategy import Mesh, Strategy
+from autoplan.workload import Workload
+from tests.apply.plans import make
+from tests.apply.ranks import run
+
+pytestmark = pytest.mark.gloo
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY = {"layers": 2, "hidden": 32, "heads": 4, "vocab": 64, "seq_len": 16, "ffn": 64}
+CHANGES = {
+    "llama": {**TINY, "kv_heads": 2, "size": "125M"},
+    "gpt": {**TINY, "size": "124M"},
+    "hf_llama": {**TINY, "kv_heads": 2, "size": "1B"},
+    "transformer": {**TINY, "dropout": 0.0},
+}
+MOST = 40
+"""Shardings of one layer that are tried, spread over all."""
+
+
+def shardings(name, tp):
+    """(stream, [(outer sharding, {body: sharding})]): each sharding of each layer at least once."""
+    loaded = load(name)
+    graph = inspect(loaded, compute_dtype="bfloat16")
+    tables = Tables(CostModel(graph, load_hardware("h100-sxm-8x"), Workload(global_batch=4)))
+    for stream in tables.streams(tp):
+        lists = {g: tables.shardings(g, tp, 4, stream) for g in tables.classes}
+        if not all(lists.values()):
+            continue
+        count = min(max(map(len, lists.values())), MOST)
+        step = {g: max(1, len(found) // count) for g, found in lists.items()}
+        for i in range(count):
+            yield str(stream), graph, {g: found[i * step[g] % len(found)] for g, found in lists.items()}
+
+
+def load(name):
+    return load_model(str(EXAMPLES / f"{name}.py"), **{key: str(value) for key, value in CHANGES[name].items()})
+
+
+def plan_of(graph, chosen, mesh):
+    layers = {block.name: chosen[block.body] for block in graph.blocks}
+    plan = make(layers, chosen[OUTER], mesh, batch=4)
+    return plan
+
+
+def try_all(name, cases, mesh, batch, expected_loss, expected):
+    torch.Tensor.float = lambda self: self  # the examples compute their loss in float32; here all is float64
+    failures = []
+    for i, (stream, graph, chosen) in enumerate(cases):
+        try:
+            parallel = apply(lambda: load(name).build().double(), plan_of(graph, chosen, mesh), device="cpu", seed=3)
+            share = {key: value.chunk(parallel.dp_size)[parallel.dp_rank] for key, value in batch.items()}
+            loss = parallel.step(share).item()
+            scale = max(value.abs().max().item() for value in expected.values())
+            worst, where = max(
+                ((full(parallel, key, p.grad) - expected[key]).abs().max().item() / scale, key)
+                for key, p in parallel.module.named_parameters()
+            )
+            tolerance = 2e-6 if name == "hf_llama" else 1e-10
+            assert abs(loss - expected_loss) < tolerance * 10 and worst < tolerance, (loss, expected_loss, worst, where)
+        except Exception as error:
+            if "Connection closed" in str(error):
+                raise
+            failures.append(f"{name} {i} stream {stream}\n{traceback.format_exc()}\n{chosen}")
+    return len(cases), failures
+
+
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_every_planned_sharding_runs(name):
+    cases = list(shardings(name, 2))
+    batch = load(name).example_inputs(4)
+    torch.manual_seed(3)
+    reference = load(name).build()
+    single = torch.Tensor.float
+    torch.Tensor.float = lambda self: self
+    try:
+        reference = reference.double()
+        loss = reference(**batch)
+        loss = loss if isinstance(loss, torch.Tensor) else loss.loss
+        loss.backward()
+    finally:
+        torch.Tensor.float = single
+    expected = {key: p.grad for key, p in reference.named_parameters()}
+    count, failures = run(2, try_all, name, cases, Mesh(tp=2), batch, loss.item(), expected)[0]
+    assert not failures, f"{len(failures)} of {count} failed\n" + "\n".join(failures[:3])
