@@ -50,7 +50,7 @@ def build_model(
     return Translator(layers, hidden, heads, ffn, vocab, seq_len, dropout)
 
 
-def example_inputs(batch_size: int, vocab: int = 32000, seq_len: int = 512) -> dict[str, Tensor]:
+def example_inputs(batch_size: int, vocab: int = 32000, seq_len: int = 512, **_: float) -> dict[str, Tensor]:
     source = torch.randint(PAD + 1, vocab, (batch_size, seq_len))
     target = torch.randint(PAD + 1, vocab, (batch_size, seq_len + 1))
     source[:, -seq_len // 8 :] = PAD

@@ -6,7 +6,7 @@ same signature and the same kind of arguments is not run at all: a *stub* stands
 outputs and gradients have the right shapes.
 
 The signature sees classes, simple attributes (but for index-like ones), the names of callables, parameters, buffers and
-children. Two blocks that differ only in something else (the contents of a dict) would be taken for equal.
+children. Two blocks that differ only in something else (the contents of an object of theirs) would be taken for equal.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ def signature(module: nn.Module, foreign: frozenset[int] = frozenset()) -> Hasha
 
 
 def _is_simple(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_simple(item) for pair in value.items() for item in pair)
     if isinstance(value, tuple | list):
-        return all(isinstance(item, _SIMPLE) for item in value)
+        return all(_is_simple(item) for item in value)
     return isinstance(value, _SIMPLE)
 
 

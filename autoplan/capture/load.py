@@ -161,7 +161,7 @@ def _fail(what: str, error: BaseException, path: Path) -> NoReturn:
 def line_of(error: BaseException, path: Path | None = None) -> str:
     """ " (file:line)": the innermost line of the user's own code, not of a library, in the traceback of `error`."""
     frames = traceback.extract_tb(error.__traceback__)
-    house = str(Path(__file__).parent)
+    house = str(Path(__file__).parents[1])
     own = [f for f in frames if path is not None and Path(f.filename).resolve() == path.resolve()]
     other = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith((house, "<"))]
     found = own or other

@@ -43,6 +43,7 @@ def capture_module(
     stubs: bool = True,
 ) -> Graph:
     """The graph of a module in hand, real or on meta; it is not touched and its data are not copied."""
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
     title = name or type(module).__name__
     root, recorders = record(module, example_inputs, loss_fn, title, compute_dtype, stubs, BATCHES)
     return merge(title, compute_dtype, root, *recorders)

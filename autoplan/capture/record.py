@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autoplan.capture import private, semantics
-from autoplan.capture.blocks import Twin, call_key, ownership, remember, repeat
+from autoplan.capture.blocks import Twin, block_of, call_key, ownership, remember, repeat
 from autoplan.capture.kernels import Kernels
 from autoplan.capture.normalise import classify, name_of, tensors
 from autoplan.capture.scope import Call, Meter, Scope, argument_leaves, leaves, merged, place
@@ -65,6 +65,10 @@ class Recorder(TorchFunctionMode):
 
     def run(self, inputs: Mapping[str, Any], loss_of: Callable[[Any], Tensor]) -> Tensor:
         """Forward, loss and backward. The fake mode is already on."""
+        for group in self.tied:
+            homes = {block_of(name, self.blocks) for name in group}
+            if len(homes) > 1:  # a layer that shares a parameter with the rest of the model can't be priced alone
+                raise NoBlockError(homes - {""})
         self._external = {private.storage_key(t) for t in (*self.root.parameters(), *self.root.buffers(), *tensors(inputs))}
         for name, tensor in merged(list(leaves(inputs))):
             self.outer.take(tensor, name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autoplan.capture import capture_module
+from autoplan.capture.fake import build_on_meta
 from autoplan.graph import Graph
 
 
@@ -217,3 +218,38 @@ def test_unused_layers_and_parameters_are_kept() -> None:
     assert len(g.blocks) == 3
     assert g.parameters == sum(p.numel() for p in Stack().parameters())
     assert "layers.3.fc.weight" in {p.name for p in g.outer.parameters}
+
+
+def test_layers_that_share_a_parameter_with_the_rest_are_no_blocks() -> None:
+    class Model(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(8, 8)
+            self.last.weight = self.layers[3].fc.weight  # type: ignore[union-attr]
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for layer in self.layers:
+                x = layer(x)
+            return self.last(x).mean()
+
+    g = graph(Model())
+    assert [block.name for block in g.blocks] == ["layers.0", "layers.1", "layers.2"]
+    assert g.tied == (("layers.3.fc.weight", "last.weight"),)
+    assert g.parameters == sum(p.numel() for p in Model().parameters())
+
+
+def test_a_model_that_looks_at_values_while_it_is_built_gets_no_memory_all_the_same() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
+            self.fc = nn.Linear(10_000, 10_000)
+
+    built = build_on_meta(Model)
+    assert built.fc.weight.is_meta  # type: ignore[union-attr]
+    assert built.rates == pytest.approx([0, 0.05, 0.1])
+
+
+def test_a_compiled_model_is_taken_as_it_was() -> None:
+    assert graph(torch.compile(Stack())).outer == graph(Stack()).outer  # type: ignore[arg-type]
