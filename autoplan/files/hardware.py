@@ -186,7 +186,10 @@ def _require_sources(table: _Device | _Link | _Profile) -> None:
 
 def load_hardware(path: Path) -> HardwareProfile:
     """The profile in the file `path`. Raises `UsageError` that names the file and everything wrong in it."""
-    document = read_document(path, "hardware profile")
+    try:
+        document = read_document(path, "hardware profile")
+    except (AttributeError, LookupError, TypeError):  # what PyYAML raises on `!!timestamp x` and its like
+        raise UsageError(f"{path} is not valid YAML: a tag does not fit its text.") from None
     try:
         file = _Profile.model_validate(document)
     except ValidationError as error:
