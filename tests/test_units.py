@@ -33,7 +33,7 @@ def test_a_quantity_is_read_in_base_units(text, unit, value):
     ("text", "unit"), [("80 GiB", SECOND), ("fast", BYTE), ("", BYTE), ("1 2", BYTE), (True, BYTE), ("1 gb", BYTE)]
 )
 def test_what_is_no_quantity_of_the_unit_is_refused(text, unit):
-    with pytest.raises(UsageError, match="quantity|unit"):
+    with pytest.raises(UsageError, match=r"quantity|unit"):
         parse(text, unit)
 
 

@@ -53,7 +53,7 @@ def collective_time(kind: str, bytes: Bytes, group: int, stride: int, hardware: 
         sent = _sent(kind, bytes, group, inside, joined)
         gain = link.all_reduce_gain if kind == "all_reduce" and group > 2 else 1.0
         slowest = max(slowest, _transfer(sent, link, gain))
-    alpha = _alpha(kind, group, tuple((hardware.links[i].latency, inside, joined) for i, inside, joined in levels))
+    alpha = _alpha(kind, group, tuple((i, hardware.links[i].latency, inside, joined) for i, inside, joined in levels))
     return hardware.device.launch + alpha + slowest
 
 
@@ -93,14 +93,14 @@ def _levels(group: int, stride: int, spans: tuple[int, ...], name: str) -> tuple
 
 
 @lru_cache(maxsize=4096)
-def _alpha(kind: str, group: int, levels: tuple[tuple[Seconds, int, int], ...]) -> Seconds:
+def _alpha(kind: str, group: int, levels: tuple[tuple[int, Seconds, int, int], ...]) -> Seconds:
     """The part of the time that does not depend on the size."""
     if kind == "send_recv":
-        return max(latency for latency, _, _ in levels)
+        return max(latency for _, latency, _, _ in levels)
     ring = tree = 0.0
-    for latency, inside, joined in levels:
+    for index, latency, inside, joined in levels:
         domains = ceil(group / inside)
         outer = ceil(group / joined)
         ring += (domains - outer) * latency
-        tree += (joined - 1 if inside == 1 else ceil(log2(ceil(joined / inside)))) * latency
+        tree += (joined - 1 if index == 0 else ceil(log2(ceil(joined / inside)))) * latency
     return min(2 * ring, 2 * tree) if kind == "all_reduce" else ring

@@ -94,7 +94,7 @@ def median_time(work: Callable[[], object], budget: Seconds = 0.4) -> Seconds:
 
 def steady(times: Sequence[Seconds]) -> Seconds:
     """The median of `times`. Raises `UsageError` when their quarters lie so far apart that it says nothing."""
-    low, middle, high = quantiles(times, n=4)
+    low, middle, high = quantiles(times, n=4, method="inclusive")
     if not low > 0 or high > 4 * low:
         raise UsageError(
             f"this machine is too busy to be measured: one kernel takes between {low:.3g} and {high:.3g} s.",
