@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,14 @@ from autoplan.api import inspect, load_hardware, load_model
 from autoplan.apply import apply
 from autoplan.apply.checkpoint import full
 from autoplan.cost.model import OUTER, CostModel
+from autoplan.cost.rules import BORDER_COLLECTIVES
 from autoplan.plan import LayerRun
 from autoplan.search.columns import Tables
 from autoplan.strategy import Mesh, Strategy
 from autoplan.workload import Workload
 from tests.apply.plans import make
 from tests.apply.ranks import run
+from tests.apply.traffic import Traffic
 
 pytestmark = pytest.mark.gloo
 
@@ -29,7 +33,7 @@ CHANGES = {
     "hf_llama": {**TINY, "kv_heads": 2, "size": "1B"},
     "transformer": {**TINY, "dropout": 0.0},
 }
-MOST = 40
+MOST = int(os.environ.get("MOST", "8"))
 """Shardings of one layer that are tried, spread over all."""
 
 
@@ -65,7 +69,12 @@ def try_all(name, cases, mesh, batch, expected_loss, expected):
         try:
             parallel = apply(lambda: load(name).build().double(), plan_of(graph, chosen, mesh), device="cpu", seed=3)
             share = {key: value.chunk(parallel.dp_size)[parallel.dp_rank] for key, value in batch.items()}
-            loss = parallel.step(share).item()
+            with Traffic() as forward:
+                loss = parallel._loss(share)
+            with Traffic() as backward:
+                loss.backward()
+            loss = loss.item()
+            check_traffic(parallel, forward.found, backward.found)
             scale = max(value.abs().max().item() for value in expected.values())
             worst, where = max(
                 ((full(parallel, key, p.grad) - expected[key]).abs().max().item() / scale, key)
@@ -78,6 +87,19 @@ def try_all(name, cases, mesh, batch, expected_loss, expected):
                 raise
             failures.append(f"{name} {i} stream {stream}\n{traceback.format_exc()}\n{chosen}")
     return len(cases), failures
+
+
+def check_traffic(parallel, forward, backward):
+    """Each border costs what the table says, each GATHERED parameter one all_reduce, a vocabulary-parallel loss two; no more."""
+    wanted = Counter(), Counter()
+    for strategy in (parallel.plan.outer_strategy, *(strategy for _, strategy in parallel.plan.layers())):
+        for border in strategy.sharding.borders:
+            for count, kind in zip(wanted, BORDER_COLLECTIVES[border.source.kind, border.target.kind], strict=True):
+                count[kind] += kind is not None
+        wanted[1]["all_reduce"] += sum(layout.kind == "gathered" for _, layout in strategy.sharding.parameters)
+    loss = {"all_reduce": 2}
+    assert dict(+wanted[0]) in (forward, dict(Counter(forward) - Counter(loss))), ("forward", dict(+wanted[0]), forward)
+    assert dict(+wanted[1]) == backward, ("backward", dict(+wanted[1]), backward)
 
 
 @pytest.mark.parametrize("name", list(CHANGES))
@@ -97,4 +119,5 @@ def test_every_planned_sharding_runs(name):
         torch.Tensor.float = single
     expected = {key: p.grad for key, p in reference.named_parameters()}
     count, failures = run(2, try_all, name, cases, Mesh(tp=2), batch, loss.item(), expected)[0]
+    print(name, count, len(failures))
     assert not failures, f"{len(failures)} of {count} failed\n" + "\n".join(failures[:3])

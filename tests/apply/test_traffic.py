@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
-from torch.distributed.tensor.debug import CommDebugMode
 
 from autoplan.apply import apply
 from autoplan.strategy import Mesh
 from tests.apply.models import batches, double, gpt_loss
 from tests.apply.plans import PLANNERS
 from tests.apply.ranks import run
+from tests.apply.traffic import Traffic
 
 pytestmark = pytest.mark.gloo
 
@@ -20,23 +18,13 @@ LAYERS = 2
 
 def counts(name, sequence):
     """(forward, backward) collectives of one step; FSDP over one device has none."""
-    warnings.simplefilter("ignore")  # CommDebugMode's own hooks make views of outputs
     plan = PLANNERS[name](Mesh(tp=2), sequence=sequence)
     parallel = apply(double(name), plan, device="cpu", loss_fn=gpt_loss if name == "gpt" else None)
-    with CommDebugMode() as forward:
+    with Traffic() as forward:
         loss = parallel._loss(batches(name)[0])
-    with CommDebugMode() as backward:
+    with Traffic() as backward:
         loss.backward()
-    return named(forward), named(backward)
-
-
-def named(mode):
-    found = {}
-    for op, count in mode.get_comm_counts().items():
-        for word in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all"):
-            if word.replace("_", "") in str(op).replace("_", ""):
-                found[word] = found.get(word, 0) + count
-    return found
+    return forward.found, backward.found
 
 
 def test_megatron_sequence_parallel_llama():
