@@ -13,8 +13,6 @@ import pytest
 
 from autoplan import cli
 from autoplan.errors import NothingFits
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tests.report.plans import llama, single
 
 

@@ -2,6 +2,7 @@
 
     path/model.py            build_model builds the model
     path/model.py:factory    factory does
+    path/model.py?size=8B    build_model(size="8B") does
 
 The file may also define `loss_fn(output, batch) -> scalar` and `workload = {...}`.
 """
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
+from urllib.parse import parse_qsl, urlencode
 
 from torch import Tensor, nn
 
@@ -37,17 +39,21 @@ class LoadedModel:
     workload: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_model(spec: str, kwargs: Mapping[str, str] | None = None) -> LoadedModel:
-    """The model file that `spec` names; `kwargs` go to the factory, and to `example_inputs` as far as it takes them.
+def load_model(spec: str, kwargs: Mapping[str, Any] | None = None) -> LoadedModel:
+    """The model file that `spec` names, `model.py`, `model.py:factory` or `model.py?size=8B&layers=2`.
 
+    What stands behind the question mark and `kwargs` are arguments of the factory, and of `example_inputs` as far as it
+    takes them; the loaded model's `spec` holds them all, so that a plan says which model it is for.
     Raises `UsageError` for everything that can be wrong with the file; `build` and `example_inputs` of the result do too.
     """
+    spec, _, query = spec.partition("?")
     path_text, _, factory = spec.partition(".py:")
     path = Path(path_text + ".py" if factory or spec.endswith(".py:") else spec)
     factory = factory or "build_model"
     _check_path(path)
     module = _import(path)
-    given = {key: convert(value) for key, value in (kwargs or {}).items()}
+    said = {**dict(parse_qsl(query, keep_blank_values=True)), **(kwargs or {})}
+    given = {key: convert(value) for key, value in said.items()}
     build = _function(module, path, factory, "def build_model(): return MyModel()")
     inputs = _function(module, path, "example_inputs", EXAMPLE)
     loss_fn = getattr(module, "loss_fn", None)
@@ -61,7 +67,7 @@ def load_model(spec: str, kwargs: Mapping[str, str] | None = None) -> LoadedMode
         known = ", ".join(inspect.signature(build).parameters) or "none"
         raise UsageError(f"{factory} in {path} takes no argument '{unknown[0]}'.", f"It takes {known}.")
     return LoadedModel(
-        spec,
+        f"{spec}?{urlencode(said)}" if said else spec,
         partial(_build, build, path, factory, given),
         partial(_inputs, inputs, path, {key: value for key, value in given.items() if _accepts(inputs, key)}),
         loss_fn,
@@ -69,8 +75,10 @@ def load_model(spec: str, kwargs: Mapping[str, str] | None = None) -> LoadedMode
     )
 
 
-def convert(text: str) -> int | float | bool | str:
-    """The int, float or bool that a command-line value looks like, else the text."""
+def convert(text: Any) -> Any:
+    """The int, float or bool that a command-line value looks like, else the text; what is no text stays as it is."""
+    if not isinstance(text, str):
+        return text
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):

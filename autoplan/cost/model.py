@@ -116,7 +116,7 @@ class CostModel:
         """One layer's share of the seconds and bytes of a step (the mathematics: see the module)."""
         cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch)
         time, hidden = self._time(cost, strategy, mesh, self.micro_batches(mesh, micro_batch), outer=body == OUTER)
-        memory, unsharded = self._memory(cost, strategy, mesh, micro_batch)
+        memory, unsharded = self._memory(cost, strategy, mesh)
         again = cost.saved if strategy.recompute == "full" else 0.0
         return LayerStep(time, hidden, memory, unsharded, again, cost.temporary)
 
@@ -162,7 +162,7 @@ class CostModel:
         size = numel * DTYPE_BYTES[self.workload.param_dtype]
         return optimizer_time(size, OPTIMIZER_STATES[self.workload.optimizer], self.hardware.device)
 
-    def _memory(self, cost: LayerCost, strategy: Strategy, mesh: Mesh, micro_batch: int) -> tuple[MemoryBreakdown, Bytes]:
+    def _memory(self, cost: LayerCost, strategy: Strategy, mesh: Mesh) -> tuple[MemoryBreakdown, Bytes]:
         load = self.workload
         numel = sum(p.numel(mesh.dp_shard) for p in cost.parameters)
         trainable = sum(p.numel(mesh.dp_shard) for p in cost.parameters if p.trainable)
@@ -171,7 +171,9 @@ class CostModel:
         whole_trainable = sum(p.numel(1) for p in cost.parameters if p.trainable)
         gathered = whole * compute
         unreduced = whole_trainable * (compute + reduce)
-        stays = mesh.dp_shard == 1 or not strategy.reshard_after_forward
+        if mesh.dp_shard == 1 and compute == size:
+            gathered = 0.0  # nothing to gather and nothing to cast
+        stays = not strategy.reshard_after_forward
         memory = MemoryBreakdown(
             parameters=numel * size,
             gradients=trainable * size,

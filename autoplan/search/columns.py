@@ -107,5 +107,5 @@ def _strategies(sharding: Sharding, mesh: Mesh, recompute: Sequence[Recompute], 
         yield Strategy(sharding, "none", reshard_after_forward=False)
         return
     for again in recompute:
-        for reshard in (True, False) if mesh.dp_shard > 1 else (False,):
+        for reshard in (True, False) if mesh.dp_shard > 1 else (True,):
             yield Strategy(sharding, again, reshard)

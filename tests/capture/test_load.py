@@ -116,3 +116,18 @@ def test_missing_files_and_arguments(tmp_path: Path) -> None:
             load_model(spec)
     with pytest.raises(UsageError, match="takes no argument 'depth'"):
         load_model(write(tmp_path, GOOD), {"depth": "3"})
+
+
+def test_arguments_are_part_of_the_name(tmp_path: Path) -> None:
+    file = tmp_path / "model.py"
+    file.write_text(
+        "import torch\nfrom torch import nn\n"
+        "def build_model(width=4, name='a'):\n    assert isinstance(width, int)\n    return nn.Linear(width, width)\n"
+        "def example_inputs(batch_size):\n    return {'input': torch.zeros(batch_size, 4)}\n"
+    )
+    loaded = load_model(f"{file}?width=6&name=b")
+    assert loaded.build().in_features == 6
+    assert loaded.spec == f"{file}?width=6&name=b"
+    assert load_model(f"{file}?width=6", {"width": 8}).build().in_features == 8
+    assert load_model(str(file), {"width": 8}).spec == f"{file}?width=8"
+    assert load_model(load_model(str(file), {"width": "8"}).spec).build().in_features == 8
