@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-# The placement of a packed weight (q, k and v in one): every rank holds its share of each part. DTensor has no public name for it.
+# The store of a process group of one. `torch.distributed` has it, but does not export it to type checkers.
+from torch._C._distributed_c10d import HashStore
+
+# The placement of a packed weight (q, k and v in one): every rank holds its share of each part. It has no public name.
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
 # Tensors in Python containers (arguments, outputs); torch keeps its pytree private although everybody uses it.
 from torch.utils._pytree import tree_any, tree_flatten, tree_map, tree_map_only
 
-__all__ = ["StridedShard", "tree_any", "tree_flatten", "tree_map", "tree_map_only"]
+__all__ = ["HashStore", "StridedShard", "tree_any", "tree_flatten", "tree_map", "tree_map_only"]

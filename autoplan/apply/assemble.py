@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autoplan.apply import data_parallel, tensor_parallel
+from autoplan.apply._torch import HashStore
 from autoplan.apply.check import check_world, parameter_shards
 from autoplan.apply.materialize import materialize, source
 from autoplan.apply.model import ParallelModel
@@ -81,7 +82,7 @@ def _start(device: torch.device) -> int:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return dist.get_world_size()
 
 

@@ -25,6 +25,7 @@ def value_placement(layout: Layout) -> Placement:
 
 
 def gradient_placement(layout: Layout) -> Placement:
+    """Placement of a tensor's gradient."""
     if layout.kind == "gathered":
         return Partial()
     return Shard(layout.dim) if layout.sharded else Replicate()
@@ -34,13 +35,13 @@ class _Redistribute(torch.autograd.Function):
     """Value to one placement in the forward pass, gradient to another in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: DTensor, value: Placement, gradient: Placement) -> DTensor:
+    def forward(ctx: Any, tensor: DTensor, value: Placement, gradient: Placement) -> torch.Tensor:
         ctx.gradient = gradient
         moved = tensor.redistribute(placements=[value])
         return moved.view_as(moved) if moved is tensor else moved
 
     @staticmethod
-    def backward(ctx: Any, gradient: DTensor) -> tuple[DTensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: DTensor) -> tuple[DTensor, None, None]:
         return gradient.redistribute(placements=[ctx.gradient]), None, None
 
 
@@ -48,7 +49,7 @@ def redistribute(tensor: torch.Tensor, source: Layout, target: Layout, mesh: Dev
     """`tensor` with the layout `target`; a plain tensor counts as replicated."""
     if not isinstance(tensor, DTensor):
         tensor = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
-    moved: torch.Tensor = _Redistribute.apply(tensor, value_placement(target), gradient_placement(source))  # type: ignore[no-untyped-call]
+    moved: torch.Tensor = _Redistribute.apply(tensor, value_placement(target), gradient_placement(source))
     return moved
 
 

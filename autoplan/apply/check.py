@@ -99,5 +99,7 @@ def _fsdp_dim(name: str, shape: tuple[int, ...], layout: Layout, plan: Plan) -> 
         return 0
     dim = 1 - layout.dim
     if shape[dim] % plan.mesh.dp_shard:
-        raise UsageError(f"dim {dim} of packed parameter '{name}' {list(shape)} isn't divisible by dp_shard {plan.mesh.dp_shard}.")
+        raise UsageError(
+            f"dim {dim} of packed parameter '{name}' {list(shape)} isn't divisible by dp_shard {plan.mesh.dp_shard}."
+        )
     return dim

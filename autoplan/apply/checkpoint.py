@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load as read
+from torch.distributed.checkpoint.state_dict_saver import save as write
 from torch.distributed.tensor import DTensor
 
 from autoplan.apply.shards import Piece
@@ -47,7 +49,7 @@ class Pieces(torch.Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
         raise NotImplementedError(f"{func} on the pieces of a checkpoint")
@@ -88,7 +90,7 @@ def save(model: ParallelModel, path: Path, optimizer: torch.optim.Optimizer | No
         shutil.rmtree(fresh, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    dcp.save(states, checkpoint_id=fresh, no_dist=dist.get_world_size() == 1)
+    write(states, checkpoint_id=fresh, no_dist=dist.get_world_size() == 1)
     if dist.get_rank() == 0:
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -104,7 +106,7 @@ def load(model: ParallelModel, path: Path, optimizer: torch.optim.Optimizer | No
         path = _beside(path, "old")  # a save was interrupted between its two renames
     if not (path / ".metadata").exists():
         raise UsageError(f"'{path}' holds no checkpoint.")
-    metadata = dcp.FileSystemReader(path).read_metadata()
+    metadata = FileSystemReader(path).read_metadata()
     states: dict[str, Any] = {_STEP: torch.tensor(0)}
     for name, tensor in model.module.state_dict().items():
         if name not in metadata.state_dict_metadata:
@@ -112,7 +114,7 @@ def load(model: ParallelModel, path: Path, optimizer: torch.optim.Optimizer | No
         states[name] = _pieces(model, name, tensor)
     if optimizer is not None:
         states |= _empty_states(model, optimizer, metadata)
-    dcp.load(states, checkpoint_id=path, no_dist=dist.get_world_size() == 1)
+    read(states, checkpoint_id=path, no_dist=dist.get_world_size() == 1)
     for group, saved in zip(optimizer.param_groups if optimizer else [], states.get(_GROUPS) or [], strict=False):
         group.update(saved)
     return int(states[_STEP])

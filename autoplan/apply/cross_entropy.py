@@ -43,7 +43,7 @@ class _VocabParallel(torch.autograd.Function):
         return result.to(logits.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         softmax, local, elsewhere, scale = ctx.saved_tensors
         onehot = (~elsewhere).to(softmax.dtype)[:, None]
         columns = softmax.clone().scatter_add_(1, local[:, None], -onehot)
@@ -54,5 +54,5 @@ def vocab_parallel_cross_entropy(logits: DTensor, target: torch.Tensor, ignore_i
     """Cross-entropy of `[rows, classes]` logits that are Shard(1), as a replicated tensor."""
     mesh = logits.device_mesh
     local = logits.to_local(grad_placements=[Shard(1)])
-    loss: torch.Tensor = _VocabParallel.apply(local, target, mesh, ignore_index, reduction)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _VocabParallel.apply(local, target, mesh, ignore_index, reduction)
     return DTensor.from_local(loss, mesh, [Replicate()], run_check=False)

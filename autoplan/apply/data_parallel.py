@@ -24,7 +24,7 @@ def recompute(model: nn.Module, plan: Plan, tp: DeviceMesh | None) -> None:
     for name, strategy in plan.layers():
         if strategy.recompute == "full":
             module = model.get_submodule(name)
-            module.forward = _checkpointed(module.forward, tp)  # type: ignore[method-assign]
+            module.forward = _checkpointed(module.forward, tp)
 
 
 def _checkpointed(forward: Callable[..., Any], tp: DeviceMesh | None) -> Callable[..., Any]:

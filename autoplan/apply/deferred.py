@@ -36,7 +36,7 @@ class View:
     dtype: torch.dtype
 
     def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)  # type: ignore[call-overload, no-any-return]
+        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,8 @@ def _storage_of(result: torch.Tensor, view: View) -> torch.UntypedStorage:
     return result.untyped_storage()
 
 
-_FILLS = {"normal_", "uniform_", "zero_", "fill_", "copy_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_", "bernoulli_"}
+_RANDOM_FILLS = {"normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_", "bernoulli_"}
+_FILLS = {"zero_", "fill_", "copy_", *_RANDOM_FILLS}
 """Operations that give every element of `self` a new value without reading the old one."""
 
 
@@ -221,7 +222,7 @@ class _Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, _ = self._storages.setdefault(storage._cdata, (len(self._storages), storage))  # kept, so that no id is used twice
         self.recording.sizes[key] = storage.nbytes()
-        return View(key, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tensor.dtype)
+        return View(key, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), tensor.dtype)
 
 
 @dataclass(frozen=True)

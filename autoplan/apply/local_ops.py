@@ -111,13 +111,18 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         return None
     if isinstance(x, DTensor) and weight.placements[0].is_replicate():
         return _rowwise(x, weight, bias)
-    if isinstance(x, DTensor) and weight.placements[0] == Shard(0) and isinstance(bias, DTensor) and bias.placements[0].is_replicate():
+    if (
+        isinstance(x, DTensor)
+        and weight.placements[0] == Shard(0)
+        and isinstance(bias, DTensor)
+        and bias.placements[0].is_replicate()
+    ):
         return F.linear(x, weight, _share(bias))
     return None
 
 
 def _share(bias: DTensor) -> DTensor:
-    """This rank's part of a replicated bias; its gradient is Partial. (Left to DTensor it is gathered, in as many pieces as used.)"""
+    """This rank's part of a replicated bias; its gradient is Partial. (DTensor would gather it, in as many pieces as used.)"""
     mesh = bias.device_mesh
     part = bias.to_local(grad_placements=[Partial()]).chunk(mesh.size())[mesh.get_local_rank()]
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
@@ -222,7 +227,7 @@ def _local_mask(mask: torch.Tensor, heads: int, mesh: DeviceMesh) -> torch.Tenso
     return mask.redistribute(placements=[placement]).to_local(grad_placements=[placement])
 
 
-def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:  # noqa: A002
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """Dropout: ranks agree on replicated tensors and draw their own for their shards. (DTensor draws in step on CUDA alone.)"""
     if not training or p == 0.0 or not isinstance(input, DTensor):
         return input
@@ -238,7 +243,7 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
 
 @contextmanager
 def _own_randomness(mesh: DeviceMesh, own: bool) -> Iterator[None]:
-    """Random numbers of this tp rank's own, from a seed that the ranks' common generator draws (so that recomputing repeats them)."""
+    """Random numbers of this tp rank's own, from a seed that the common generator draws (so that recomputing repeats them)."""
     if not own:
         yield
         return
@@ -251,7 +256,7 @@ def _own_randomness(mesh: DeviceMesh, own: bool) -> Iterator[None]:
 
 
 def _cross_entropy(
-    input: torch.Tensor,  # noqa: A002
+    input: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None = None,
     size_average: bool | None = None,

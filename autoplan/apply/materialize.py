@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from autoplan.apply.deferred import Deferred, named_tensors, record
+from autoplan.apply.deferred import named_tensors, record
 from autoplan.apply.shards import Coordinate, ParameterShards
 from autoplan.errors import UsageError
 
@@ -31,7 +31,9 @@ def source(model: nn.Module | Callable[[], nn.Module], param_dtype: torch.dtype,
     real = dict(named_tensors(model))
     on_meta = [name for name, tensor in real.items() if tensor.is_meta]
     if on_meta:
-        raise UsageError(f"'{on_meta[0]}' is on the meta device and has no value.", "Pass the function that builds the model instead.")
+        raise UsageError(
+            f"'{on_meta[0]}' is on the meta device and has no value.", "Pass the function that builds the model instead."
+        )
     held = {name: tensor.detach() for name, tensor in real.items() if name not in _attributes(model)}
     _retype(model, param_dtype)
     return Source(model, lambda emit: _emit_all(held, emit))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,7 @@ def view(tensor: DTensor, shape: Sequence[int]) -> torch.Tensor | None:
 
 
 def unflatten(tensor: DTensor, dim: int, sizes: Sequence[int]) -> torch.Tensor | None:
+    """As `view`, said by the packed dim alone."""
     packed, _ = _packing(tensor)
     return view(tensor, [*tensor.shape[:packed], *sizes]) if dim % tensor.ndim == packed == tensor.ndim - 1 else None
 
@@ -113,7 +114,8 @@ def getitem(tensor: DTensor, index: Any) -> torch.Tensor | None:
     part = tensor.shape[packed] // blocks
     if step != 1 or stop - start != part or start % part:
         return None
-    return to_parts(tensor)[start // part]
+    found: torch.Tensor = to_parts(tensor)[start // part]
+    return found
 
 
 def _packing(tensor: DTensor) -> tuple[int, int]:
@@ -132,7 +134,7 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
         return x
     packed = packing(x)
     if packed is not None:
-        x = gathered(x)  # type: ignore[assignment]
+        x = cast(DTensor, gathered(x))
     elif not x.placements[0].is_replicate():
         x = x.redistribute(placements=[Replicate()])
     return x.to_local(grad_placements=[Partial()])
@@ -143,7 +145,7 @@ def _share(bias: torch.Tensor, weight: DTensor, blocks: int) -> torch.Tensor:
     local = _whole(bias)
     mesh = weight.device_mesh
     parts = local.unflatten(0, (blocks, mesh.size(), -1))
-    return parts[:, mesh.get_local_rank()].reshape(-1)
+    return cast(torch.Tensor, parts[:, mesh.get_local_rank()].reshape(-1))
 
 
 def _wrap(local: torch.Tensor, like: DTensor, placement: Placement) -> DTensor:

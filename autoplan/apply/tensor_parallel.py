@@ -18,7 +18,7 @@ from autoplan.strategy import Layout
 
 
 def parallelize(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> None:
-    """Spread the (meta) parameters of `model` over `mesh`, hook the plan's borders, and let the root's forward run on DTensors."""
+    """Spread the (meta) parameters of `model` over `mesh`, hook the plan's borders, let the root's forward run on DTensors."""
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in made:
@@ -52,14 +52,14 @@ def _wrap_forward(model: nn.Module, mesh: DeviceMesh) -> None:
         with local_ops(mesh):
             return tree_map_only(DTensor, plain, forward(*args, **kwargs))
 
-    model.forward = wrapped  # type: ignore[method-assign]
+    model.forward = wrapped
 
 
 def plain(tensor: DTensor) -> torch.Tensor:
     """A local tensor for what every rank has whole, and for scalars; sharded logits stay sharded (for `loss_fn`)."""
     if tensor.ndim > 0 and not tensor.placements[0].is_replicate():
         return tensor
-    local: torch.Tensor = _Plain.apply(tensor.redistribute(placements=[Replicate()]))  # type: ignore[no-untyped-call]
+    local: torch.Tensor = _Plain.apply(tensor.redistribute(placements=[Replicate()]))
     return local
 
 
@@ -73,5 +73,5 @@ class _Plain(torch.autograd.Function):
         return local.clone() if local._is_view() else local
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> DTensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> DTensor:
         return DTensor.from_local(gradient, ctx.mesh, [Replicate()], run_check=False)

@@ -10,11 +10,12 @@ from torch import nn
 
 from autoplan.apply import apply
 from autoplan.apply.check import parameter_shards
+from autoplan.apply.checkpoint import full
 from autoplan.apply.shards import Coordinate, ParameterShards
 from autoplan.errors import UsageError
-from autoplan.strategy import GATHERED, REPLICATE, Border, Mesh, shard
+from autoplan.strategy import GATHERED, REPLICATE, Border, Mesh, Sharding, shard
 from tests.apply.models import GPT, Llama, Translator, batches, double, gpt_loss, loss_of
-from tests.apply.plans import gpt, llama, translator
+from tests.apply.plans import gpt, llama, make, translator
 from tests.apply.ranks import run
 
 
@@ -162,3 +163,70 @@ def missing_leaf():
 @pytest.mark.gloo
 def test_calls_that_the_plan_does_not_know():
     run(2, missing_leaf)
+
+
+def evaluation():
+    parallel = apply(double("translator"), translator(Mesh(tp=2)), device="cpu", seed=3)
+    parallel.module.eval()
+    with torch.no_grad():
+        return parallel(**batches("translator")[0]).item()
+
+
+@pytest.mark.gloo
+def test_evaluation_without_gradients():
+    torch.manual_seed(3)
+    reference = double("translator")().eval()
+    with torch.no_grad():
+        expected = reference(**batches("translator")[0]).item()
+    assert run(2, evaluation)[0] == pytest.approx(expected, rel=1e-12)
+
+
+class Packed(nn.Module):
+    """A packed projection whose parts are taken apart in unusual ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.proj, self.out = way, nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.proj(x)
+        if self.way == "view":
+            a, b, c = y.view(*x.shape[:2], 3, 2, 4).unbind(2)
+            y = (a * b + c).flatten(2)
+        elif self.way == "unflatten":
+            a, b, c = y.unflatten(-1, (3, 8)).unbind(-2)
+            y = a * b + c
+        elif self.way == "slices":
+            y = y[..., :8] * y[..., 8:16] + y[:, :, 16:]
+        elif self.way == "pointwise first":
+            a, b, c = (y * 2 + 1).chunk(3, -1)
+            y = a * b + c
+        else:
+            y = y[..., ::3] * y[..., 1::3] + y.softmax(-1)[..., 4:12]
+        return self.out(y).square().mean()
+
+
+WAYS = ("view", "unflatten", "slices", "pointwise first", "anything")
+
+
+def packed_ways(references):
+    layers = Sharding(parameters=(("proj.weight", shard(0, blocks=3)), ("proj.bias", GATHERED), ("out.weight", shard(1))))
+    for way, (state, x, loss, gradients) in zip(WAYS, references, strict=True):
+        module = Packed(way).double()
+        module.load_state_dict(state)
+        parallel = apply(module, make({}, layers, Mesh(tp=2), batch=len(x)), device="cpu")
+        assert parallel.step({"x": x}).item() == pytest.approx(loss, rel=1e-12), way
+        for key, parameter in module.named_parameters():
+            assert (full(parallel, key, parameter.grad) - gradients[key]).abs().max() < 1e-12, (way, key)
+
+
+@pytest.mark.gloo
+def test_packed_parts_however_they_are_taken():
+    references = []
+    for way in WAYS:
+        model, x = Packed(way).double(), torch.randn(2, 3, 8, dtype=torch.float64)
+        loss = model(x)
+        loss.backward()
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        references.append((state, x, loss.item(), {key: p.grad for key, p in model.named_parameters()}))
+    run(2, packed_ways, references)

@@ -21,17 +21,17 @@ CLIP = 0.5
 
 CASES = {
     2: {
-        "replicate": dict(mesh=Mesh(dp_replicate=2)),
-        "fsdp, accumulation": dict(mesh=Mesh(dp_shard=2), micro_batch=2),
-        "fsdp, zero-2, recompute": dict(mesh=Mesh(dp_shard=2), reshard=False, recompute="full"),
-        "tp": dict(mesh=Mesh(tp=2)),
-        "tp, sequence": dict(mesh=Mesh(tp=2), sequence=True),
-        "tp, sequence, recompute, accumulation": dict(mesh=Mesh(tp=2), sequence=True, recompute="full", micro_batch=4),
+        "replicate": {"mesh": Mesh(dp_replicate=2)},
+        "fsdp, accumulation": {"mesh": Mesh(dp_shard=2), "micro_batch": 2},
+        "fsdp, zero-2, recompute": {"mesh": Mesh(dp_shard=2), "reshard": False, "recompute": "full"},
+        "tp": {"mesh": Mesh(tp=2)},
+        "tp, sequence": {"mesh": Mesh(tp=2), "sequence": True},
+        "tp, sequence, recompute, accumulation": {"mesh": Mesh(tp=2), "sequence": True, "recompute": "full", "micro_batch": 4},
     },
     4: {
-        "hsdp": dict(mesh=Mesh(dp_replicate=2, dp_shard=2)),
-        "tp x fsdp, sequence, recompute": dict(mesh=Mesh(dp_shard=2, tp=2), sequence=True, recompute="full"),
-        "tp x replicate, accumulation": dict(mesh=Mesh(dp_replicate=2, tp=2), micro_batch=2),
+        "hsdp": {"mesh": Mesh(dp_replicate=2, dp_shard=2)},
+        "tp x fsdp, sequence, recompute": {"mesh": Mesh(dp_shard=2, tp=2), "sequence": True, "recompute": "full"},
+        "tp x replicate, accumulation": {"mesh": Mesh(dp_replicate=2, tp=2), "micro_batch": 2},
     },
 }
 

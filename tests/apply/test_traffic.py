@@ -29,7 +29,7 @@ def counts(name, sequence):
 
 def test_megatron_sequence_parallel_llama():
     forward, backward = run(2, counts, "llama", True)[0]
-    # per layer two all_gathers and two reduce_scatters, and the embedding's reduce_scatter, the head's all_gather, two of the loss
+    # per layer two all_gathers and two reduce_scatters; the embedding's reduce_scatter, the head's all_gather, two of the loss
     assert forward == {"all_gather": 2 * LAYERS + 1, "reduce_scatter": 2 * LAYERS + 1, "all_reduce": 2}
     # the same backward; the norms' weights are GATHERED: one all_reduce each
     assert backward == {"all_gather": 2 * LAYERS + 1, "reduce_scatter": 2 * LAYERS + 1, "all_reduce": 2 * LAYERS + 1}
