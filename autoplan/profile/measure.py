@@ -248,7 +248,8 @@ def _link(timed: Sequence[Message], inside: int, span: int, launch: Seconds, inn
     sources = {
         "latency": f"measured: collectives of {smallest / KIB:.0f} KiB",
         "all": f"measured: {len(timed)} all_reduces, all_gathers and reduce_scatters of {timed[0].group} processes of one thread "
-        f"on one machine of {os.cpu_count()} cores, torch {torch.__version__}; bandwidth is the best median",
+        f"on one machine of {os.cpu_count()} cores (load average {os.getloadavg()[0]:.1f} after them), torch {torch.__version__}; "
+        "bandwidth is the best median",
     }
     return Link(
         name=f"gloo, {timed[0].group} processes",
@@ -303,6 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.output.exists() and not options.force:
             raise UsageError(f"{options.output} exists already.", "Use --force to overwrite it.")
+        if not options.output.absolute().parent.is_dir():  # said before a minute is spent
+            raise UsageError(f"{options.output} cannot be written: its folder does not exist.")
         profile = measure(name=options.output.stem)
         write_text(options.output, dump_hardware(profile), force=options.force)
         checked = [message for world in RANKS for message in _collectives(world, _MESSAGES[::2])]
