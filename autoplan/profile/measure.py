@@ -248,7 +248,7 @@ def _link(timed: Sequence[Message], inside: int, span: int, launch: Seconds, inn
     sources = {
         "latency": f"measured: collectives of {smallest / KIB:.0f} KiB",
         "all": f"measured: {len(timed)} all_reduces, all_gathers and reduce_scatters of {timed[0].group} processes of one thread "
-        f"on one machine of {os.cpu_count()} cores (load average {os.getloadavg()[0]:.1f} after them), torch {torch.__version__}; "
+        f"on one machine of {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} after them), torch {torch.__version__}; "
         "bandwidth is the best median",
     }
     return Link(
