@@ -72,6 +72,8 @@ class LocalOps(TorchFunctionMode):
 
     def _replicated(self, func: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> Any:
         """Run what DTensor can't on replicated tensors; an error that remains is the model's own."""
+        if _writes(func) and isinstance(args[0], DTensor) and not args[0].placements[0].is_replicate():
+            raise error  # the replicated copy would be written, not the tensor
 
         def local(tensor: DTensor) -> torch.Tensor:
             return whole(tensor).to_local(grad_placements=[Replicate()])
@@ -86,6 +88,11 @@ class LocalOps(TorchFunctionMode):
 
 _UNTOUCHED = {"__get__", "__set__", "__delete__", "register_hook", "backward", "requires_grad_", "detach_", "as_subclass"}
 """Attributes and bookkeeping: no computation."""
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _meets_dtensor(args: Any, kwargs: Any) -> bool:

@@ -53,7 +53,8 @@ class ParallelModel:
         """Forward and backward of this dp rank's share of a batch, in micro-batches; returns the mean loss over all ranks.
 
         `batch` holds the keyword arguments of the module's forward, `plan.micro_batch * plan.micro_batches` samples of
-        each. Gradients are reduced over the dp ranks once, in the last micro-batch. The optimizer is the caller's.
+        each. Gradients are reduced and scattered over `dp_shard` in every micro-batch, so that no rank ever keeps whole
+        ones, and over `dp_replicate` once, in the last. The optimizer is the caller's.
         """
         root = cast(FSDPModule, self.module)
         count = self.plan.micro_batches
@@ -61,7 +62,7 @@ class ParallelModel:
         for i, micro_batch in enumerate(self._micro_batches(batch, count)):
             last = i == count - 1
             root.set_is_last_backward(last)
-            root.set_requires_gradient_sync(last)
+            root.set_requires_all_reduce(last)
             loss = self._loss(micro_batch) / count
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()

@@ -22,6 +22,7 @@ CLIP = 0.5
 CASES = {
     2: {
         "replicate": {"mesh": Mesh(dp_replicate=2)},
+        "replicate, accumulation": {"mesh": Mesh(dp_replicate=2), "micro_batch": 1},
         "fsdp, accumulation": {"mesh": Mesh(dp_shard=2), "micro_batch": 2},
         "fsdp, zero-2, recompute": {"mesh": Mesh(dp_shard=2), "reshard": False, "recompute": "full"},
         "tp": {"mesh": Mesh(tp=2)},
@@ -30,6 +31,7 @@ CASES = {
     },
     4: {
         "hsdp": {"mesh": Mesh(dp_replicate=2, dp_shard=2)},
+        "hsdp, accumulation": {"mesh": Mesh(dp_replicate=2, dp_shard=2), "micro_batch": 1},
         "tp x fsdp, sequence, recompute": {"mesh": Mesh(dp_shard=2, tp=2), "sequence": True, "recompute": "full"},
         "tp x replicate, accumulation": {"mesh": Mesh(dp_replicate=2, tp=2), "micro_batch": 2},
     },
