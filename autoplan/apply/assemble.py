@@ -37,10 +37,13 @@ def apply(
     weights equal those of `torch.manual_seed(seed); model()` on one device, bit for bit.
 
     `loss_fn(output, batch)` turns the output of a model that returns no loss into one, for `ParallelModel.step`.
+    Make the optimizer afterwards, from `ParallelModel.parameters`; the default random generator is seeded anew.
     Raises `UsageError` on every rank when the launch or the model isn't the plan's.
     """
     device = _device(device)
     check_world(plan, _start(device))
+    if isinstance(model, nn.Module):
+        parameter_shards(model, plan)  # a misfit is told while the module still has its weights
     found = source(model, data_parallel.dtype(plan.workload.param_dtype), seed)
     module = found.model
     if plan.mesh.tp > 1:

@@ -148,6 +148,20 @@ def test_dropout_repeats_in_recomputation_and_agrees_within_a_group():
             assert (gradients[key] - gradient).abs().max() < 1e-12, key
 
 
+def misfit():
+    module = GPT()
+    with pytest.raises(UsageError, match="which the model doesn't have"):
+        apply(module, llama(Mesh(tp=2)), device="cpu")
+    assert not any(parameter.is_meta for parameter in module.parameters())
+    with pytest.raises(UsageError, match="is on the meta device"), torch.device("meta"):
+        apply(GPT(), gpt(Mesh(tp=2)), device="cpu")
+
+
+@pytest.mark.gloo
+def test_a_refused_module_keeps_its_weights():
+    run(2, misfit)
+
+
 def missing_leaf():
     plan = llama(Mesh(tp=2))
     name, outer = plan.strategies[0]
