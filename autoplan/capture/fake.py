@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -84,7 +85,10 @@ def _fake(tensor: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:
 
 
 def fake_inputs(inputs: Mapping[str, Any], mode: FakeTensorMode, dtype: torch.dtype) -> dict[str, Any]:
-    """The model's inputs on fake tensors, floating ones cast to `dtype`. One tensor passed twice stays one."""
+    """The model's inputs on fake tensors, floating ones cast to `dtype`. One tensor passed twice stays one.
+
+    Looks into dicts, lists, tuples and dataclasses.
+    """
     memo: dict[int, Tensor] = {}
 
     def convert(value: Any) -> Any:
@@ -94,8 +98,12 @@ def fake_inputs(inputs: Mapping[str, Any], mode: FakeTensorMode, dtype: torch.dt
             return memo[id(value)]
         if isinstance(value, Mapping):
             return {key: convert(item) for key, item in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(convert(item) for item in value))
         if isinstance(value, list | tuple):
             return type(value)(convert(item) for item in value)
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{entry.name: convert(getattr(value, entry.name)) for entry in fields(value) if entry.init})
         return value
 
     return {name: convert(value) for name, value in inputs.items()}

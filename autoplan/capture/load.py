@@ -3,6 +3,7 @@
     path/model.py            build_model builds the model
     path/model.py:factory    factory does
     path/model.py?size=8B    build_model(size="8B") does
+    path/config.json         a Hugging Face model, also as the folder with its config.json (see `huggingface`)
 
 The file may also define `loss_fn(output, batch) -> scalar` and `workload = {...}`.
 """
@@ -23,6 +24,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from torch import Tensor, nn
 
+from autoplan.capture import huggingface
 from autoplan.errors import UsageError
 
 EXAMPLE = "def example_inputs(batch_size): return {'input_ids': torch.randint(0, 1000, (batch_size, 128))}"
@@ -47,13 +49,16 @@ def load_model(spec: str, kwargs: Mapping[str, Any] | None = None) -> LoadedMode
     Raises `UsageError` for everything that can be wrong with the file; `build` and `example_inputs` of the result do too.
     """
     spec, _, query = spec.partition("?")
+    said = {**dict(parse_qsl(query, keep_blank_values=True)), **(kwargs or {})}
+    given = {key: convert(value) for key, value in said.items()}
+    named = f"{spec}?{urlencode(said)}" if said else spec
+    if huggingface.is_config(Path(spec)):
+        return LoadedModel(named, *huggingface.loaders(Path(spec), given))
     path_text, _, factory = spec.partition(".py:")
     path = Path(path_text + ".py" if factory or spec.endswith(".py:") else spec)
     factory = factory or "build_model"
     _check_path(path)
     module = _import(path)
-    said = {**dict(parse_qsl(query, keep_blank_values=True)), **(kwargs or {})}
-    given = {key: convert(value) for key, value in said.items()}
     build = _function(module, path, factory, "def build_model(): return MyModel()")
     inputs = _function(module, path, "example_inputs", EXAMPLE)
     loss_fn = getattr(module, "loss_fn", None)
@@ -67,7 +72,7 @@ def load_model(spec: str, kwargs: Mapping[str, Any] | None = None) -> LoadedMode
         known = ", ".join(inspect.signature(build).parameters) or "none"
         raise UsageError(f"{factory} in {path} takes no argument '{unknown[0]}'.", f"It takes {known}.")
     return LoadedModel(
-        f"{spec}?{urlencode(said)}" if said else spec,
+        named,
         partial(_build, build, path, factory, given),
         partial(_inputs, inputs, path, {key: value for key, value in given.items() if _accepts(inputs, key)}),
         loss_fn,
@@ -91,11 +96,11 @@ def convert(text: Any) -> Any:
 
 def _check_path(path: Path) -> None:
     if path.is_dir():
-        raise UsageError(f"{path} is a folder.", "Name the Python file in it that defines build_model.")
+        raise UsageError(f"{path} is a folder.", "Name the Python file in it that defines build_model; a Hugging Face folder has a config.json.")
     if not path.exists():
         raise UsageError(f"There is no file {path}.", "Check the path; relative ones start at the current folder.")
     if path.suffix != ".py":
-        raise UsageError(f"{path} is no Python file.", "Name a .py file that defines build_model and example_inputs.")
+        raise UsageError(f"{path} is no Python file.", "Name a .py file with build_model and example_inputs, or a config.json.")
 
 
 def _import(path: Path) -> ModuleType:
