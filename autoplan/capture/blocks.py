@@ -1,12 +1,13 @@
 """Equal layers: a Llama of 126 equal blocks is traced like a Llama of one.
 
 Members of a `ModuleList`, `ModuleDict` or `Sequential` that are equal in everything that can change what they compute
-have one *signature*. The first member that is called with a given kind of arguments is recorded; a later one with the
-same signature and the same kind of arguments is not run at all: a *stub* stands for it in the autograd graph, whose
-outputs and gradients have the right shapes.
+have one *signature*. The first two members that are called with a given kind of arguments are recorded and compared; a later
+one with the same signature and the same kind of arguments is not run at all: a *stub* stands for it in the autograd
+graph, whose outputs and gradients have the right shapes. If the two differ, all of their kind are run.
 
 The signature sees classes, simple attributes (but for index-like ones), the names of callables, parameters, buffers and
-children. Two blocks that differ only in something else (the contents of an object of theirs) would be taken for equal.
+children. Two blocks that differ only in something else (the contents of an object of theirs) have equal signatures, and the
+comparison of the first two is what tells them apart.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autoplan.capture.scope import Owned, Scope
+from autoplan.capture.scope import Call, Item, Owned, Scope
 
 _INDEX_LIKE = frozenset(
     ("layer_idx", "layer_id", "layer_number", "layer_index", "layer_no", "block_idx", "block_id", "idx", "index", "i")
@@ -163,9 +164,38 @@ def remember(scope: Scope, arguments: list[Tensor], unseen: list[Tensor], result
     return twin
 
 
-def repeat(twin: Twin, arguments: list[Tensor], anchor: Tensor | None) -> Any:
+def difference(one: Twin, other: Twin) -> str:
+    """Where two recorded blocks differ: a call and its place, or "" when they are equal in all that a graph holds."""
+    a, b = one.scope, other.scope
+    for left, right in zip(a.calls, b.calls, strict=False):
+        if _facts(a, left) != _facts(b, right):
+            return f"{left.name} ({left.place or left.module or 'border'})"
+    if len(a.calls) != len(b.calls):
+        return f"the number of operations ({len(a.calls)} and {len(b.calls)})"
+    if [_item(item) for item in a.items] != [_item(item) for item in b.items]:
+        return "a tensor's shape, dtype or memory"
+    if (a.inputs, a.input_leaves, a.outputs) != (b.inputs, b.input_leaves, b.outputs):
+        return "what goes in and comes out"
+    if [id(tensor) for tensor in one.unseen] != [id(tensor) for tensor in other.unseen]:
+        return "a tensor that they reach unseen"
+    return ""
+
+
+def _facts(scope: Scope, call: Call) -> Hashable:
+    kept = tuple((scope.root(tensor), tensor.untyped_storage().nbytes()) for tensor in call.packed)
+    what = (call.kind, call.name, call.module, call.inputs, call.outputs, call.dims, call.dim_map, call.linear, call.leaf)
+    costs = tuple((meter.flops, meter.bytes, meter.kernels) for meter in (call.forward, call.backward))
+    return (what, costs, kept)
+
+
+def _item(item: Item) -> Hashable:
+    return (item.shape, item.dtype, item.requires_grad, item.storage, item.parameter)
+
+
+def repeat(twin: Twin, arguments: list[Tensor], unseen: list[Tensor], anchor: Tensor | None) -> Any:
     """The result of a block that is not run. `anchor` is a parameter of it, so that the result can need a gradient."""
-    made = iter(_Stub.apply(twin, *arguments, *([] if anchor is None else [anchor])) if twin.made else ())
+    anchors = [] if anchor is None else [anchor]
+    made = iter(_Stub.apply(twin, *arguments, *unseen, *anchors) if twin.made else ())
     flat: list[Any] = []
     for i in range(len(twin.constants) + len(twin.passed) + len(twin.made) + len(twin.repeats)):
         if i in twin.constants:

@@ -6,13 +6,13 @@ Node `meta`: `fqn` (the module), `val` (the fake result), `flops` (forward, back
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
 from autoplan.capture.model import ExampleInputs, LossFunction, record
 from autoplan.capture.normalise import tensors
-from autoplan.capture.record import Recorder
+from autoplan.capture.record import Options, Recorder
 from autoplan.capture.scope import Call
 
 
@@ -23,10 +23,12 @@ def capture_fx(
     *,
     compute_dtype: str = "bfloat16",
     batch: int = 2,
+    kernels: Literal["cuda", "cpu"] = "cuda",
 ) -> fx.GraphModule:
     """A `GraphModule` over the user's own parameters that takes the model's inputs and returns the loss, for `batch` samples."""
     title = type(module).__name__
-    _, (recorder,) = record(module, example_inputs, loss_fn, title, compute_dtype, False, (batch,))
+    options = Options(stubs=False, kernels=kernels)
+    _, (recorder,) = record(module, example_inputs, loss_fn, title, compute_dtype, (batch,), options)
     return fx.GraphModule(module, build(recorder))
 
 

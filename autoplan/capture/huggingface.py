@@ -57,7 +57,9 @@ def read_config(path: Path, changes: Mapping[str, Any]) -> Any:
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise UsageError(f"{file} makes no configuration: {type(error).__name__}: {text}.", "Correct the field.") from error
-    unknown = [key for key in unknown if key not in inspect.signature(type(config).__init__).parameters and key not in _fields(config)]
+    unknown = [
+        key for key in unknown if key not in inspect.signature(type(config).__init__).parameters and key not in _fields(config)
+    ]
     if unknown:
         raise UsageError(f"{file} has no field '{unknown[0]}'.", "Besides the fields of the file, only seq_len can be set.")
     return config

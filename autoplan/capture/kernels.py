@@ -22,7 +22,7 @@ _SAYS_YES = {aten.all.default, aten._is_all_true.default}
 class Kernels(TorchDispatchMode):
     """Adds FLOPs, bytes and the number of kernels to the call that is running."""
 
-    def __init__(self, meter: Callable[[], Meter | None], warn: Callable[[str], None]) -> None:
+    def __init__(self, meter: Callable[[Any], Meter | None], warn: Callable[[str], None]) -> None:
         super().__init__()
         self._meter = meter
         self._warn = warn
@@ -37,7 +37,7 @@ class Kernels(TorchDispatchMode):
             return out
         if func in _SAYS_YES:
             self._yes[id(out)] = out
-        meter = self._meter()
+        meter = self._meter(func)
         if meter is not None:
             meter.flops += private.flops(func, args, kwargs, out)
             meter.bytes += _moved(func, args, kwargs, out)

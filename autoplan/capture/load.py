@@ -96,7 +96,10 @@ def convert(text: Any) -> Any:
 
 def _check_path(path: Path) -> None:
     if path.is_dir():
-        raise UsageError(f"{path} is a folder.", "Name the Python file in it that defines build_model; a Hugging Face folder has a config.json.")
+        raise UsageError(
+            f"{path} is a folder.",
+            "Name the Python file in it that defines build_model; a Hugging Face folder has a config.json.",
+        )
     if not path.exists():
         raise UsageError(f"There is no file {path}.", "Check the path; relative ones start at the current folder.")
     if path.suffix != ".py":

@@ -1,11 +1,18 @@
-"""Two recordings, of two and of three samples, become one `Graph` whose costs are affine in the batch."""
+"""Recordings of two and of three samples become one `Graph` whose costs are affine in the batch.
+
+Samples may meet each other (a contrastive loss compares all pairs): a tensor then has two dims that grow with the batch
+and costs are quadratic. A third recording fits them, and the graph holds the chord up to a micro-batch of `MEETING`,
+which is never too low below it; such operations are opaque, and the user is warned.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
+from autoplan.capture.bundle import bundle
 from autoplan.capture.private import storage_key
 from autoplan.capture.record import Recorder
 from autoplan.capture.scope import Call, Item, Owned, Scope
@@ -15,103 +22,156 @@ from autoplan.graph import Block, Body, Cost, Graph, Op, Parameter, Value
 BATCHES = (2, 3)
 """The two batch sizes. Neither is 1, so that no dim of length one is taken for the batch."""
 
+MEETING = 1024
+"""The micro-batch up to which quadratic costs are not underestimated."""
 
 SAME = "Capture needs a program that does not depend on the batch size."
 
 
-def merge(name: str, dtype: str, root: nn.Module, two: Recorder, three: Recorder) -> Graph:
-    """The graph of a model that was recorded twice. Raises `UsageError` when the batch changes more than sizes."""
-    if list(two.layers) != list(three.layers):
-        raise UsageError(f"{name} runs other layers for a batch of 3 than for a batch of 2.", SAME)
+def samples_meet(two: Recorder, three: Recorder) -> bool:
+    """Whether a tensor has more than one dim that grows with the batch."""
+    scopes = [(two.outer, three.outer), *((scope, three.layers.get(layer)) for layer, scope in two.layers.items())]
+    pairs = [pair for a, b in scopes if b is not None for pair in zip(a.items, b.items, strict=False)]
+    return any(len(_grows(a, b)) > 1 for a, b in pairs if len(a.shape) == len(b.shape))
+
+
+def _grows(two: Item, three: Item) -> list[int]:
+    return [dim for dim, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
+
+
+def merge(name: str, dtype: str, root: nn.Module, recorders: Sequence[Recorder], batches: Sequence[int]) -> Graph:
+    """The graph of a model that was recorded at some batch sizes. Raises `UsageError` when the batch changes more than sizes."""
+    merger = _Merger(name, root, tuple(batches), recorders[0].owned)
+    two, three = recorders[:2]
+    if any(list(two.layers) != list(other.layers) for other in recorders):
+        raise UsageError(f"{name} runs other layers for a batch of {batches[1]} than for a batch of {batches[0]}.", SAME)
     bodies: dict[Body, int] = {}
-    known: dict[tuple[int, int], int] = {}
+    known: dict[tuple[int, ...], int] = {}
     blocks = []
-    for layer, scope in two.layers.items():
-        pair = (id(scope), id(three.layers[layer]))
-        if pair not in known:
-            body = _body(name, root, scope, three.layers[layer], two.owned)
-            known[pair] = bodies.setdefault(body, len(bodies))
-        blocks.append(Block(layer, known[pair]))
-    outer = _body(name, root, two.outer, three.outer, two.owned)
+    for layer in two.layers:
+        scopes = [recorder.layers[layer] for recorder in recorders]
+        key = tuple(id(scope) for scope in scopes)
+        if key not in known:
+            known[key] = bodies.setdefault(merger.body(scopes), len(bodies))
+        blocks.append(Block(layer, known[key]))
+    outer = merger.body([recorder.outer for recorder in recorders])
     inputs = tuple(
         (leaf, outer.values[i].shape, outer.values[i].dtype) for leaf, i in zip(outer.input_leaves, outer.inputs, strict=True)
     )
-    return Graph(name, dtype, outer, tuple(bodies), tuple(blocks), two.tied, inputs, tuple({**two.warnings, **three.warnings}))
-
-
-def _body(name: str, root: nn.Module, two: Scope, three: Scope, owned: Mapping[int, Owned]) -> Body:
-    if len(two.calls) != len(three.calls) or len(two.items) != len(three.items):
-        raise UsageError(
-            f"{name} runs {len(two.calls)} operations for a batch of 2 and {len(three.calls)} for a batch of 3{_where(two)}.",
-            SAME,
-        )
-    users = {value: call for call in reversed(two.calls) for value in call.outputs}
-    values = tuple(_value(i, a, b, two, users.get(i)) for i, (a, b) in enumerate(zip(two.items, three.items, strict=True)))
-    kept: set[int] = set()
-    ops = tuple(_op(a, b, two, three, values, kept) for a, b in zip(two.calls, three.calls, strict=True))
-    return Body(values, ops, tuple(two.inputs), tuple(two.outputs), _parameters(root, two.name, owned), tuple(two.input_leaves))
-
-
-def _where(scope: Scope) -> str:
-    return f" in {scope.name}" if scope.name else ""
-
-
-def _value(index: int, two: Item, three: Item, scope: Scope, maker: Call | None) -> Value:
-    differing = [dim for dim, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
-    where = f"{maker.name} at {maker.place}" if maker is not None and maker.place else "an input of the model"
-    if len(differing) > 1:
-        raise UsageError(
-            f"{where} makes a tensor of {list(two.shape)} for a batch of 2 and of {list(three.shape)} for a batch of 3.",
-            "Capture needs samples that do not meet each other: at most one dim may grow with the batch.",
-        )
-    shape, batch_dim = two.shape, None
-    if differing:
-        batch_dim = differing[0]
-        length = three.shape[batch_dim] - two.shape[batch_dim]
-        if two.shape[batch_dim] != BATCHES[0] * length:
-            raise UsageError(
-                f"{where} makes a tensor of {list(two.shape)} for a batch of 2 and of {list(three.shape)} for a batch of 3.",
-                "Capture needs sizes that are proportional to the batch.",
-            )
-        shape = (*shape[:batch_dim], length, *shape[batch_dim + 1 :])
-    return Value(index, shape, two.dtype, batch_dim, two.requires_grad, two.storage, two.parameter)
-
-
-def _op(two: Call, three: Call, scope: Scope, scope3: Scope, values: tuple[Value, ...], kept: set[int]) -> Op:
-    same = ("kind", "name", "module", "inputs", "outputs", "leaf", "block")
-    if any(getattr(two, key) != getattr(three, key) for key in same):
-        raise UsageError(
-            f"{two.place or two.module} runs {two.name} for a batch of 2, where {three.place or three.module} runs {three.name} "
-            "for a batch of 3.",
-            SAME,
-        )
-    before = set(kept)
-    saved, extra = _saved(two, scope, values, kept)
-    _, extra3 = _saved(three, scope3, values, before)
-    return Op(
-        two.kind,
-        two.name,
-        two.module,
-        two.inputs,
-        two.outputs,
-        two.dims,
-        two.dim_map,
-        two.linear,
-        two.leaf,
-        two.block,
-        _cost(two.forward.flops, three.forward.flops),
-        _cost(two.backward.flops, three.backward.flops),
-        _cost(two.forward.bytes, three.forward.bytes),
-        _cost(two.backward.bytes, three.backward.bytes),
-        two.forward.kernels,
-        two.backward.kernels,
-        saved,
-        _cost(extra, extra3),
+    return Graph(
+        name,
+        dtype,
+        outer,
+        tuple(bodies),
+        tuple(blocks),
+        two.tied,
+        inputs,
+        tuple({**two.warnings, **three.warnings, **merger.warnings}),
     )
 
 
-def _cost(two: float, three: float) -> Cost:
-    return Cost(three - two, 3 * two - 2 * three)
+class _Merger:
+    """Merges the recordings of one body at several batch sizes."""
+
+    def __init__(self, name: str, root: nn.Module, batches: tuple[int, ...], owned: Mapping[int, Owned]) -> None:
+        self.warnings: dict[str, None] = {}
+        self._name = name
+        self._root = root
+        self._batches = batches
+        self._owned = owned
+
+    def body(self, scopes: Sequence[Scope]) -> Body:
+        bundle(scopes, self._batches)
+        two, three = scopes[:2]
+        if any(len(two.calls) != len(other.calls) or len(two.items) != len(other.items) for other in scopes):
+            raise UsageError(f"{self._name} {self._first_difference(two, three)}.", SAME)
+        users = {value: call for call in reversed(two.calls) for value in call.outputs}
+        values = tuple(self._value(i, a, b, users.get(i)) for i, (a, b) in enumerate(zip(two.items, three.items, strict=True)))
+        wide = {i for i, (a, b) in enumerate(zip(two.items, three.items, strict=True)) if len(_grows(a, b)) > 1}
+        kept: list[set[int]] = [set() for _ in scopes]
+        ops = tuple(self._op(calls, scopes, values, kept) for calls in zip(*(scope.calls for scope in scopes), strict=True))
+        ops = tuple(_opaque(op) if wide.intersection((*op.inputs, *op.outputs)) else op for op in ops)
+        parameters = _parameters(self._root, two.name, self._owned)
+        return Body(values, ops, tuple(two.inputs), tuple(two.outputs), parameters, tuple(two.input_leaves))
+
+    def _first_difference(self, two: Scope, three: Scope) -> str:
+        where = f" in {two.name}" if two.name else ""
+        for a, b in zip(two.calls, three.calls, strict=False):
+            if (a.kind, a.name, a.module, a.inputs, a.outputs) != (b.kind, b.name, b.module, b.inputs, b.outputs):
+                return self._runs(a, b) + where
+        return f"runs {len(two.calls)} operations for a batch of {self._batches[0]} and {len(three.calls)} for one more{where}"
+
+    def _runs(self, two: Call, three: Call) -> str:
+        first, second = self._batches[:2]
+        here, there = (call.place or call.module or "the model" for call in (two, three))
+        return f"runs {two.name} at {here} for a batch of {first}, where {there} runs {three.name} for a batch of {second}"
+
+    def _value(self, index: int, two: Item, three: Item, maker: Call | None) -> Value:
+        small, large = self._batches[:2]
+        where = f"{maker.name} at {maker.place}" if maker is not None and maker.place else "an input of the model"
+        made = f"makes a tensor of {list(two.shape)} for a batch of {small} and of {list(three.shape)} for a batch of {large}"
+        shape, batch_dim = list(two.shape), None
+        for dim in _grows(two, three):
+            length, rest = divmod(three.shape[dim] - two.shape[dim], large - small)
+            if rest or two.shape[dim] != small * length:
+                raise UsageError(f"{where} {made}.", "Capture needs sizes that are proportional to the batch.")
+            shape[dim] = length if batch_dim is None else length * MEETING
+            if batch_dim is not None:
+                self._warn_of_meeting(where)
+            batch_dim = dim if batch_dim is None else batch_dim
+        if two.each_sample and batch_dim is None and shape:
+            batch_dim = 0
+        return Value(index, tuple(shape), two.dtype, batch_dim, two.requires_grad, two.storage, two.parameter)
+
+    def _warn_of_meeting(self, where: str) -> None:
+        if not self.warnings:
+            self.warnings[
+                f"samples meet each other at {where}: costs there grow with the square of the batch and are taken high, for a "
+                f"micro-batch of {MEETING}; on several devices each one compares its own samples"
+            ] = None
+
+    def _op(self, calls: Sequence[Call], scopes: Sequence[Scope], values: tuple[Value, ...], kept: Sequence[set[int]]) -> Op:
+        two = calls[0]
+        same = ("kind", "name", "module", "inputs", "outputs", "leaf", "block")
+        for other in calls[1:]:
+            if any(getattr(two, key) != getattr(other, key) for key in same):
+                raise UsageError(f"{self._name} {self._runs(two, other)}.", SAME)
+        found = [_saved(call, scope, values, seen) for call, scope, seen in zip(calls, scopes, kept, strict=True)]
+        return Op(
+            two.kind,
+            two.name,
+            two.module,
+            two.inputs,
+            two.outputs,
+            two.dims,
+            two.dim_map,
+            two.linear,
+            two.leaf,
+            two.block,
+            self._cost([call.forward.flops for call in calls]),
+            self._cost([call.backward.flops for call in calls]),
+            self._cost([call.forward.bytes for call in calls]),
+            self._cost([call.backward.bytes for call in calls]),
+            two.forward.kernels,
+            two.backward.kernels,
+            found[0][0],
+            self._cost([extra for _, extra in found]),
+        )
+
+    def _cost(self, at: Sequence[float]) -> Cost:
+        """The line through two points; for three that are on none, the chord of their parabola from 0 to MEETING."""
+        a, b = self._batches[:2]
+        slope = (at[1] - at[0]) / (b - a)
+        if len(at) == 2:
+            return Cost(slope, at[0] - a * slope)
+        c = self._batches[2]
+        bend = ((at[2] - at[1]) / (c - b) - slope) / (c - a)
+        start = slope - bend * (a + b)
+        return Cost(start + max(bend, 0.0) * MEETING, at[0] - a * start - a * a * bend)
+
+
+def _opaque(op: Op) -> Op:
+    return op if op.kind in ("enter", "exit", "call") else replace(op, kind="opaque", dims=(), dim_map=(), linear=False)
 
 
 def _saved(call: Call, scope: Scope, values: tuple[Value, ...], kept: set[int]) -> tuple[tuple[int, ...], float]:

@@ -1,9 +1,10 @@
-"""capture: a model -> its `Graph`. Two recordings on fake tensors, nothing allocated, the user's module untouched."""
+"""capture: a model -> its `Graph`. Two batch sizes recorded on fake tensors, nothing allocated, the module untouched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,9 @@ from autoplan.adapt import adapt
 from autoplan.capture.blocks import find_blocks
 from autoplan.capture.fake import build_on_meta, fake_copy, fake_inputs
 from autoplan.capture.load import LoadedModel, line_of
-from autoplan.capture.merge import BATCHES, merge
+from autoplan.capture.merge import BATCHES, merge, samples_meet
 from autoplan.capture.private import DynamicOutputShapeException, FakeTensorMode
-from autoplan.capture.record import NoBlockError, Recorder
+from autoplan.capture.record import NoBlockError, Options, Recorder, TwinsDifferError
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
 
@@ -41,12 +42,22 @@ def capture_module(
     name: str | None = None,
     compute_dtype: str = "bfloat16",
     stubs: bool = True,
+    kernels: Literal["cuda", "cpu"] = "cuda",
+    batches: tuple[int, int] = BATCHES,
 ) -> Graph:
-    """The graph of a module in hand, real or on meta; it is not touched and its data are not copied."""
+    """The graph of a module in hand, real or on meta; it is not touched and its data are not copied.
+
+    `kernels="cpu"` counts what this machine would run, to be compared with it.
+    """
     module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
     title = name or type(module).__name__
-    root, recorders = record(module, example_inputs, loss_fn, title, compute_dtype, stubs, BATCHES)
-    return merge(title, compute_dtype, root, *recorders)
+    sizes = batches
+    while True:
+        options = Options(stubs=stubs, kernels=kernels)
+        root, recorders = record(module, example_inputs, loss_fn, title, compute_dtype, sizes, options)
+        if len(sizes) == len(recorders) and (len(sizes) > len(batches) or not samples_meet(*recorders)):
+            return merge(title, compute_dtype, root, recorders, sizes)
+        sizes = (*batches, sum(batches))  # costs that are quadratic in the batch take a third point
 
 
 def record(
@@ -55,8 +66,8 @@ def record(
     loss_fn: LossFunction | None,
     title: str,
     compute_dtype: str,
-    stubs: bool,
     batches: tuple[int, ...],
+    options: Options = Options(),  # noqa: B008
 ) -> tuple[nn.Module, list[Recorder]]:
     """The fake copy that ran, and one recording of it for each batch size."""
     dtype = getattr(torch, compute_dtype)
@@ -67,28 +78,38 @@ def record(
     adapt(root)
     samples = [fake_inputs(example_inputs(batch), mode, dtype) for batch in batches]
     excluded: frozenset[str] = frozenset()
+    warnings: dict[str, None] = {}
     while True:
         blocks = find_blocks(root, excluded)
         try:
-            return root, [_recording(root, blocks, stubs, mode, inputs, loss_fn, title) for inputs in samples]
+            recorders = []
+            for inputs in samples:
+                now = replace(options, compare=options.compare and not recorders)
+                recorders.append(_recording(root, blocks, now, mode, inputs, loss_fn, title))
+                recorders[-1].warnings.update(warnings)
+            return root, recorders
         except NoBlockError as error:
             excluded |= error.names
+        except TwinsDifferError as error:
+            options = replace(options, alone=options.alone | error.names)
+            warnings[error.warning] = None
         except UsageError:
-            if not stubs:
+            if not options.stubs:
                 raise
-            stubs = False  # perhaps the code looks for something that a block left behind, and a stub does not
+            # perhaps the code looks for something that a block left behind, and a stub does not
+            options = replace(options, stubs=False)
 
 
 def _recording(
     root: nn.Module,
     blocks: Mapping[str, Hashable],
-    stubs: bool,
+    options: Options,
     mode: FakeTensorMode,
     inputs: dict[str, Any],
     loss_fn: LossFunction | None,
     title: str,
 ) -> Recorder:
-    recorder = Recorder(root, blocks, stubs)
+    recorder = Recorder(root, blocks, options)
     with mode:
         _run(recorder, inputs, loss_fn, title)
     return recorder

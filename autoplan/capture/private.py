@@ -17,18 +17,22 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 __all__ = [
+    "ADDS",
     "CHECKPOINT",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "flops",
+    "gradient_of",
     "is_view",
     "module_call",
+    "next_edges",
     "no_torch_function",
     "node_sequence",
     "patched",
     "sequence",
+    "sequence_of",
     "storage_key",
 ]
 
@@ -44,6 +48,22 @@ def node_sequence() -> int | None:
     """The sequence number of the autograd node that is running its backward, if one is."""
     node = torch._C._current_autograd_node()
     return None if node is None else int(node._sequence_nr())
+
+
+def sequence_of(node: Any) -> int:
+    """The sequence number of an autograd node."""
+    return int(node._sequence_nr())
+
+
+def next_edges(node: Any) -> tuple[tuple[Any, int], ...]:
+    """(node, output number) that each gradient which `node` computes goes to; (None, 0) for none."""
+    return node.next_functions  # type: ignore[no-any-return]
+
+
+def gradient_of(node: Any, slot: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the gradient that an autograd node takes for one of its outputs."""
+    data = node._input_metadata[slot]
+    return tuple(data.shape), data.dtype
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -83,6 +103,9 @@ def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     formula = flop_registry.get(getattr(func, "_overloadpacket", None))
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
 
+
+ADDS = frozenset((aten.add.Tensor, aten.add_.Tensor))
+"""The kernels with which autograd's engine adds up gradients."""
 
 _VIEWS = {aten._unsafe_view.default, aten._reshape_alias.default, aten.lift_fresh.default, aten.lift.default}
 _NO_KERNEL = {

@@ -12,7 +12,8 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autoplan.capture import private, semantics
-from autoplan.capture.blocks import Twin, block_of, call_key, ownership, remember, repeat
+from autoplan.capture.blocks import Twin, block_of, call_key, difference, ownership, remember, repeat
+from autoplan.capture.gradients import charge_meetings, edges
 from autoplan.capture.kernels import Kernels
 from autoplan.capture.normalise import classify, name_of, tensors
 from autoplan.capture.scope import Call, Meter, Scope, argument_leaves, leaves, merged, place
@@ -35,14 +37,37 @@ class NoBlockError(Exception):
         super().__init__(", ".join(sorted(self.names)))
 
 
+class TwinsDifferError(Exception):
+    """Layers that look equal ran differently: `names` must be traced one by one."""
+
+    def __init__(self, names: Iterable[str], warning: str) -> None:
+        self.names = frozenset(names)
+        self.warning = warning
+        super().__init__(warning)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to record."""
+
+    stubs: bool = True
+    """Whether a layer that equals two earlier ones is left out."""
+    alone: frozenset[str] = frozenset()
+    """Layers that are traced in any case."""
+    compare: bool = True
+    """Whether the first two of equal layers are both traced, and compared; else the first one is trusted."""
+    kernels: Literal["cuda", "cpu"] = "cuda"
+    """Whose kernels to count."""
+
+
 class Recorder(TorchFunctionMode):
     """One recording of `root` at one batch size. `blocks` are the names and signatures of its layers."""
 
-    def __init__(self, root: nn.Module, blocks: Mapping[str, Hashable], stubs: bool) -> None:
+    def __init__(self, root: nn.Module, blocks: Mapping[str, Hashable], options: Options) -> None:
         super().__init__()
         self.root = root
         self.blocks = blocks
-        self.stubs = stubs
+        self.options = options
         self.owned, self.tied = ownership(root, blocks)
         self.outer = Scope("", None, self.owned)
         self.order: list[Call] = []
@@ -56,7 +81,15 @@ class Recorder(TorchFunctionMode):
         self._current: Call | None = None
         self._last: Call | None = None
         self._by_sequence: dict[int, Call] = {}
-        self._twins: dict[Hashable, Twin | None] = {}
+        self._twins: dict[Hashable, list[Twin | None]] = {}
+        self._members: dict[Hashable, list[str]] = {}
+        self._replaced = semantics.replaced(options.kernels)
+        self._calls: dict[str, Call] = {}
+        self._done: int | None = None
+        self.added = Meter()
+        """What the engine's adding up of gradients really cost."""
+        self.meetings = 0.0
+        """Bytes that it costs by the rule of `gradients`."""
         self._external: set[int] = set()
         self._alive: list[Any] = []
         self._module_call = private.module_call()
@@ -80,9 +113,35 @@ class Recorder(TorchFunctionMode):
             self.outer.outputs.append(self.outer.find(loss))
             self._check_blocks()
             self._last = None
+            self._meetings = edges(loss, self._watch)
             wanted = [p for p in self.root.parameters() if p.requires_grad]
             torch.autograd.grad(loss, wanted, allow_unused=True)
+        self.meetings = charge_meetings(self._meetings, self._by_sequence, self._calls)
+        self._compare()
         return loss
+
+    def _compare(self) -> None:
+        """The first two of every group of equal layers ran the same operations, or the group is no group."""
+        for key, (first, *others) in self._twins.items():
+            for other in others:
+                if first is None or other is None:
+                    continue
+                found = difference(first, other)
+                if found:
+                    pair = f"{first.scope.name} and {other.scope.name}"
+                    raise TwinsDifferError(
+                        self._members[key], f"{pair} look equal but differ at {found}: each such layer was traced by itself"
+                    )
+                self.layers[other.scope.name] = first.scope
+
+    def _watch(self, node: Any) -> None:
+        """Tells when a node of the autograd graph is done: what runs then, before the next one, adds up gradients."""
+        number = private.sequence_of(node)
+
+        def done(*_: Any) -> None:
+            self._done = number
+
+        node.register_hook(done)
 
     def _check_blocks(self) -> None:
         """All blocks ran, and none let a tensor out by a side door (`self.aux_loss = ...`): a constant with a gradient."""
@@ -99,8 +158,10 @@ class Recorder(TorchFunctionMode):
             stack.enter_context(
                 private.patched(nn.Module, "__call__", lambda module, *a, **k: recorder._called(original, module, a, k))
             )
-            for name, (function, replacement) in semantics.PATCHED.items():
-                stack.enter_context(private.patched(F, name, self._routed(function, replacement)))
+            for name, function in semantics.PATCHED.items():
+                routed = self._routed(function, self._replaced.get(function, function))
+                stack.enter_context(private.patched(F, name, routed))
+            stack.enter_context(private.patched(torch.autocast, "__init__", semantics.autocast_init))
             apply = torch.autograd.Function.__dict__["apply"]
             stack.enter_context(private.patched(torch.autograd.Function, "apply", classmethod(self._custom(apply))))
             masks = sys.modules.get("transformers.masking_utils")
@@ -148,15 +209,16 @@ class Recorder(TorchFunctionMode):
         if name == "is_cuda":
             return True
         args, kwargs = semantics.on_device(func, args, kwargs)
+        args, kwargs = semantics.autocast_arguments(name, args, kwargs)
         return self._record(func, name, args, kwargs)
 
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = Call("opaque", name, self._stack[-1], "", func=func, args=args, kwargs=kwargs)
+        call = Call("opaque", name, self._stack[-1], "", block_name=self._scope.name, func=func, args=args, kwargs=kwargs)
         versions = [(tensor, tensor._version) for tensor in tensors((args, kwargs))]
         first = private.sequence()
         self._current = call
         try:
-            call.result = result = semantics.REPLACED.get(func, func)(*args, **kwargs)
+            call.result = result = self._replaced.get(func, func)(*args, **kwargs)
             changed = [tensor for tensor, version in versions if tensor._version != version]
             outputs = list(tensors(result)) or changed
             if not outputs or name == "requires_grad_" or (not changed and _same(outputs, versions)):
@@ -223,15 +285,19 @@ class Recorder(TorchFunctionMode):
         call = Call("call", "block", self._stack[-1], place(), block=len(self.layers))
         passed = argument_leaves(args, kwargs)
         key = call_key(self.blocks[name], module, args, kwargs)
-        twin = self._twins.get(key) if self.stubs else None
+        twins = self._twins.setdefault(key, [])
+        self._members.setdefault(key, []).append(name)
+        twin = self._twin(name, twins)
         if twin is None:
             scope, result = self._trace(original, module, Scope(name, outer, self.owned), args, kwargs)
             given = {id(tensor) for _, tensor in passed}
             unseen = [scope.items[i].tensor for i in scope.inputs if id(scope.items[i].tensor) not in given]
-            self._twins[key] = remember(scope, [tensor for _, tensor in passed], unseen, result)
+            if len(twins) < 2:
+                twins.append(remember(scope, [tensor for _, tensor in passed], unseen, result))
         else:
             scope, unseen, result = twin.scope, twin.unseen, self._stub(twin, module, passed, call)
         self.layers[name] = scope
+        self._calls[name] = call
         call.inputs = tuple(outer.find(tensor) for tensor in (*(tensor for _, tensor in passed), *unseen))
         outputs = [tensor for _, tensor in merged(list(leaves(result)))]
         call.outputs = tuple(outer.value(tensor) for tensor in outputs)
@@ -239,6 +305,11 @@ class Recorder(TorchFunctionMode):
         outer.calls.append(call)
         self._last = call
         return result
+
+    def _twin(self, name: str, twins: list[Twin | None]) -> Twin | None:
+        """The earlier layer that stands for this one, or None when this one has to run."""
+        enough = len(twins) >= (2 if self.options.compare else 1)
+        return twins[0] if enough and self.options.stubs and name not in self.options.alone else None
 
     def _trace(
         self, original: Callable[..., Any], module: nn.Module, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -260,7 +331,7 @@ class Recorder(TorchFunctionMode):
         self._current = call  # the stub's own calls are nobody's
         try:
             anchor = next((p for p in module.parameters() if p.requires_grad), None)
-            return repeat(twin, [tensor for _, tensor in passed], anchor)
+            return repeat(twin, [tensor for _, tensor in passed], [t for t in twin.unseen if t.requires_grad], anchor)
         finally:
             self._current = None
             self._claim(first, call)
@@ -277,9 +348,11 @@ class Recorder(TorchFunctionMode):
             self._current.packed.append(tensor)
         return tensor
 
-    def _meter(self) -> Meter | None:
+    def _meter(self, kernel: Any) -> Meter | None:
         """Where the costs of the kernel that runs now belong."""
         number = private.node_sequence()
+        if number is not None and number == self._done and kernel in private.ADDS:
+            return self.added
         if number is None and self._current is not None:
             return self._current.forward
         if number is not None:

@@ -55,6 +55,8 @@ class Call:
     linear: bool = False
     leaf: str = ""
     block: int = -1
+    block_name: str = ""
+    """Name of the block in whose scope the call is, "" for the outer one."""
     forward: Meter = field(default_factory=Meter)
     backward: Meter = field(default_factory=Meter)
     packed: list[Tensor] = field(default_factory=list)
@@ -75,6 +77,8 @@ class Item:
     requires_grad: bool
     storage: int
     parameter: str | None = None
+    each_sample: bool = False
+    """Whether there is one such tensor for each sample; see `bundle`."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,12 @@ class Scope:
         self.items.append(Item(tensor, tuple(tensor.shape), dtype, tensor.requires_grad, root, parameter))
         self._frames[0 if outside else -1][id(tensor)] = index
         return index
+
+    def renumber(self, new: Mapping[int, int]) -> None:
+        """Items have new numbers; those without one are gone."""
+        self._roots = {key: new[index] for key, index in self._roots.items() if index in new}
+        self.inputs = [new[index] for index in self.inputs]
+        self.outputs = [new[index] for index in self.outputs]
 
     def root(self, tensor: Tensor) -> int | None:
         """The value that allocated the memory of `tensor`, as far as this scope knows it."""

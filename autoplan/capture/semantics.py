@@ -103,12 +103,44 @@ REPLACED: dict[Any, Callable[..., Any]] = {
 }
 """The function that the user calls -> the one that runs."""
 
-PATCHED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "scaled_dot_product_attention": (_attention, attention),
-    "dropout": (_dropout, dropout),
-    "rms_norm": (_rms_norm, rms_norm),
+PATCHED: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": _attention,
+    "dropout": _dropout,
+    "rms_norm": _rms_norm,
 }
-"""Names of `torch.nn.functional` -> (original, replacement): for calls inside composite functions, which no mode sees."""
+"""Names of `torch.nn.functional` -> original: for calls inside composite functions, which no mode sees."""
+
+
+def replaced(kernels: str) -> dict[Any, Callable[..., Any]]:
+    """The function that the user calls -> the one that runs, for the kernels of a device. The CPU's are as they are."""
+    return REPLACED if kernels == "cuda" else {torch.Tensor.cuda: stay}
+
+
+_AUTOCAST_INIT = torch.autocast.__init__
+
+
+def autocast_init(self: torch.autocast, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:
+    """`torch.autocast("cuda")` switches itself off where there is no CUDA; the CPU's takes its place."""
+    if device_type == "cuda":
+        device_type, dtype = "cpu", dtype or torch.float16
+    _AUTOCAST_INIT(self, device_type, dtype, *args, **kwargs)
+
+
+_AUTOCAST_FLOAT32 = {
+    *("layer_norm", "group_norm", "norm", "rms_norm", "softmax", "log_softmax", "softmin", "cumsum", "cumprod", "sum", "prod"),
+    *("exp", "expm1", "log", "log10", "log2", "log1p", "pow", "rpow", "reciprocal", "rsqrt", "softplus", "erfinv", "cosh"),
+    *("sinh", "tan", "acos", "asin", "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"),
+    *("kl_div", "binary_cross_entropy_with_logits", "cosine_similarity", "cdist", "renorm"),
+}
+"""What CUDA's autocast computes in float32, by `name_of`; the CPU's leaves most of it in the lower precision."""
+
+
+def autocast_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call as CUDA's autocast would make them, where it differs from the CPU's."""
+    if name not in _AUTOCAST_FLOAT32 or not torch.is_autocast_enabled("cpu"):
+        return args, kwargs
+    cast = lambda x: x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x  # noqa: E731
+    return tuple(cast(x) for x in args), {key: cast(x) for key, x in kwargs.items()}
 
 
 def on_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

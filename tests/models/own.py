@@ -15,7 +15,9 @@ EXAMPLES = HERE.parents[1] / "examples"
 TINY = {"layers": 3, "hidden": 32, "heads": 4, "ffn": 64, "vocab": 50, "seq_len": 16}
 
 
-def family(path: Path, blocks: int, bodies: int, name: str | None = None, full: dict[str, Any] | None = None, **tiny: Any) -> Family:
+def family(
+    path: Path, blocks: int, bodies: int, name: str | None = None, full: dict[str, Any] | None = None, **tiny: Any
+) -> Family:
     sizes: dict[str, Callable[[], LoadedModel]] = {
         "tiny": partial(load_model, str(path), {**TINY, **tiny}),
         "full": partial(load_model, str(path), full or {}),
