@@ -217,6 +217,26 @@ class Graph:
         """Number of parameters, tied ones once."""
         return sum(p.numel for _, body in self.members() for p in body.parameters if not p.buffer)
 
+    @cached_property
+    def saved(self) -> Cost:
+        """Bytes kept for the backward pass, nothing recomputed; what several blocks keep (the encoder's output) once."""
+        total = sum((body.saved for _, body in self.members()), Cost())
+        kept = {self.outer.values[i].storage for op in self.outer.ops for i in op.saved}
+        for op in self.outer.ops:
+            if op.kind != "call":
+                continue
+            body = self.bodies[self.blocks[op.block].body]
+            passed = dict(zip((*body.inputs, *body.outputs), (*op.inputs, *op.outputs), strict=True))
+            roots = {body.values[i].storage for each in body.ops for i in each.saved}
+            for inside in roots & passed.keys():
+                outside = self.outer.values[passed[inside]].storage
+                if outside in kept:
+                    value = body.values[inside]
+                    size = -value.bytes_at(1)
+                    total += Cost(size, 0.0) if value.batch_dim is not None else Cost(0.0, size)
+                kept.add(outside)
+        return total
+
     @property
     def forward_flops(self) -> Flops:
         """FLOPs of the forward pass of one sample."""
@@ -230,7 +250,7 @@ class Graph:
     @property
     def saved_bytes(self) -> Bytes:
         """Bytes kept for the backward pass of one sample, nothing recomputed."""
-        return sum(body.saved.at(1) for _, body in self.members())
+        return self.saved.at(1)
 
     @property
     def tokens(self) -> int:

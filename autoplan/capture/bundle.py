@@ -14,15 +14,13 @@ from autoplan.capture.scope import Call, Scope
 
 def bundle(scopes: Sequence[Scope], batches: Sequence[int]) -> None:
     """Makes the recordings of one body equally long, where a list of tensors grows with the batch. Changes them in place."""
-    rows = list(zip(*(scope.calls for scope in scopes), strict=False))
-    if all(len({len(call.outputs) for call in row}) == 1 for row in rows):
+    rows = zip(*(scope.calls for scope in scopes), strict=False)
+    lists = [(row, kept) for row in rows if (kept := _kept([len(call.outputs) for call in row], batches)) is not None]
+    if not lists:
         return
     for at, scope in enumerate(scopes):
         dropped: set[int] = set()
-        for row in rows:
-            kept = _kept([len(call.outputs) for call in row], batches)
-            if kept is None:
-                continue
+        for row, kept in lists:
             call = row[at]
             dropped.update(call.outputs[kept:])
             for index in call.outputs[:kept]:

@@ -92,7 +92,7 @@ def record(
             excluded |= error.names
         except TwinsDifferError as error:
             options = replace(options, alone=options.alone | error.names)
-            warnings[error.warning] = None
+            warnings |= {error.warning: None} if error.warning else {}
         except UsageError:
             if not options.stubs:
                 raise
@@ -118,7 +118,7 @@ def _recording(
 def _run(recorder: Recorder, inputs: dict[str, Any], loss_fn: LossFunction | None, title: str) -> None:
     try:
         recorder.run(inputs, lambda output: loss_of(output, inputs, loss_fn, title))
-    except (UsageError, NoBlockError):
+    except (UsageError, NoBlockError, TwinsDifferError):
         raise
     except DynamicOutputShapeException as error:
         raise UsageError(

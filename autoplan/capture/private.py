@@ -25,6 +25,7 @@ __all__ = [
     "FakeTensorMode",
     "flops",
     "gradient_of",
+    "instance_patched",
     "is_view",
     "module_call",
     "next_edges",
@@ -85,6 +86,19 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextmanager
+def instance_patched(instance: Any, name: str, replacement: Any) -> Iterator[None]:
+    """`instance.name` is `replacement` inside the context, whatever its class says."""
+    own = vars(instance)
+    kept = {name: own[name]} if name in own else {}
+    own[name] = replacement
+    try:
+        yield
+    finally:
+        del own[name]
+        own.update(kept)
 
 
 CHECKPOINT = (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator")

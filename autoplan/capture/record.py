@@ -40,7 +40,7 @@ class NoBlockError(Exception):
 class TwinsDifferError(Exception):
     """Layers that look equal ran differently: `names` must be traced one by one."""
 
-    def __init__(self, names: Iterable[str], warning: str) -> None:
+    def __init__(self, names: Iterable[str], warning: str = "") -> None:
         self.names = frozenset(names)
         self.warning = warning
         super().__init__(warning)
@@ -85,6 +85,7 @@ class Recorder(TorchFunctionMode):
         self._members: dict[Hashable, list[str]] = {}
         self._replaced = semantics.replaced(options.kernels)
         self._calls: dict[str, Call] = {}
+        self._results: dict[str, list[Tensor]] = {}
         self._done: int | None = None
         self.added = Meter()
         """What the engine's adding up of gradients really cost."""
@@ -117,14 +118,26 @@ class Recorder(TorchFunctionMode):
             wanted = [p for p in self.root.parameters() if p.requires_grad]
             torch.autograd.grad(loss, wanted, allow_unused=True)
         self.meetings = charge_meetings(self._meetings, self._by_sequence, self._calls)
-        self._compare()
+        self._compare_gradients()
+        self._compare_twins()
         return loss
 
-    def _compare(self) -> None:
+    def _compare_gradients(self) -> None:
+        """A layer whose results get no gradients, where those of its equals do, costs less: nobody stands for it."""
+        used = {
+            name: tuple((tensor.grad_fn, tensor.output_nr) in self._meetings for tensor in results)
+            for name, results in self._results.items()
+        }
+        for first, *others in self._members.values():
+            odd = [name for name in others if used[name] != used[first] and name not in self.options.alone]
+            if odd and self.options.stubs:
+                raise TwinsDifferError(odd)
+
+    def _compare_twins(self) -> None:
         """The first two of every group of equal layers ran the same operations, or the group is no group."""
         for key, (first, *others) in self._twins.items():
             for other in others:
-                if first is None or other is None:
+                if first is None or other is None or other.scope.name in self.options.alone:
                     continue
                 found = difference(first, other)
                 if found:
@@ -295,12 +308,13 @@ class Recorder(TorchFunctionMode):
             if len(twins) < 2:
                 twins.append(remember(scope, [tensor for _, tensor in passed], unseen, result))
         else:
-            scope, unseen, result = twin.scope, twin.unseen, self._stub(twin, module, passed, call)
+            scope, unseen, result = twin.scope, twin.unseen, self._stub(original, module, twin, args, kwargs, call)
         self.layers[name] = scope
         self._calls[name] = call
         call.inputs = tuple(outer.find(tensor) for tensor in (*(tensor for _, tensor in passed), *unseen))
         outputs = [tensor for _, tensor in merged(list(leaves(result)))]
         call.outputs = tuple(outer.value(tensor) for tensor in outputs)
+        self._results[name] = outputs
         self._alive.append((args, kwargs, outputs))
         outer.calls.append(call)
         self._last = call
@@ -325,13 +339,27 @@ class Recorder(TorchFunctionMode):
         scope.outputs = [scope.find(tensor) for _, tensor in merged(list(leaves(result)))]
         return scope, result
 
-    def _stub(self, twin: Twin, module: nn.Module, passed: list[tuple[str, Tensor]], call: Call) -> Any:
-        """Does not run a block."""
+    def _stub(
+        self,
+        original: Callable[..., Any],
+        module: nn.Module,
+        twin: Twin,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: Call,
+    ) -> Any:
+        """Does not run a block, but its hooks: some models collect hidden states with them."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            passed = [tensor for _, tensor in argument_leaves(args, kwargs)]
+            return repeat(twin, passed, [t for t in twin.unseen if t.requires_grad], anchor)
+
         first = private.sequence()
         self._current = call  # the stub's own calls are nobody's
         try:
             anchor = next((p for p in module.parameters() if p.requires_grad), None)
-            return repeat(twin, [tensor for _, tensor in passed], [t for t in twin.unseen if t.requires_grad], anchor)
+            with private.instance_patched(module, "forward", forward):
+                return original(module, *args, **kwargs)
         finally:
             self._current = None
             self._claim(first, call)

@@ -236,10 +236,6 @@ def failing() -> Iterator[tuple[str, nn.Module, str]]:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.cat([self.fc(x), self.fc.weight[:1]]).sum()
 
-    class Pairs(Odd):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (self.fc(x) @ x.t()).sum()
-
     class NoLoss(Odd):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
             return (self.fc(x),)
@@ -265,7 +261,6 @@ def failing() -> Iterator[tuple[str, nn.Module, str]]:
             return (self.fc(x) if len(x) == 2 else self.fc(self.fc(x))).sum()
 
     yield "proportional", Size(), "test_graph.py:"
-    yield "at most one dim", Pairs(), "test_graph.py:"
     yield "no loss", NoLoss(), "loss_fn"
     yield "shape", Wide(), "loss_fn"
     yield "RuntimeError", Raises(), "test_graph.py:"
