@@ -163,6 +163,9 @@ class LayerModel:
             for i, layout in zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
             if self.body.values[i].requires_grad and not self.body.values[i].parameter
         )
+        if op.kind == "cross_entropy" and not outcome.sharded:
+            # softmax and its gradient in float32, both of the logits' shape; the vocabulary-parallel form works in place
+            gradients = max(gradients, 2 * prod(self.body.values[op.inputs[0]].shape) * self.micro_batch * DTYPE_BYTES["float32"])
         if op.kind == "embedding" and outcome.sharded:
             table = self.body.values[op.inputs[1]]
             gradients += prod(table.shape) * DTYPE_BYTES[self.dtype]

@@ -16,9 +16,10 @@ hidden communication slows computation down by the profile's `overlap`. Nothing 
 layers is exact for equal layers and for unequal ones differs from an event simulation by at most one layer's
 communication. The optimizer's step comes last.
 
-Bytes: states (parameters, gradients, optimizer) are cut by tp and by dp_shard; saved activations are summed over layers;
-the parameters gathered at a time, the recomputed layer and the largest temporary are maxima over layers. So all is
-additive over layers but for three maxima, which is what the search's integer program needs.
+Bytes: states (parameters, gradients, optimizer) are cut by tp and by dp_shard; saved activations are summed over layers.
+While one layer's backward pass runs, it needs besides what it recomputes, its gathered parameters and those of its
+neighbour, its unreduced gradients and its largest temporary: of these moments only the largest counts. So all is additive
+over layers but for one maximum, which is what the search's integer program needs (`LayerStep.memory`, `.moment`).
 """
 
 from __future__ import annotations
@@ -45,14 +46,13 @@ OUTER = -1
 
 @dataclass(frozen=True)
 class LayerStep:
-    """One layer's share of a step. `time` and `memory` add up over layers; the `peak_` bytes are maxima over them."""
+    """One layer's share of a step. `time` and `memory` add up over layers; `moment` is what the layer needs besides while
+    its backward pass runs, and only the largest of those counts."""
 
     time: TimeBreakdown
     hidden: Seconds
     memory: MemoryBreakdown
-    peak_unsharded: Bytes
-    peak_recompute: Bytes
-    peak_temporary: Bytes
+    moment: MemoryBreakdown
 
     @cached_property
     def seconds(self) -> Seconds:
@@ -62,6 +62,11 @@ class LayerStep:
     def bytes(self) -> Bytes:
         """The part of memory that adds up over layers."""
         return self.memory.total
+
+    @cached_property
+    def peak(self) -> Bytes:
+        """The part of which only the largest over all layers counts."""
+        return self.moment.total
 
 
 class CostModel:
@@ -116,9 +121,7 @@ class CostModel:
         """One layer's share of the seconds and bytes of a step (the mathematics: see the module)."""
         cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch)
         time, hidden = self._time(cost, strategy, mesh, self.micro_batches(mesh, micro_batch), outer=body == OUTER)
-        memory, unsharded = self._memory(cost, strategy, mesh)
-        again = cost.saved if strategy.recompute == "full" else 0.0
-        return LayerStep(time, hidden, memory, unsharded, again, cost.temporary)
+        return LayerStep(time, hidden, *self._memory(cost, strategy, mesh))
 
     def _time(self, cost: LayerCost, strategy: Strategy, mesh: Mesh, m: int, *, outer: bool) -> tuple[TimeBreakdown, Seconds]:
         gather, reduce, final = self.dp_collectives(cost, mesh)
@@ -162,7 +165,7 @@ class CostModel:
         size = numel * DTYPE_BYTES[self.workload.param_dtype]
         return optimizer_time(size, OPTIMIZER_STATES[self.workload.optimizer], self.hardware.device)
 
-    def _memory(self, cost: LayerCost, strategy: Strategy, mesh: Mesh) -> tuple[MemoryBreakdown, Bytes]:
+    def _memory(self, cost: LayerCost, strategy: Strategy, mesh: Mesh) -> tuple[MemoryBreakdown, MemoryBreakdown]:
         load = self.workload
         numel = sum(p.numel(mesh.dp_shard) for p in cost.parameters)
         trainable = sum(p.numel(mesh.dp_shard) for p in cost.parameters if p.trainable)
@@ -171,8 +174,6 @@ class CostModel:
         whole_trainable = sum(p.numel(1) for p in cost.parameters if p.trainable)
         gathered = whole * compute
         unreduced = whole_trainable * (compute + reduce)
-        if mesh.dp_shard == 1 and compute == size:
-            gathered = 0.0  # nothing to gather and nothing to cast
         stays = not strategy.reshard_after_forward
         memory = MemoryBreakdown(
             parameters=numel * size,
@@ -182,7 +183,12 @@ class CostModel:
             activations=cost.inputs if strategy.recompute == "full" else cost.saved,
             unsharded=gathered if stays else 0.0,
         )
-        return memory, unreduced + (0.0 if stays else 2 * gathered)
+        moment = MemoryBreakdown(
+            unsharded=unreduced + (0.0 if stays else 2 * gathered),
+            recompute=cost.saved if strategy.recompute == "full" else 0.0,
+            temporary=cost.temporary,
+        )
+        return memory, moment
 
     def predict(self, mesh: Mesh, micro_batch: int, outer: Strategy, layers: Sequence[tuple[int, Strategy]]) -> Prediction:
         """Price a whole plan: `layers` are (body index, strategy) of every block. Raises `UsageError` when it is not legal."""
@@ -192,9 +198,8 @@ class CostModel:
         steps = [(self.layer_step(body, strategy, mesh, micro_batch), n) for (body, strategy), n in counts.items()]
         time = TimeBreakdown(**_weighted((step.time.items(), n) for step, n in steps))
         parts = _weighted((step.memory.items(), n) for step, n in steps)
-        parts["unsharded"] += max(step.peak_unsharded for step, _ in steps)
-        parts["recompute"] = max(step.peak_recompute for step, _ in steps)
-        parts["temporary"] = max(step.peak_temporary for step, _ in steps)
+        fullest = max((step for step, _ in steps), key=lambda step: step.peak)
+        parts = _weighted([(parts.items(), 1), (fullest.moment.items(), 1)])
         seconds = time.total
         batch, device = self.workload.global_batch, self.hardware.device
         flops = (self.graph.forward_flops + self.graph.backward_flops) * batch

@@ -57,7 +57,7 @@ def read_document(path: Path, what: str) -> dict[str, Any]:
         data = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {_yaml_problem(error)}.") from None
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, ValueError, TypeError, LookupError, AttributeError) as error:  # PyYAML lets them out
         raise UsageError(f"{path} is not valid YAML: {_first_line(error)}.") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path} is not a {what}: it holds no mapping of keys.")

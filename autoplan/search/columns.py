@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from autoplan.cost.model import OUTER, CostModel
-from autoplan.search.ilp import Column, peaks, unbeaten_columns
+from autoplan.search.ilp import Column, unbeaten_columns
 from autoplan.search.shardings import fastest_seconds, pareto_shardings, streams
 from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy
 from autoplan.units import Bytes, Seconds
@@ -33,8 +33,7 @@ class Entry:
     def least_memory(self) -> Bytes:
         """No choice of strategies needs less."""
         additive = sum(n * min(c.step.bytes for c in self.columns[g]) for g, n in self.classes.items())
-        least = [[min(peaks(c.step)[k] for c in self.columns[g]) for g in self.classes] for k in range(3)]
-        return additive + sum(max(sizes) for sizes in least)
+        return additive + max(min(c.step.peak for c in self.columns[g]) for g in self.classes)
 
 
 class Tables:

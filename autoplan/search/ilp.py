@@ -1,21 +1,21 @@
 """The integer program: which sharding, recomputation and resharding every layer gets, under the memory of one device.
 
 For one mesh and micro-batch. Layers fall into classes `g` of `N_g` equal layers (the outer layer is a class of one), and
-every class has strategies `s` in `S_g`, each with seconds `t_gs` and bytes `b_gs` that add up over layers, and three peaks
-`p_gs^k` (gathered parameters, the recomputed layer, the largest temporary) of which only the largest counts.
+every class has strategies `s` in `S_g`, each with seconds `t_gs` and bytes `b_gs` that add up over layers, and bytes `p_gs`
+that it needs only while its backward pass runs, so that the largest of them counts.
 
     minimise    sum_g sum_s t_gs x_gs
     subject to  sum_s x_gs = N_g                                      for every class g            (`_classes`)
                 x_gs <= N_g y_gs                                      y_gs: is the strategy used?  (`_classes`)
-                P_k >= p_gs^k y_gs                                    for every peak k             (`_peaks`)
-                sum_g sum_s b_gs x_gs + sum_k P_k <= M - 1 MiB                                     (`_memory`)
-                x_gs in {0..N_g},  y_gs in {0, 1},  P_k >= 0
+                P >= p_gs y_gs                                        for every strategy           (`_memory`)
+                sum_g sum_s b_gs x_gs + P <= M - 1 MiB                                             (`_memory`)
+                x_gs in {0..N_g},  y_gs in {0, 1},  P >= 0
 
 To the objective comes `epsilon sum y_gs` with a small `epsilon`: of two plans that are equal within the gap, the one with
 fewer different strategies is the better one. The bound that is reported is one on the seconds alone.
 
 Equal layers are interchangeable, so counting them loses nothing: the program has as many columns for 126 layers as for 2.
-Shardings are the unbeaten ones of `search.shardings`; a strategy beaten by another in time, bytes and all peaks is left
+Shardings are the unbeaten ones of `search.shardings`; a strategy beaten by another in all three is left
 out before (`unbeaten_columns`). The solver's tolerance is 1e-6 of a row in MiB; the mebibyte kept back is far more than
 that, and the chosen plan's bytes are summed again exactly before it is accepted.
 """
@@ -49,7 +49,7 @@ class Column:
     def costs(self) -> tuple[float, ...]:
         """Everything that could make another strategy preferable."""
         step = self.step
-        return (step.seconds, step.bytes, *peaks(step))
+        return step.seconds, step.bytes, step.peak
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,12 @@ class UnsolvedError(Exception):
     """The time limit passed before the solver found a solution or proved that there is none."""
 
 
-def peaks(step: LayerStep) -> tuple[Bytes, Bytes, Bytes]:
-    """The bytes of which only the largest over all layers counts."""
-    return step.peak_unsharded, step.peak_recompute, step.peak_temporary
-
-
 def unbeaten_columns(columns: Sequence[Column]) -> list[Column]:
     """Columns that no other column equals or beats in every cost, the fastest first."""
     kept: list[Column] = []
     for column in sorted(columns, key=lambda c: c.costs):
-        seconds, size, unsharded, recompute, temporary = column.costs
-        if not any(
-            o[0] <= seconds and o[1] <= size and o[2] <= unsharded and o[3] <= recompute and o[4] <= temporary
-            for o in (other.costs for other in kept)
-        ):
+        seconds, size, peak = column.costs
+        if not any(o[0] <= seconds and o[1] <= size and o[2] <= peak for o in (other.costs for other in kept)):
             kept.append(column)
     return kept
 
@@ -87,7 +79,7 @@ def unbeaten_columns(columns: Sequence[Column]) -> list[Column]:
 def memory(counts: Mapping[int, Sequence[tuple[Column, int]]]) -> Bytes:
     """Exact bytes of a choice."""
     used = [(column, n) for columns in counts.values() for column, n in columns if n]
-    return sum(c.step.bytes * n for c, n in used) + sum(max(p) for p in zip(*(peaks(c.step) for c, _ in used), strict=True))
+    return sum(c.step.bytes * n for c, n in used) + max(c.step.peak for c, _ in used)
 
 
 def choose(
@@ -102,8 +94,7 @@ def choose(
     epsilon = fastest * gap / 2 / max(most, 1)
     problem = pulp.LpProblem("plan", pulp.LpMinimize)
     counts, used = _classes(problem, classes, columns)
-    held = _peaks(problem, columns, used)
-    _memory(problem, columns, counts, held, limit)
+    _memory(problem, columns, counts, used, limit)
     seconds = [(counts[g, s], column.step.seconds) for g in columns for s, column in enumerate(columns[g])]
     problem.setObjective(_sum(seconds) + _sum([(indicator, epsilon) for indicator in used.values()]))
     answer = solve(problem, gap=gap / 2, time_limit=time_limit)
@@ -139,24 +130,16 @@ def _classes(
     return counts, used
 
 
-def _peaks(problem: Any, columns: Mapping[int, Sequence[Column]], used: Mapping[Any, Any]) -> list[Any]:
-    held = []
-    for k in range(3):
-        peak = problem.add_variable(f"p_{k}", 0, None)
-        for g in columns:
-            for s, column in enumerate(columns[g]):
-                size = peaks(column.step)[k] / _MIB
-                if size:
-                    problem += _sum([(used[g, s], size), (peak, -1.0)]) <= 0
-        held.append(peak)
-    return held
-
-
 def _memory(
-    problem: Any, columns: Mapping[int, Sequence[Column]], counts: Mapping[Any, Any], held: Sequence[Any], limit: Bytes
+    problem: Any, columns: Mapping[int, Sequence[Column]], counts: Mapping[Any, Any], used: Mapping[Any, Any], limit: Bytes
 ) -> None:
+    peak = problem.add_variable("p", 0, None)
+    for g in columns:
+        for s, column in enumerate(columns[g]):
+            if column.step.peak:
+                problem += _sum([(used[g, s], column.step.peak / _MIB), (peak, -1.0)]) <= 0
     terms = [(counts[g, s], column.step.bytes / _MIB) for g in columns for s, column in enumerate(columns[g])]
-    problem += _sum(terms + [(peak, 1.0) for peak in held]) <= limit / _MIB - 1.0
+    problem += _sum([*terms, (peak, 1.0)]) <= limit / _MIB - 1.0
 
 
 def _sum(terms: Sequence[tuple[Any, float]]) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from autoplan.errors import NothingFits
 from autoplan.plan import Candidate
 from autoplan.search.columns import Entry, Tables
-from autoplan.search.ilp import Column, peaks
+from autoplan.search.ilp import Column
 from autoplan.strategy import Mesh
 from autoplan.units import BYTE, Bytes, show
 
@@ -32,20 +32,16 @@ def nothing_fits(tables: Tables, entries: Sequence[Entry], refused: Sequence[Can
 
 
 def _leanest(columns: Sequence[Column]) -> Column:
-    return min(columns, key=lambda c: (c.step.bytes + sum(peaks(c.step)), c.step.seconds))
+    return min(columns, key=lambda c: (c.step.bytes + c.step.peak, c.step.seconds))
 
 
 def _categories(entry: Entry) -> str:
-    totals: dict[str, float] = {}
-    largest = {"unsharded": 0.0, "recompute": 0.0, "temporary": 0.0}
-    for g, number in entry.classes.items():
-        step = _leanest(entry.columns[g]).step
+    leanest = [(_leanest(entry.columns[g]).step, number) for g, number in entry.classes.items()]
+    fullest = max((step for step, _ in leanest), key=lambda step: step.peak)
+    totals = dict(fullest.moment.items())
+    for step, number in leanest:
         for name, size in step.memory.items():
-            totals[name] = totals.get(name, 0.0) + size * number
-        for name, size in zip(largest, peaks(step), strict=True):
-            largest[name] = max(largest[name], size)
-    for name, size in largest.items():
-        totals[name] = totals.get(name, 0.0) + size
+            totals[name] += size * number
     shown = sorted((size, name) for name, size in totals.items() if size > 0.005 * entry.least_memory)
     return ", ".join(f"{name} {show(size, BYTE)}" for size, name in reversed(shown))
 

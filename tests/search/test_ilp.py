@@ -15,19 +15,12 @@ from autoplan.strategy import Strategy
 MIB = 2.0**20
 
 
-def column(seconds: float, mib: float, unsharded: float, recompute: float, temporary: float) -> Column:
-    step = LayerStep(
-        TimeBreakdown(forward=seconds),
-        0.0,
-        MemoryBreakdown(activations=mib * MIB),
-        unsharded * MIB,
-        recompute * MIB,
-        temporary * MIB,
-    )
-    return Column(Strategy(), step)
+def column(seconds: float, mib: float, moment: float) -> Column:
+    memory_, moment_ = MemoryBreakdown(activations=mib * MIB), MemoryBreakdown(temporary=moment * MIB)
+    return Column(Strategy(), LayerStep(TimeBreakdown(forward=seconds), 0.0, memory_, moment_))
 
 
-columns = st.builds(column, st.floats(0.1, 10), st.integers(1, 60), st.integers(0, 20), st.integers(0, 20), st.integers(0, 9))
+columns = st.builds(column, st.floats(0.1, 10), st.integers(1, 60), st.integers(0, 20))
 problems = st.tuples(
     st.lists(st.tuples(st.integers(1, 4), st.lists(columns, min_size=1, max_size=4)), min_size=1, max_size=3), st.integers(2, 400)
 )
