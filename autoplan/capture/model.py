@@ -51,13 +51,13 @@ def capture_module(
     """
     module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
     title = name or type(module).__name__
-    sizes = batches
-    while True:
-        options = Options(stubs=stubs, kernels=kernels)
+    options = Options(stubs=stubs, kernels=kernels)
+    sizes: tuple[int, ...] = batches
+    root, recorders = record(module, example_inputs, loss_fn, title, compute_dtype, sizes, options)
+    if samples_meet(*recorders):  # then costs are quadratic in the batch, and take a third point
+        sizes = (*batches, sum(batches))
         root, recorders = record(module, example_inputs, loss_fn, title, compute_dtype, sizes, options)
-        if len(sizes) == len(recorders) and (len(sizes) > len(batches) or not samples_meet(*recorders)):
-            return merge(title, compute_dtype, root, recorders, sizes)
-        sizes = (*batches, sum(batches))  # costs that are quadratic in the batch take a third point
+    return merge(title, compute_dtype, root, recorders, sizes)
 
 
 def record(
@@ -82,7 +82,7 @@ def record(
     while True:
         blocks = find_blocks(root, excluded)
         try:
-            recorders = []
+            recorders: list[Recorder] = []
             for inputs in samples:
                 now = replace(options, compare=options.compare and not recorders)
                 recorders.append(_recording(root, blocks, now, mode, inputs, loss_fn, title))

@@ -70,8 +70,6 @@ class Recorder(TorchFunctionMode):
         self.options = options
         self.owned, self.tied = ownership(root, blocks)
         self.outer = Scope("", None, self.owned)
-        self.order: list[Call] = []
-        """All calls of the user's code in the order in which they ran, of every scope."""
         self.layers: dict[str, Scope] = {}
         """Full name of each block -> the scope that was recorded for it or for its twin."""
         self.warnings: dict[str, None] = {}
@@ -251,7 +249,6 @@ class Recorder(TorchFunctionMode):
         call.outputs = tuple(scope.value(tensor) for tensor in outputs)
         self._alive.append(outputs)
         scope.calls.append(call)
-        self.order.append(call)
         self._last = call
 
     # --- modules and blocks --------------------------------------------------------------------------------------------
