@@ -127,6 +127,8 @@ class Op:
     """For `dims`: which input dim each output dim is, whole and unchanged, or -1. For `view` and others: empty."""
     linear: bool = False
     """For `pointwise`: f(a + b) = f(a) + f(b), so that a Partial may pass (add, cast, scaling by a number)."""
+    causal: bool = False
+    """For `attention`: a causal mask, so that the kernel skips half of the products. FLOPs are counted in full all the same."""
     leaf: str = ""
     """For `enter` and `exit`: which argument or output it is: "0", "mask", "1.0" (joined by "," when passed several times)."""
     block: int = -1

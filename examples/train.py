@@ -35,16 +35,15 @@ def batch(inputs, step: int, parallel, device: torch.device) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="model.py with build_model and example_inputs")
+    parser.add_argument("model", help="model.py, or model.py?size=1B, with build_model and example_inputs")
     parser.add_argument("plan", help="plan.yaml")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="arguments for build_model")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--checkpoint", type=Path, help="folder to write to, and to resume from")
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     args = parser.parse_args()
 
-    loaded = autoplan.load_model(args.model, **dict(item.split("=") for item in args.set))
+    loaded = autoplan.load_model(args.model)
     plan = autoplan.load_plan(args.plan)
     parallel = autoplan.apply(loaded.build, plan, loss_fn=loaded.loss_fn)
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=args.lr)

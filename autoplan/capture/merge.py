@@ -146,6 +146,7 @@ class _Merger:
             two.dims,
             two.dim_map,
             two.linear,
+            two.causal,
             two.leaf,
             two.block,
             self._cost([call.forward.flops for call in calls]),

@@ -67,6 +67,7 @@ class Form:
     dims: tuple[int, ...] = ()
     dim_map: tuple[int, ...] = ()
     linear: bool = False
+    causal: bool = False
 
 
 Args = tuple[Any, ...]
@@ -141,7 +142,8 @@ def _matmul(func: Any, name: str, args: Args, kwargs: Kwargs, outputs: list[Tens
 def _attention(func: Any, name: str, args: Args, kwargs: Kwargs, outputs: list[Tensor]) -> Form | None:
     names = ("query", "key", "value", "attn_mask")
     inputs = tuple(x for i, n in enumerate(names) if (x := _argument(args, kwargs, i, n)) is not None)
-    return Form("attention", inputs) if all(x.dim() == 4 for x in inputs[:3]) else None
+    causal = bool(_argument(args, kwargs, 5, "is_causal"))
+    return Form("attention", inputs, causal=causal) if all(x.dim() == 4 for x in inputs[:3]) else None
 
 
 def _embedding(func: Any, name: str, args: Args, kwargs: Kwargs, outputs: list[Tensor]) -> Form | None:

@@ -244,7 +244,8 @@ class Recorder(TorchFunctionMode):
     def _emit(self, call: Call, outputs: list[Tensor]) -> None:
         form = classify(call.func, call.args, call.kwargs, outputs)
         scope = self._scope
-        call.kind, call.dims, call.dim_map, call.linear = form.kind, form.dims, form.dim_map, form.linear
+        call.kind, call.dims, call.dim_map = form.kind, form.dims, form.dim_map
+        call.linear, call.causal = form.linear, form.causal
         call.inputs = tuple(scope.find(tensor) for tensor in form.inputs)
         call.outputs = tuple(scope.value(tensor) for tensor in outputs)
         self._alive.append(outputs)

@@ -53,6 +53,7 @@ class Call:
     dims: tuple[int, ...] = ()
     dim_map: tuple[int, ...] = ()
     linear: bool = False
+    causal: bool = False
     leaf: str = ""
     block: int = -1
     block_name: str = ""

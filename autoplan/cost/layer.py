@@ -132,7 +132,8 @@ class LayerModel:
         return self._op_costs[key]
 
     def _price(self, op: Op, outcome: Outcome) -> OpCost:
-        batch, share = self.micro_batch, self.tp if outcome.sharded else 1
+        batch = self.micro_batch
+        share = (self.tp if outcome.sharded else 1) * (2 if op.causal else 1)  # a causal kernel skips half of the products
         operands = [
             (self.body.values[i], layout)
             for i, layout in zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
@@ -151,7 +152,7 @@ class LayerModel:
             rows = self.body.values[op.inputs[0]].shape[0] * batch
             statistic = rows * DTYPE_BYTES["float32"]
             tp_forward = self._collective("all_reduce", statistic) + self._collective("all_reduce", 2 * statistic)
-        return OpCost(forward, backward, tp_forward, 0.0, op.saved_extra.at(batch) / share, self._temporary(op, outcome))
+        return OpCost(forward, backward, tp_forward, 0.0, op.saved_extra.at(batch) / (self.tp if outcome.sharded else 1), self._temporary(op, outcome))
 
     def _temporary(self, op: Op, outcome: Outcome) -> Bytes:
         """Gradients of inputs and outputs meet in the backward pass of an operation; a vocabulary-sharded embedding makes
