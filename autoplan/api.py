@@ -118,7 +118,9 @@ def workload(from_file: Mapping[str, Any], wishes: Mapping[str, Any], gpus: int)
     return read_workload(said)
 
 
-def estimate(plan: Plan, model: str | LoadedModel | Graph | None = None, *, model_kwargs: Mapping[str, Any] | None = None) -> Prediction:
+def estimate(
+    plan: Plan, model: str | LoadedModel | Graph | None = None, *, model_kwargs: Mapping[str, Any] | None = None
+) -> Prediction:
     """Price a plan, as it is written, anew. `model` defaults to the one that the plan names.
 
     Raises `UsageError` when the plan is not one of this model or breaks a sharding rule.

@@ -1,4 +1,4 @@
-"""What a machine can do: one device, and the links that join devices, with measured efficiencies. Numbers live in `hwprofiles/`."""
+"""What a machine can do: a device and the links between devices, with measured efficiencies (numbers: `hwprofiles/`)."""
 
 from __future__ import annotations
 

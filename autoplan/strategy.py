@@ -85,6 +85,7 @@ PARTIAL = Layout("partial")
 
 
 def shard(dim: int, blocks: int = 1) -> Layout:
+    """`Shard(dim)`, of value and gradient."""
     return Layout("shard", dim, blocks)
 
 
@@ -98,7 +99,9 @@ def parse_layout(text: str) -> Layout:
             return layout
     match = _SHARD.match(text)
     if match is None:
-        raise UsageError(f"'{text}' is no layout.", "Write Replicate, Replicate|Partial, Partial, Shard(d) or Shard(d, blocks=k).")
+        raise UsageError(
+            f"'{text}' is no layout.", "Write Replicate, Replicate|Partial, Partial, Shard(d) or Shard(d, blocks=k)."
+        )
     return shard(int(match.group(1)), int(match.group(2) or 1))
 
 

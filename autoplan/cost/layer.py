@@ -14,7 +14,7 @@ same terms operation by operation; `layer_cost` is the one that a plan's predict
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
@@ -27,6 +27,11 @@ from autoplan.graph import DTYPE_BYTES, Body, Op, Parameter, Value
 from autoplan.hardware import HardwareProfile
 from autoplan.strategy import GATHERED, REPLICATE, Border, Layout, Sharding
 from autoplan.units import Bytes, Seconds
+
+BorderKey = tuple[str, str, str]
+"""(module, side, leaf)"""
+Cross = Callable[[BorderKey, Value, Layout], Layout]
+"""What leaves a border when a value arrives there in a layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ class LayerCost:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation on the way through a layer, with the layouts it runs in. For a border: `outcome` has one input and one output."""
+    """One operation on the way through a layer, with the layouts it runs in; a border's outcome has one input and one output."""
 
     index: int
     op: Op
@@ -152,7 +157,14 @@ class LayerModel:
             rows = self.body.values[op.inputs[0]].shape[0] * batch
             statistic = rows * DTYPE_BYTES["float32"]
             tp_forward = self._collective("all_reduce", statistic) + self._collective("all_reduce", 2 * statistic)
-        return OpCost(forward, backward, tp_forward, 0.0, op.saved_extra.at(batch) / (self.tp if outcome.sharded else 1), self._temporary(op, outcome))
+        return OpCost(
+            forward,
+            backward,
+            tp_forward,
+            0.0,
+            op.saved_extra.at(batch) / (self.tp if outcome.sharded else 1),
+            self._temporary(op, outcome),
+        )
 
     def _temporary(self, op: Op, outcome: Outcome) -> Bytes:
         """Gradients of inputs and outputs meet in the backward pass of an operation; a vocabulary-sharded embedding makes
@@ -222,8 +234,8 @@ def stream_layout(value: Value, stream: Layout) -> Layout:
 def walk(model: LayerModel, sharding: Sharding) -> Iterator[Step]:
     """Follow `sharding` through the layer. Raises `UsageError`, naming operation and module, where a rule forbids it."""
     body = model.body
-    borders = {(b.module, b.side, b.leaf): b for b in sharding.borders}
-    used: set[tuple[str, str, str]] = set()
+    borders: dict[BorderKey, Border] = {(b.module, b.side, b.leaf): b for b in sharding.borders}
+    used: set[BorderKey] = set()
     layouts = {i: stream_layout(body.values[i], sharding.stream) for i in body.inputs}
     trainable = {p.name for p in body.parameters if p.trainable}
 
@@ -233,7 +245,7 @@ def walk(model: LayerModel, sharding: Sharding) -> Iterator[Step]:
             layouts[i] = sharding.layout(name) if name in trainable else REPLICATE
         return layouts.get(i, REPLICATE)
 
-    def cross(key: tuple[str, str, str], value: Value, source: Layout) -> Layout:
+    def cross(key: BorderKey, value: Value, source: Layout) -> Layout:
         border = borders.get(key)
         if border is None:
             return source
@@ -271,7 +283,7 @@ def walk(model: LayerModel, sharding: Sharding) -> Iterator[Step]:
         raise UsageError(f"no tensor '{leaf}' passes the border ({side}) of a module '{module}'.")
 
 
-def _call(model: LayerModel, sharding: Sharding, index: int, sources: tuple[Layout, ...], cross) -> Outcome:  # type: ignore[no-untyped-def]
+def _call(model: LayerModel, sharding: Sharding, index: int, sources: tuple[Layout, ...], cross: Cross) -> Outcome:
     body, op = model.body, model.body.ops[index]
     targets = list(sources)
     for position, name, leaf in model.enters(index):

@@ -149,7 +149,7 @@ class CostModel:
         return time, hidden
 
     def dp_collectives(self, cost: LayerCost, mesh: Mesh) -> tuple[Seconds, Seconds, Seconds]:
-        """Seconds of (gathering a layer's parameters, reducing its gradients over dp_shard, all-reducing them over dp_replicate)."""
+        """Seconds of (gathering parameters, reducing gradients over dp_shard, all-reducing their shards over dp_replicate)."""
         whole = sum(p.numel(1) for p in cost.parameters)
         trainable = sum(p.numel(1) for p in cost.parameters if p.trainable)
         reduced = trainable * DTYPE_BYTES[self.workload.reduce_dtype]

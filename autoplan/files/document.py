@@ -68,7 +68,8 @@ def _refuse_aliases(text: str) -> None:
     """With aliases a small file can grow without end."""
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.events.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=event.start_mark)
+            line = event.start_mark.line + 1 if event.start_mark is not None else 0
+            raise ValueError(f"aliases are not allowed, line {line}")
 
 
 def _first_line(error: Exception) -> str:

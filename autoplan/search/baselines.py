@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from autoplan.cost.model import OUTER
 from autoplan.plan import Baseline
@@ -12,8 +13,6 @@ from autoplan.search.ilp import Choice, Column, memory
 from autoplan.search.space import micro_batches
 from autoplan.strategy import Mesh, Recompute
 from autoplan.units import BYTE, Bytes, show
-
-RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +42,10 @@ def baselines(tables: Tables, gpus: int, limit: Bytes) -> list[Baseline]:
 
 
 def _price(tables: Tables, recipe: Recipe, limit: Bytes) -> Baseline:
-    best: tuple[float, float, int, str] | None = None
+    best: tuple[float, float, int, Recompute] | None = None
     least: float | None = None
     for micro_batch in micro_batches(recipe.mesh, tables.costs.workload):
-        for recompute in RECOMPUTE:
+        for recompute in get_args(Recompute):
             for entry in tables.entries(recipe.mesh, micro_batch, (recompute,)):
                 choice = uniform(entry)
                 size = memory(choice.counts)

@@ -28,22 +28,30 @@ _ROUNDING = 1 + 1e-12
 
 
 class Live(NamedTuple):
-    """A live tensor: its layout, which memory it lives in (numbered in the order of the live tensors), and that memory's local bytes."""
+    """A live tensor: its layout, the memory it lives in (numbered in the order of live tensors), that memory's bytes."""
 
     layout: Layout
     memory: int
     size: float
 
 
+class Decision(NamedTuple):
+    """How one operation runs, and the decision before it."""
+
+    operation: int
+    outcome: Outcome
+    before: Decision | None
+
+
 class Label(NamedTuple):
-    """A partial sharding: its costs, and the chain of decisions that led to it."""
+    """A partial sharding: its costs, and its last decision."""
 
     forward: float
     backward: float
     saved: float
     numel: float
     temporary: float
-    chain: tuple[object, ...] | None
+    last: Decision | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +166,6 @@ class _Frontier:
                 if any(layout not in self.viable[i] for i, layout in zip(op.outputs, choice.outcome.outputs, strict=True)):
                     continue
                 state, saved = self._next(index, choice, live, counted)
-                step = (index, choice.outcome)
                 bucket = grown.setdefault(state, [])
                 for label in labels:
                     bucket.append(
@@ -168,7 +175,7 @@ class _Frontier:
                             label.saved + saved,
                             label.numel + choice.numel,
                             max(label.temporary, choice.temporary),
-                            (step, label.chain),
+                            Decision(index, choice.outcome, label.last),
                         )
                     )
         return {state: self.prune(labels) for state, labels in grown.items()}
@@ -276,9 +283,9 @@ class _Frontier:
     def _sharding(self, label: Label) -> Sharding:
         parameters: dict[str, Layout] = {}
         borders: list[Border] = []
-        chain: tuple[object, ...] | None = label.chain
-        while chain is not None:
-            (index, outcome), chain = chain  # type: ignore[misc,assignment]
+        decision = label.last
+        while decision is not None:
+            index, outcome, decision = decision
             op = self.body.ops[index]
             borders.extend(borders_of(index, self.model, outcome, self.stream))
             for i, layout in zip(op.inputs, outcome.inputs, strict=True):

@@ -57,9 +57,7 @@ def _hints(tables: Tables, limit: Bytes, gpus: int, nearest: Entry) -> list[str]
         for step in [_leanest(nearest.columns[g]).step]
     )
     if states > limit:
-        hints.append(
-            f"Parameters, gradients and optimizer states alone take {show(states, BYTE)} a GPU: more GPUs or lighter dtypes are the only way."
-        )
+        hints.append(f"Parameters, gradients and optimizer states alone take {show(states, BYTE)} a GPU.")
     else:
         hints.append("A shorter sequence, a smaller micro-batch or a GPU with more memory would help.")
     return hints
