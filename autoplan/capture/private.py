@@ -114,7 +114,11 @@ def module_call() -> CallModule:
 
 def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
     """FLOPs of one kernel by the formulas of `torch.utils.flop_counter`; 0 when it has none."""
-    formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+    packet = getattr(func, "_overloadpacket", None)
+    if packet is aten.convolution_backward and args[9] > 1 and not args[7]:
+        # torch's formula counts the weight's gradient of a depthwise convolution `channels` times too high
+        return 2.0 * args[0].numel() * args[2][0].numel() * sum(args[10][:2])
+    formula = flop_registry.get(packet)
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
 
 

@@ -31,5 +31,5 @@ OWN = (
     family(EXAMPLES / "gpt.py", 3, 1, "gpt", dropout=0.1),
     family(EXAMPLES / "llama.py", 3, 1, "llama", {"size": "8B"}, kv_heads=2),
     family(HERE / "moe.py", 3, 2, "moe", experts=4, chosen=2, dense=1),
-    family(HERE / "lora.py", 3, 1, "lora", rank=4),
+    family(HERE / "lora.py", 3, 2, "lora", rank=4),
 )
