@@ -1,13 +1,14 @@
 # make plan   set up .venv and plan examples/llama.py for 8 GPUs: leaves plan.yaml and report.html
 # make test   set up .venv and run every check
 # make lint   the checks that need no test run
+# make zoo    capture every family of models and write the table docs/zoo.md (minutes)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: plan test lint format clean
+.PHONY: plan test lint format zoo clean
 
 plan: $(STAMP)
 	$(BIN)/autoplan plan examples/llama.py --gpus 8 --force
@@ -29,6 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,dev]'
 	touch $@
+
+zoo: $(STAMP)
+	$(BIN)/python -m benchmarks.zoo
 
 clean:
 	rm -rf $(VENV) plan.yaml report.html

@@ -97,7 +97,11 @@ def _options(
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="model.py with build_model() and example_inputs(), or model.py:factory.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="model.py with build_model() and example_inputs(), model.py:factory, or a Hugging Face config.json or folder.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Keyword argument of build_model; may be repeated.")
@@ -168,18 +172,24 @@ def plan(
 
 @app.command(
     epilog="Examples:\n\nautoplan inspect model.py\n\nautoplan inspect model.py --set size=70B --dtype float32\n\n"
-    "autoplan inspect model.py --json"
+    "autoplan inspect model.py --json\n\nautoplan inspect 'path/config.json?seq_len=2048' --fx"
 )
 def inspect(
     model: Model,
     dtype: Annotated[str, typer.Option(help="Number format of the computation.")] = "bfloat16",
     settings: Settings = None,
     as_json: Json = False,
+    fx: Annotated[bool, typer.Option("--fx", help="The model as torch.fx graphs instead, as Python code.")] = False,
 ) -> None:
     """Show what autoplan sees in MODEL: layers, operations, FLOPs, bytes. Nothing is allocated."""
     from autoplan import api
     from autoplan.report.inspect import as_dict, summary
 
+    if fx:
+        from autoplan.capture.fx import readable
+
+        typer.echo(readable(api.load_model(model, **_settings(settings)), compute_dtype=dtype))
+        return
     graph = api.inspect(api.load_model(model, **_settings(settings)), compute_dtype=dtype)
     if as_json:
         typer.echo(json.dumps(as_dict(graph), indent=2))

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from autoplan.capture.private import pytree, storage_key
 from autoplan.capture.scope import Call, Item, Owned, Scope
 
 _INDEX_LIKE = frozenset(
@@ -144,7 +144,7 @@ def remember(scope: Scope, arguments: list[Tensor], unseen: list[Tensor], result
     """The twin for later stubs, or None when the block can't be repeated: it returns a view of an argument, or an odd object."""
     flat, spec = pytree.tree_flatten(result)
     inputs = {id(tensor): i for i, tensor in enumerate(arguments)}
-    storages = {tensor.untyped_storage()._cdata for tensor in (*arguments, *unseen)}
+    storages = {storage_key(tensor) for tensor in (*arguments, *unseen)}
     twin = Twin(scope, unseen, spec, {}, {}, [], {})
     seen: dict[int, int] = {}
     for i, leaf in enumerate(flat):
@@ -156,7 +156,7 @@ def remember(scope: Scope, arguments: list[Tensor], unseen: list[Tensor], result
             twin.passed[i] = inputs[id(leaf)]
         elif id(leaf) in seen:
             twin.repeats[i] = seen[id(leaf)]
-        elif leaf.untyped_storage()._cdata in storages:
+        elif storage_key(leaf) in storages:
             return None
         else:
             seen[id(leaf)] = i

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoplan.capture import private
 from autoplan.capture.normalise import tensors
+from autoplan.capture.private import TorchDispatchMode
 from autoplan.capture.scope import Meter, place
 
 aten = torch.ops.aten

@@ -14,6 +14,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
+    "TorchDispatchMode",
     "flops",
     "gradient_of",
     "instance_patched",
@@ -32,9 +35,11 @@ __all__ = [
     "no_torch_function",
     "node_sequence",
     "patched",
+    "pytree",
     "sequence",
     "sequence_of",
     "storage_key",
+    "version",
 ]
 
 aten = torch.ops.aten
@@ -70,6 +75,11 @@ def gradient_of(node: Any, slot: int) -> tuple[tuple[int, ...], torch.dtype]:
 def storage_key(tensor: Tensor) -> int:
     """The identity of the memory of a tensor that is alive."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return int(tensor._version)
 
 
 def no_torch_function() -> AbstractContextManager[Any]:
@@ -117,7 +127,7 @@ def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     packet = getattr(func, "_overloadpacket", None)
     if packet is aten.convolution_backward and args[9] > 1 and not args[7]:
         # torch's formula counts the weight's gradient of a depthwise convolution `channels` times too high
-        return 2.0 * args[0].numel() * args[2][0].numel() * sum(args[10][:2])
+        return float(2 * args[0].numel() * args[2][0].numel() * sum(args[10][:2]))
     formula = flop_registry.get(packet)
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
 

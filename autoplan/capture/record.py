@@ -225,12 +225,12 @@ class Recorder(TorchFunctionMode):
 
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = Call("opaque", name, self._stack[-1], "", block_name=self._scope.name, func=func, args=args, kwargs=kwargs)
-        versions = [(tensor, tensor._version) for tensor in tensors((args, kwargs))]
+        versions = [(tensor, private.version(tensor)) for tensor in tensors((args, kwargs))]
         first = private.sequence()
         self._current = call
         try:
             call.result = result = self._replaced.get(func, func)(*args, **kwargs)
-            changed = [tensor for tensor, version in versions if tensor._version != version]
+            changed = [tensor for tensor, version in versions if private.version(tensor) != version]
             outputs = list(tensors(result)) or changed
             if not outputs or name == "requires_grad_" or (not changed and _same(outputs, versions)):
                 return result
