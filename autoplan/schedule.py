@@ -1,0 +1,185 @@
+"""When every pipeline stage runs which micro-batch: gpipe, 1f1b and interleaved 1f1b as an exact timeline.
+
+`p` stages hold `v` chunks of layers each; chunk `c` of stage `s` is the virtual stage `k = c p + s`, so that a
+micro-batch walks `k = 0 ... p v - 1` forward and back. A schedule is nothing but the *order* in which each stage runs its
+work (`order`); the times then follow from the order, by the earliest start that keeps
+
+    forward(k, i)   after forward(k - 1, i) + p2p        and after the work before it on its stage
+    backward(k, i)  after backward(k + 1, i) + p2p       (the last one: after its own forward)
+
+(`timeline`). For equal stages, `v = 1` and `p2p = 0` this gives the textbook (m + p - 1)(f + b) for gpipe and 1f1b; with
+`v` chunks of f / v and b / v, interleaving waits only (p - 1)(f + b) / v. For unequal stages under 1f1b without p2p the
+step takes sum_s (f_s + b_s) + (m - 1) max_s (f_s + b_s): the slowest stage is never idle once it has begun.
+
+Once warm, a schedule repeats itself every `p` micro-batches, so `pipeline_seconds` runs a timeline of at most `WARM p`
+micro-batches and continues it with its last slope: thousands of micro-batches cost no more than a few dozen.
+
+Why an order and not a formula: what a picture draws, what a price says and what `torch.distributed.pipelining` runs are
+the same list, and no formula holds for unequal stages with p2p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal, NamedTuple
+
+from autoplan.errors import UsageError
+from autoplan.units import Seconds
+
+ScheduleKind = Literal["gpipe", "1f1b", "interleaved-1f1b"]
+
+WARM = 4
+"""Multiples of the number of stages after which a pipeline is taken to repeat itself."""
+
+
+class Task(NamedTuple):
+    """One chunk of one micro-batch, forward or backward."""
+
+    chunk: int
+    micro_batch: int
+    backward: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A task and when it runs."""
+
+    stage: int
+    task: Task
+    start: Seconds
+    end: Seconds
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What every stage does when: `stages[s]` in the order of time."""
+
+    stages: tuple[tuple[Slot, ...], ...]
+
+    @cached_property
+    def seconds(self) -> Seconds:
+        """From the first start to the last end."""
+        return max((slot.end for slots in self.stages for slot in slots), default=0.0)
+
+    @cached_property
+    def idle(self) -> tuple[Seconds, ...]:
+        """Of every stage: the bubble."""
+        return tuple(self.seconds - sum(slot.end - slot.start for slot in slots) for slots in self.stages)
+
+    def in_flight(self, stage: int) -> int:
+        """The most micro-batch chunks whose activations a stage holds at once."""
+        held = most = 0
+        for slot in self.stages[stage]:
+            held += -1 if slot.task.backward else 1
+            most = max(most, held)
+        return most
+
+
+def order(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> list[Task]:
+    """The tasks of one stage in the order in which it runs them. Raises `UsageError` where the schedule is not defined."""
+    if kind == "gpipe":
+        _single(kind, chunks)
+        forward = [Task(0, i, False) for i in range(micro_batches)]
+        return forward + [Task(0, i, True) for i in range(micro_batches)]
+    if kind == "1f1b":
+        _single(kind, chunks)
+        ahead = min(stages - stage - 1, micro_batches)
+        return _alternate(
+            [Task(0, i, False) for i in range(micro_batches)], [Task(0, i, True) for i in range(micro_batches)], ahead
+        )
+    if micro_batches % stages:
+        raise UsageError(f"interleaved 1f1b needs micro-batches ({micro_batches}) in multiples of its {stages} stages.")
+    groups = range(0, micro_batches, stages)
+    forward = [Task(c, first + i, False) for first in groups for c in range(chunks) for i in range(stages)]
+    backward = [Task(c, first + i, True) for first in groups for c in reversed(range(chunks)) for i in range(stages)]
+    return _alternate(forward, backward, min(2 * (stages - stage - 1) + (chunks - 1) * stages, len(forward)))
+
+
+def _single(kind: str, chunks: int) -> None:
+    if chunks != 1:
+        raise UsageError(f"{kind} has one chunk of layers a stage, not {chunks}.")
+
+
+def _alternate(forward: list[Task], backward: list[Task], ahead: int) -> list[Task]:
+    """`ahead` forwards, then one forward and one backward in turn, then the backwards that are left."""
+    tasks = forward[:ahead]
+    for next_forward, next_backward in zip(forward[ahead:], backward, strict=False):
+        tasks += [next_forward, next_backward]
+    return tasks + backward[len(forward) - ahead :]
+
+
+def timeline(
+    kind: ScheduleKind,
+    forward: Sequence[Seconds],
+    backward: Sequence[Seconds],
+    micro_batches: int,
+    p2p: Seconds = 0.0,
+    chunks: int = 1,
+) -> Timeline:
+    """Run a schedule. `forward[k]` and `backward[k]` are the seconds of virtual stage `k`, `p2p` those of passing one
+    micro-batch to the next stage; sending keeps nobody from computing."""
+    if len(forward) != len(backward) or len(forward) % chunks:
+        raise UsageError(f"{len(forward)} forward and {len(backward)} backward times do not make stages of {chunks} chunks.")
+    virtual, stages = len(forward), len(forward) // chunks
+    hop = p2p if stages > 1 else 0.0
+    queues = [order(kind, s, stages, micro_batches, chunks) for s in range(stages)]
+    ends: dict[tuple[int, int, bool], Seconds] = {}
+    clocks, positions = [0.0] * stages, [0] * stages
+    done: list[list[Slot]] = [[] for _ in range(stages)]
+    remaining = sum(map(len, queues))
+    while remaining:
+        before = remaining
+        for s in range(stages):
+            queue = queues[s]
+            while positions[s] < len(queue):
+                task = queue[positions[s]]
+                k = task.chunk * stages + s
+                ready = _ready(ends, k, virtual, task, hop)
+                if ready is None:
+                    break
+                start = max(clocks[s], ready)
+                clocks[s] = end = start + (backward[k] if task.backward else forward[k])
+                ends[k, task.micro_batch, task.backward] = end
+                done[s].append(Slot(s, task, start, end))
+                positions[s] += 1
+                remaining -= 1
+        if remaining == before:
+            raise UsageError(f"the order of {kind} waits for itself with {stages} stages and {micro_batches} micro-batches.")
+    return Timeline(tuple(map(tuple, done)))
+
+
+def _ready(ends: dict[tuple[int, int, bool], Seconds], k: int, virtual: int, task: Task, hop: Seconds) -> Seconds | None:
+    """When what a task waits for has arrived; None while it has not been scheduled."""
+    i = task.micro_batch
+    if not task.backward:
+        return 0.0 if k == 0 else _arrival(ends.get((k - 1, i, False)), hop)
+    if k == virtual - 1:
+        return ends.get((k, i, False))
+    return _arrival(ends.get((k + 1, i, True)), hop)
+
+
+def _arrival(end: Seconds | None, hop: Seconds) -> Seconds | None:
+    return None if end is None else end + hop
+
+
+@lru_cache(maxsize=4096)
+def pipeline_seconds(
+    kind: ScheduleKind,
+    forward: tuple[Seconds, ...],
+    backward: tuple[Seconds, ...],
+    micro_batches: int,
+    p2p: Seconds = 0.0,
+    chunks: int = 1,
+) -> Seconds:
+    """Seconds of a whole schedule; beyond `WARM` times the number of stages it continues with the slope that it has there."""
+    stages = len(forward) // chunks
+    if stages == 1 and chunks == 1:
+        return micro_batches * (forward[0] + backward[0])
+    warm = WARM * stages + micro_batches % stages
+    if micro_batches <= warm:
+        return timeline(kind, forward, backward, micro_batches, p2p, chunks).seconds
+    late = timeline(kind, forward, backward, warm, p2p, chunks).seconds
+    early = timeline(kind, forward, backward, warm - stages, p2p, chunks).seconds
+    return late + (micro_batches - warm) / stages * (late - early)

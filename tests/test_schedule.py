@@ -1,0 +1,95 @@
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoplan.errors import UsageError
+from autoplan.schedule import order, pipeline_seconds, timeline
+
+stage_counts = st.integers(1, 6)
+seconds = st.floats(0.01, 10.0)
+kinds = st.sampled_from(("gpipe", "1f1b", "interleaved-1f1b"))
+
+
+@st.composite
+def pipelines(draw):
+    kind, stages = draw(kinds), draw(stage_counts)
+    chunks = draw(st.integers(1, 3)) if kind == "interleaved-1f1b" else 1
+    micro_batches = stages * draw(st.integers(1, 4)) if kind == "interleaved-1f1b" else draw(st.integers(1, 12))
+    times = st.lists(seconds, min_size=stages * chunks, max_size=stages * chunks)
+    return kind, draw(times), draw(times), micro_batches, draw(st.floats(0.0, 2.0)), chunks
+
+
+@given(pipelines())
+def test_slots_never_overlap_and_nothing_is_lost(pipeline):
+    _, forward, _, micro_batches, _, chunks = pipeline
+    line = timeline(*pipeline)
+    assert len(line.stages) == len(forward) // chunks
+    for slots in line.stages:
+        assert all(a.end <= b.start for a, b in pairwise(slots))
+        assert len({slot.task for slot in slots}) == len(slots) == 2 * micro_batches * chunks
+
+
+@given(pipelines())
+def test_forward_comes_before_backward_and_after_the_stage_before(pipeline):
+    _, forward, _, micro_batches, p2p, chunks = pipeline
+    stages = len(forward) // chunks
+    hop = p2p if stages > 1 else 0.0
+    at = {
+        (s.task.chunk * stages + s.stage, s.task.micro_batch, s.task.backward): s for x in timeline(*pipeline).stages for s in x
+    }
+    for k in range(len(forward)):
+        for i in range(micro_batches):
+            assert at[k, i, False].end <= at[k, i, True].start
+            if k:
+                assert at[k - 1, i, False].end + hop <= at[k, i, False].start
+                assert at[k, i, True].end + hop <= at[k - 1, i, True].start
+
+
+@given(st.sampled_from(("gpipe", "1f1b")), stage_counts, st.integers(1, 16), seconds, seconds)
+def test_equal_stages_take_the_textbook_time(kind, p, m, f, b):
+    assert timeline(kind, [f] * p, [b] * p, m).seconds == pytest.approx((m + p - 1) * (f + b))
+
+
+@given(stage_counts, st.integers(1, 4), st.integers(1, 4), seconds, seconds)
+def test_interleaving_divides_the_bubble(p, groups, v, f, b):
+    m = p * groups
+    line = timeline("interleaved-1f1b", [f / v] * (p * v), [b / v] * (p * v), m, chunks=v)
+    assert line.seconds == pytest.approx(m * (f + b) + (p - 1) * (f + b) / v)
+
+
+@given(st.lists(st.tuples(seconds, seconds), min_size=1, max_size=6), st.integers(1, 20))
+def test_the_slowest_of_unequal_stages_sets_the_pace(times, m):
+    f, b = zip(*times, strict=True)
+    both = [x + y for x, y in times]
+    assert timeline("1f1b", f, b, m).seconds >= (m * max(both)) * (1 - 1e-9)
+    assert timeline("1f1b", f, b, m).seconds == pytest.approx(sum(both) + (m - 1) * max(both), rel=0.5)
+
+
+@given(pipelines(), seconds)
+def test_more_work_never_ends_sooner(pipeline, more):
+    kind, forward, backward, m, p2p, chunks = pipeline
+    slower = [forward[0] + more, *forward[1:]]
+    assert timeline(kind, forward, backward, m, p2p, chunks).seconds <= timeline(kind, slower, backward, m, p2p, chunks).seconds
+
+
+@given(stage_counts, st.integers(1, 60), st.lists(st.tuples(seconds, seconds), min_size=6, max_size=6), st.floats(0.0, 0.5))
+def test_the_shortcut_for_many_micro_batches_is_the_timeline(p, m, times, p2p):
+    f, b = tuple(x for x, _ in times[:p]), tuple(y for _, y in times[:p])
+    assert pipeline_seconds("1f1b", f, b, m, p2p) == pytest.approx(timeline("1f1b", f, b, m, p2p).seconds, rel=1e-2)
+
+
+def test_1f1b_holds_no_more_than_it_has_stages_ahead():
+    line = timeline("1f1b", [1.0] * 4, [2.0] * 4, 16)
+    assert [line.in_flight(s) for s in range(4)] == [4, 3, 2, 1]
+    assert timeline("gpipe", [1.0] * 4, [2.0] * 4, 16).in_flight(0) == 16
+
+
+def test_what_no_schedule_is_defined_for_is_refused():
+    with pytest.raises(UsageError, match="multiples of its 4 stages"):
+        order("interleaved-1f1b", 0, 4, 6, 2)
+    with pytest.raises(UsageError, match="one chunk"):
+        timeline("1f1b", [1.0] * 4, [1.0] * 4, 4, chunks=2)
+    with pytest.raises(UsageError, match="do not make stages"):
+        timeline("1f1b", [1.0] * 4, [1.0] * 3, 4)
