@@ -51,6 +51,8 @@ Tell = Callable[[Progress], None]
 
 LISTED = 64
 """Candidates that a plan lists, the best first; the proof covers all of them."""
+RUNNERS_UP = 8
+"""Candidates that are solved after the proof, so that a reader sees what they would cost."""
 
 
 def search(
@@ -124,15 +126,22 @@ class _Search:
             for stream in self.tables.streams(tp):
                 self._push(self._least_seconds(tp, stream, self.sizes[tp][-1]), _Family(tp, stream))
         while self.open and (self.best is None or self.open[0][0] < self.best[1].seconds * (1 - self.gap)):
-            bound, _, node = heappop(self.open)
-            self._report(bound, node)
-            if isinstance(node, _Family):
-                for size in self.sizes[node.tp]:
-                    self._push(self._least_seconds(node.tp, node.stream, size), _Group(node.tp, node.stream, size))
-            elif isinstance(node, _Group):
-                self._split(node, bound)
-            else:
-                self._solve(node)
+            self._open_next()
+        if self.best is not None:  # nothing faster is left: what follows only tells runners-up by their price, not by a bound
+            enough = len(self.verdicts) + RUNNERS_UP
+            while self.open and len(self.verdicts) < enough:
+                self._open_next()
+
+    def _open_next(self) -> None:
+        bound, _, node = heappop(self.open)
+        self._report(bound, node)
+        if isinstance(node, _Family):
+            for size in self.sizes[node.tp]:
+                self._push(self._least_seconds(node.tp, node.stream, size), _Group(node.tp, node.stream, size))
+        elif isinstance(node, _Group):
+            self._split(node, bound)
+        else:
+            self._solve(node)
 
     def _push(self, bound: Seconds | None, node: _Family | _Group | Entry) -> None:
         if bound is not None:
