@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _FACE = (
     "apply",
     "estimate",
+    "explain",
     "hardware_names",
     "inspect",
     "load_hardware",

@@ -11,10 +11,11 @@ torch and the solver are imported where they are used, so that `import autoplan`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoplan.errors import UsageError
+from autoplan.errors import NothingFits, UsageError
 from autoplan.files.plan import load_plan, plan_json, save_plan
 from autoplan.graph import Graph
 from autoplan.hardware import HardwareProfile
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "apply",
     "estimate",
+    "explain",
     "hardware_names",
     "inspect",
     "load_hardware",
@@ -42,6 +44,16 @@ __all__ = [
     "report",
     "save_plan",
 ]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What would become of a wish: the best plan that keeps it, or the reason why there is none."""
+
+    fixed: dict[str, int]
+    plan: Plan | None
+    reason: str
+
 
 SAMPLES_PER_GPU = 4
 """The global batch, in samples a GPU, when neither the user nor the model's file says one."""
@@ -134,6 +146,25 @@ def estimate(
         assert not isinstance(loaded, Graph)
         graph = inspect(loaded, compute_dtype=plan.workload.compute_dtype)
     return CostModel(graph, find_hardware(plan.hardware), plan.workload).predict_plan(plan)
+
+
+def explain(plan: Plan, fixed: Mapping[str, int], *, model: str | LoadedModel | Graph | None = None, gap: float = 1e-4) -> Answer:
+    """Why not `fixed`, {"tp": 2}? The best plan with those axes, under the same workload and memory, beside the given one.
+
+    A wish that is illegal or does not fit is an answer too. Raises `UsageError` when the model cannot be captured.
+    """
+    from autoplan.search.planner import search
+
+    graph = model if isinstance(model, Graph) else inspect(model or plan.model, compute_dtype=plan.workload.compute_dtype)
+    profile = find_hardware(plan.hardware)
+    headroom = max(0.0, 1.0 - plan.memory_limit / (profile.device.memory - profile.device.reserved))
+    try:
+        other = search(graph, profile, plan.workload, gpus=plan.mesh.size, fixed=fixed, headroom=headroom, gap=gap)
+    except NothingFits as error:
+        return Answer(fixed=dict(fixed), plan=None, reason=error.message)
+    except UsageError as error:
+        return Answer(fixed=dict(fixed), plan=None, reason=error.message)
+    return Answer(fixed=dict(fixed), plan=other, reason="")
 
 
 def report(plan: Plan) -> str:

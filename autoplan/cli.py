@@ -230,6 +230,51 @@ def report(
     _say("wrote", str(output))
 
 
+@app.command(
+    epilog="Examples:\n\nautoplan estimate plan.yaml\n\nautoplan estimate edited.yaml --model examples/llama.py\n\n"
+    "autoplan estimate plan.yaml --json"
+)
+def estimate(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="A plan, perhaps edited by hand.")],
+    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Default: the model that the plan names.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Price a plan anew, as it is written: after an edit, or to check what it says."""
+    from dataclasses import replace
+
+    from autoplan import api
+
+    written = api.load_plan(plan_file)
+    priced = replace(written, prediction=api.estimate(written, model))
+    if as_json:
+        typer.echo(api.plan_json(priced))
+    else:
+        from autoplan.report.compare import repriced
+
+        _print(repriced(written, priced))
+
+
+@app.command(
+    epilog="Examples:\n\nautoplan explain plan.yaml tp=2\n\nautoplan explain plan.yaml dp_shard=4 tp=2\n\n"
+    "autoplan explain plan.yaml tp=3"
+)
+def explain(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="A plan that `autoplan plan` wrote.")],
+    wishes: Annotated[list[str], typer.Argument(metavar="AXIS=SIZE...", help="Axes of the mesh: tp=2 dp_shard=4.")],
+) -> None:
+    """Answer "why not tp=2?": the best plan with that wish beside the given one, or why there is none."""
+    from autoplan import api
+    from autoplan.report.compare import answer
+
+    fixed = _settings(wishes)
+    for axis, size in fixed.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise UsageError(f"'{axis}={size}' is no size of an axis.", "Write a whole number: tp=2.")
+    plan = api.load_plan(plan_file)
+    told = api.explain(plan, fixed)
+    _print(answer(plan, told.fixed, told.plan, told.reason))
+
+
 @app.command(epilog="Examples:\n\nautoplan hardware\n\nautoplan hardware h100-sxm-8x\n\nautoplan hardware --json")
 def hardware(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One profile, with the source of its numbers.")] = None,
