@@ -282,7 +282,7 @@ def commands(plan: Plan, path: str = "plan.yaml") -> tuple[Command, ...]:
     nodes = -(-plan.mesh.size // GPUS_PER_NODE)
     launch = f"--nproc-per-node {min(plan.mesh.size, GPUS_PER_NODE)}"
     if nodes > 1:
-        launch = f"--nnodes {nodes} {launch} --rdzv-backend c10d --rdzv-endpoint $HEAD_NODE:29500"
+        launch = f"--nnodes {nodes} {launch} \\\n  --rdzv-backend c10d --rdzv-endpoint $HEAD_NODE:29500"
     return (
         Command(f'model = autoplan.apply(model, "{path}")', "in your training script, before the optimizer is made"),
         Command(f"torchrun {launch} train.py", f"on each of {nodes} nodes" if nodes > 1 else "runs it"),

@@ -62,7 +62,7 @@ def details(profile: HardwareProfile) -> RenderableType:
         Text(f"{words.clean(profile.name)}: {words.clean(device.name)}", style="bold"),
         Text(f"{words.size(device.memory)} of memory, {words.size(device.reserved)} of it reserved"),
         Text(f"memory bandwidth {show(device.bandwidth, BYTE_PER_SECOND)}"),
-        Text(f"source: {words.clean(device.source)}", style="dim"),
+        *(Text(f"source of {line}", style="dim") for line in _lines(device.source)),
         Text(f"measured: {profile.measured or 'never'}; backend {profile.backend}", style="dim"),
         Text(""),
     ]
@@ -73,5 +73,10 @@ def details(profile: HardwareProfile) -> RenderableType:
     for link in profile.links:
         joins = words.count(link.span) if link.span else "any"
         numbers = show(link.bandwidth, BYTE_PER_SECOND), words.seconds(link.latency)
-        links.add_row(Text(words.clean(link.name)), joins, *numbers, Text(words.clean(link.source)))
+        links.add_row(Text(words.clean(link.name)), joins, *numbers, Text("\n".join(_lines(link.source))))
     return Group(*lines, peaks, Text(""), links)
+
+
+def _lines(source: str) -> list[str]:
+    """A source names its numbers one a line."""
+    return [words.clean(line) for line in source.splitlines()]
