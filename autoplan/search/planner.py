@@ -30,7 +30,7 @@ from autoplan.search.ilp import Choice, UnsolvedError, choose
 from autoplan.search.naming import named
 from autoplan.search.shortfall import nothing_fits
 from autoplan.search.solver import solver_name
-from autoplan.search.space import indivisible, meshes, micro_batches
+from autoplan.search.space import check_parameters, indivisible, meshes, micro_batches, unplaceable
 from autoplan.strategy import Layout, Mesh
 from autoplan.units import BYTE, SECOND, Bytes, Seconds, show
 from autoplan.workload import Workload
@@ -70,6 +70,7 @@ def search(
 
     Raises `NothingFits` when no plan fits into memory and `UsageError` when the wishes in `fixed` contradict each other.
     """
+    check_parameters(graph)
     costs = CostModel(graph, hardware, workload)
     run = _Search(Tables(costs), gpus, fixed or {}, costs.memory_limit(headroom), gap, tell)
     run.run()
@@ -107,7 +108,7 @@ class _Search:
         self.sizes: dict[int, list[int]] = {}
         self.refused: list[Candidate] = []
         self.entries: list[Entry] = []
-        self.verdicts: list[tuple[Entry, Candidate]] = []
+        self.verdicts: list[Candidate] = []
         self.best: tuple[Entry, Choice] | None = None
         self.bounds: list[Seconds] = []
         self.open: list[tuple[Seconds, int, _Family | _Group | Entry]] = []
@@ -158,7 +159,9 @@ class _Search:
     def _split(self, group: _Group, bound: Seconds) -> None:
         for mesh in self.meshes[group.tp]:
             entry = self.tables.entry(mesh, group.micro_batch, group.stream)
-            if entry is not None:
+            if entry is None:
+                self.refused.append(unplaceable(mesh, group.micro_batch))
+            else:
                 self.entries.append(entry)
                 self._push(max(bound, entry.bound), entry)
 
@@ -167,13 +170,13 @@ class _Search:
             choice = choose(entry.classes, entry.columns, self.limit, gap=self.gap) if entry.least_memory <= self.limit else None
         except UnsolvedError:
             self.bounds.append(entry.bound)
-            self.verdicts.append((entry, _slower(entry.mesh, entry.micro_batch, entry.bound, bound=True)))
+            self.verdicts.append(_slower(entry.mesh, entry.micro_batch, entry.bound, bound=True))
             return
         if choice is None:
-            self.verdicts.append((entry, _too_big(entry, self.limit)))
+            self.verdicts.append(_too_big(entry, self.limit))
             return
         self.bounds.append(choice.bound)
-        self.verdicts.append((entry, _slower(entry.mesh, entry.micro_batch, choice.seconds, bound=False)))
+        self.verdicts.append(_slower(entry.mesh, entry.micro_batch, choice.seconds, bound=False))
         if self.best is None or choice.seconds < self.best[1].seconds:
             self.best = entry, choice
 
@@ -191,7 +194,7 @@ class _Search:
     def candidates(self) -> list[Candidate]:
         """What became of every (mesh, micro-batch), the best first, with its reason."""
         assert self.best is not None
-        found = _best_of_each([candidate for _, candidate in self.verdicts], self._unopened(), self.refused)
+        found = _best_of_each(self.verdicts, self._unopened(), self.refused)
         entry, choice = self.best
         found[entry.mesh, entry.micro_batch] = _slower(entry.mesh, entry.micro_batch, choice.seconds, bound=False)
         told = [
@@ -276,7 +279,7 @@ def _plan(
     prediction = costs.predict(entry.mesh, entry.micro_batch, by_name[outer], layers)
     if abs(prediction.step_time - choice.seconds) > 1e-9 * choice.seconds or prediction.memory.total > limit:
         raise SolverError("the plan's price is not the one that the search found.", "Please report this with your model.")
-    memory = {"memory": prediction.memory.total}
+    size = prediction.memory.total
     return Plan(
         model=graph.model,
         graph=graph.fingerprint,
@@ -293,7 +296,7 @@ def _plan(
         prediction=prediction,
         memory_limit=limit,
         baselines=tuple(priced),
-        candidates=tuple(replace(c, **memory) if c.status == "chosen" else c for c in candidates[:LISTED]),  # type: ignore[arg-type]
+        candidates=tuple(replace(c, memory=size) if c.status == "chosen" else c for c in candidates[:LISTED]),
         solve=proof,
         warnings=graph.warnings,
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 
 from autoplan.errors import UsageError
+from autoplan.graph import Graph
 from autoplan.plan import Candidate
 from autoplan.strategy import Mesh
 from autoplan.workload import Workload
@@ -41,6 +42,16 @@ def meshes(gpus: int, fixed: Mapping[str, int]) -> Iterator[Mesh]:
     yield from found
 
 
+def check_parameters(graph: Graph) -> None:
+    """Raises `UsageError` when the model has a parameter that no plan could be applied to."""
+    for prefix, body in graph.members():
+        for parameter in body.parameters:
+            if not parameter.buffer and not parameter.shape:
+                raise UsageError(
+                    f"parameter '{prefix}{parameter.name}' is a scalar, which FSDP cannot shard.", "Give it the shape (1,)."
+                )
+
+
 def micro_batches(mesh: Mesh, workload: Workload) -> list[int]:
     """Micro-batches that the mesh can run: divisors of each data-parallel group's share of the global batch."""
     if workload.global_batch % mesh.dp:
@@ -52,3 +63,9 @@ def indivisible(mesh: Mesh, workload: Workload) -> Candidate:
     """The candidate of a mesh over which the global batch does not divide."""
     reason = f"a global batch of {workload.global_batch} does not divide over {mesh.dp} data-parallel groups"
     return Candidate(mesh=mesh, micro_batch=1, status="illegal", reason=reason)
+
+
+def unplaceable(mesh: Mesh, micro_batch: int) -> Candidate:
+    """The candidate of a mesh on which some layer has no legal strategy."""
+    reason = f"a packed weight of every sharding does not divide over dp_shard {mesh.dp_shard}"
+    return Candidate(mesh=mesh, micro_batch=micro_batch, status="illegal", reason=reason)

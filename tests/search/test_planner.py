@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.errors import NothingFits, UsageError
 from autoplan.files.plan import dump_plan
+from autoplan.graph import Parameter
 from autoplan.search.columns import Tables
 from autoplan.search.ilp import memory
 from autoplan.search.planner import Progress, search
@@ -122,3 +124,9 @@ def test_progress_is_told() -> None:
     search(GRAPH, machine(), LOAD, gpus=4, tell=told.append)
     assert told
     assert all(p.looked_at < p.total for p in told)
+
+
+def test_a_scalar_parameter_is_refused_before_anything_is_planned() -> None:
+    outer = replace(GRAPH.outer, parameters=(*GRAPH.outer.parameters, Parameter("temperature", (), "bfloat16")))
+    with pytest.raises(UsageError, match="'temperature' is a scalar"):
+        search(replace(GRAPH, outer=outer), machine(), LOAD, gpus=4)
