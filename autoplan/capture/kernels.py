@@ -28,7 +28,14 @@ class Kernels(TorchDispatchMode):
         self._warn = warn
         self._yes: dict[int, Tensor] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No wrapper around every kernel: capture never compiles."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is private.DEVICE:  # autograd asks for it more often than it computes
+            return private.device_of(args[0])
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
             return self._scalar(func, args)

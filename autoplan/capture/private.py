@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch._dynamo  # fake tensors load it on their first use, a second later
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
@@ -21,11 +22,13 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 __all__ = [
     "ADDS",
     "CHECKPOINT",
+    "DEVICE",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "device_of",
     "flops",
     "gradient_of",
     "instance_patched",
@@ -130,6 +133,14 @@ def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
         return float(2 * args[0].numel() * args[2][0].numel() * sum(args[10][:2]))
     formula = flop_registry.get(packet)
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
+
+
+DEVICE = torch.ops.prim.device.default
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """The device that a fake tensor says it is on."""
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
 ADDS = frozenset((aten.add.Tensor, aten.add_.Tensor))

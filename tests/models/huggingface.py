@@ -39,7 +39,7 @@ def merged(full: Fields, changes: Fields) -> Fields:
 def small(**changes: Any) -> Fields:
     """The usual names of sizes."""
     return {
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "hidden_size": 64,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -81,8 +81,8 @@ HUGGING_FACE = (
     family(
         "gpt2",
         {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 48, "n_embd": 1600, "n_head": 25},
-        {"n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": 96, "n_positions": 64},
-        4,
+        {"n_layer": 3, "n_embd": 64, "n_head": 4, "vocab_size": 96, "n_positions": 64},
+        3,
         1,
     ),
     family(
@@ -97,7 +97,7 @@ HUGGING_FACE = (
             "vocab_size": 50432,
         },
         small(),
-        4,
+        3,
         1,
     ),
     family(
@@ -112,14 +112,14 @@ HUGGING_FACE = (
             "word_embed_proj_dim": 9216,
         },
         {**small(), "ffn_dim": 128, "word_embed_proj_dim": 64},
-        4,
+        3,
         1,
     ),
     family(
         "llama-3",
         LLAMA_3,
         small(),
-        4,
+        3,
         1,
         **{
             "70B": {"num_hidden_layers": 80, "hidden_size": 8192, "num_attention_heads": 64, "intermediate_size": 28672},
@@ -139,7 +139,7 @@ HUGGING_FACE = (
             "vocab_size": 152064,
         },
         small(),
-        4,
+        3,
         1,
     ),
     family(
@@ -156,14 +156,14 @@ HUGGING_FACE = (
             "head_dim": 128,
         },
         small(head_dim=16),
-        4,
+        3,
         1,
     ),
     family(
         "mistral",
         {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 1024},
         small(sliding_window=8),
-        4,
+        3,
         1,
     ),
     family(
@@ -178,8 +178,8 @@ HUGGING_FACE = (
             "head_dim": 256,
             "intermediate_size": 14336,
         },
-        small(num_hidden_layers=4, head_dim=16, sliding_window=8),
-        4,
+        small(head_dim=16, sliding_window=8),
+        3,
         1,
     ),
     family(
@@ -202,14 +202,14 @@ HUGGING_FACE = (
         "phi-3",
         {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0},
         small(num_key_value_heads=4),
-        4,
+        3,
         1,
     ),
     family(
         "mixtral",
         {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_hidden_layers": 32},
         small(num_local_experts=4),
-        4,
+        3,
         1,
     ),
     family(
@@ -228,7 +228,7 @@ HUGGING_FACE = (
             "head_dim": 128,
         },
         small(head_dim=16, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2),
-        4,
+        3,
         1,
     ),
     family(
@@ -255,8 +255,8 @@ HUGGING_FACE = (
     family(
         "gpt-oss",
         {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_hidden_layers": 36, "num_local_experts": 128},
-        small(num_hidden_layers=4, head_dim=16, num_local_experts=4, sliding_window=8),
-        4,
+        small(head_dim=16, num_local_experts=4, sliding_window=8),
+        3,
         1,
     ),
     family(
@@ -288,7 +288,7 @@ HUGGING_FACE = (
             "intermediate_size": 4096,
         },
         small(),
-        4,
+        3,
         1,
     ),
     family(
@@ -302,8 +302,8 @@ HUGGING_FACE = (
             "intermediate_size": 5120,
             "patch_size": 14,
         },
-        {**TINY_VISION, "num_hidden_layers": 4},
-        4,
+        TINY_VISION,
+        3,
         1,
     ),
     family(
