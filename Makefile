@@ -1,6 +1,7 @@
 # make plan   set up .venv and plan examples/llama.py for 8 GPUs: leaves plan.yaml and report.html
 # make test   set up .venv and run every check
 # make lint   the checks that need no test run
+# make reports  plan the samples in reports/ anew, with the outputs that the documents show
 # make zoo    capture every family of models and write the table docs/zoo.md (minutes)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: plan test lint format zoo clean
+.PHONY: plan test lint format zoo clean reports
 
 plan: $(STAMP)
 	$(BIN)/autoplan plan examples/llama.py --gpus 8 --force
@@ -33,6 +34,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 zoo: $(STAMP)
 	$(BIN)/python -m benchmarks.zoo
+
+reports: $(STAMP)
+	$(BIN)/python reports/make.py
 
 clean:
 	rm -rf $(VENV) plan.yaml report.html

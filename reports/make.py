@@ -1,4 +1,4 @@
-"""The sample reports of this folder: `make reports` plans them anew, and copies the README's output from a real run.
+"""The sample reports of this folder: `make reports` plans them anew, and refreshes what the documents show of real runs.
 
 Run from the root of the repository, so that the plans name their models as a reader would.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import tempfile
 from pathlib import Path
 
 from autoplan import cli
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+PLAN_FILE = HERE.parent / "docs" / "plan-file.md"
 
 CASES = {
     "transformer-4": ["examples/transformer.py", "--gpus", "4"],
@@ -23,16 +25,45 @@ CASES = {
 }
 """Name of the report -> what `autoplan plan` is asked."""
 
+ANNOTATED = ["examples/gpt.py", "--set", "size=350M", "--gpus", "8", "--tp", "2"]
+"""The plan that docs/plan-file.md explains."""
+
+NOTES = {
+    "model:": "the file, with its arguments",
+    "graph:": "fingerprint of the captured graph",
+    "hardware_fingerprint:": "of every number of the profile",
+    "  global_batch:": "samples of one optimizer step",
+    "tokens:": "of one sample",
+    "mesh:": "4 x 2 = 8 devices",
+    "micro_batch:": "samples that one data-parallel group runs at a time",
+    "outer:": "the strategy of everything outside the layers",
+    "- h.": "24 layers, one strategy",
+    "    reshard_after_forward: false": "ZeRO-2: gathered parameters stay until the backward pass",
+    "      attn.c_attn.weight:": "q, k and v in one: a share of each",
+    "      attn.c_attn.bias:": "whole; its gradient is summed over tp",
+    "      attn.c_proj.weight:": "row parallel",
+    "      mlp.c_fc.weight:": "column parallel",
+    "    - 'attn.c_attn in 0:": "backward: all-reduce",
+    "    - 'attn.c_proj out 0:": "forward: all-reduce",
+    "tied:": "names of one parameter",
+    "memory_limit:": "of one device",
+    "  hidden_communication:": "runs under computation: no part of step_time",
+    "  time:": "adds up to step_time",
+    "  memory:": "adds up to the peak of the fullest device",
+    "  status: optimal": "proven within the gap that was asked for",
+    "  bound: true": "a proven lower bound, not a prediction",
+}
+"""Start of a line -> what docs/plan-file.md says of it, where it first occurs."""
+
 SHOWN = "Against plans written by hand"
 """The README shows the output up to this section."""
 
 
-def make(name: str, folder: Path) -> str:
-    """Plan one case into `folder`; what the command prints."""
+def make(asked: list[str], plan: Path, page: Path) -> str:
+    """Run `autoplan plan`; what it prints."""
     printed = io.StringIO()
-    files = ["--output", str(folder / f"{name}.yaml"), "--report", str(folder / f"{name}.html"), "--force"]
     with contextlib.redirect_stdout(printed):
-        code = cli.main(["plan", *CASES[name], *files])
+        code = cli.main(["plan", *asked, "--output", str(plan), "--report", str(page), "--force"])
     if code:
         sys.exit(code)
     return printed.getvalue()
@@ -43,20 +74,41 @@ def excerpt(printed: str) -> str:
     return "\n".join(line.rstrip() for line in printed.partition(SHOWN)[0].strip().splitlines())
 
 
-def readme_output(readme: str) -> tuple[int, int]:
-    """Where in the README the output of `autoplan plan` stands: the ```text block behind the command."""
-    start = readme.index("```text\n", readme.index("autoplan plan examples/llama.py --gpus 8")) + len("```text\n")
-    return start, readme.index("\n```", start)
+def annotated(plan: str) -> str:
+    """A plan with comments, of its candidates only the first and the last."""
+    head, _, tail = plan.partition("\ncandidates:\n- ")
+    candidates = tail.rstrip().split("\n- ")
+    lines = f"{head}\ncandidates:\n- {candidates[0]}\n- {candidates[-1]}".splitlines()
+    for start, note in NOTES.items():
+        number = next((n for n, line in enumerate(lines) if line.startswith(start)), None)
+        if number is not None:
+            lines[number] = f"{lines[number]}  # {note}"
+    return "\n".join(lines)
+
+
+def shown(text: str, after: str, fence: str) -> tuple[int, int]:
+    """Where in a document the first block behind `after` that is fenced with ```fence begins and ends."""
+    start = text.index(f"```{fence}\n", text.index(after)) + len(f"```{fence}\n")
+    return start, text.index("\n```", start)
+
+
+def refresh(document: Path, after: str, fence: str, content: str) -> None:
+    """Put `content` into that block."""
+    text = document.read_text(encoding="utf-8")
+    start, end = shown(text, after, fence)
+    document.write_text(text[:start] + content + text[end:], encoding="utf-8")
 
 
 def main() -> None:
-    """Make every report, and the README's output with the one it shows."""
-    for name in CASES:
-        printed = make(name, HERE)
+    """Make every report, the README's output, and the annotated plan."""
+    for name, asked in CASES.items():
+        printed = make(asked, HERE / f"{name}.yaml", HERE / f"{name}.html")
         if name == "llama-8b-8":
-            readme = README.read_text(encoding="utf-8")
-            start, end = readme_output(readme)
-            README.write_text(readme[:start] + excerpt(printed) + readme[end:], encoding="utf-8")
+            refresh(README, "autoplan plan examples/llama.py --gpus 8", "text", excerpt(printed))
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Path(folder) / "plan.yaml"
+        make(ANNOTATED, plan, Path(folder) / "report.html")
+        refresh(PLAN_FILE, "autoplan plan examples/gpt.py", "yaml", annotated(plan.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

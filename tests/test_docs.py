@@ -1,0 +1,146 @@
+"""The documents are true: their commands run, their Python runs, their YAML loads, their links lead somewhere.
+
+Of every document the fenced blocks are taken in order, in a folder of its own beside the examples, as a reader would:
+```python whose first line is `# name.py` is saved as that file; any other is run at the end; ```yaml likewise is saved or loaded;
+```bash is run, `autoplan` in this process, `torchrun` on up to two processes for real. What needs more GPUs is checked:
+the script and its flags exist.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from autoplan import api, cli
+from autoplan.files.hardware import load_hardware
+from autoplan.files.plan import load_plan
+
+ROOT = Path(__file__).parent.parent
+GENERATED = ("zoo.md", "accuracy.md")
+DOCUMENTS = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in GENERATED)]
+ALL = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+
+Block = tuple[str, str]
+"""(language, text)"""
+
+
+def blocks(document: Path) -> Iterator[Block]:
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        yield match.group(1), match.group(2)
+
+
+def commands(text: str) -> list[str]:
+    return [line for line in text.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def graphs() -> dict[Any, Any]:
+    """Captured models, so that each is captured once."""
+    return {}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: dict[Any, Any]) -> Path:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    capture = api.inspect
+
+    def inspect(model: Any, *, compute_dtype: str = "bfloat16", **kwargs: Any) -> Any:
+        spec = model if isinstance(model, str) else model.spec
+        key = (spec, compute_dtype, *sorted(kwargs.items())) if spec.startswith("examples/") else None
+        if key not in graphs or key is None:
+            graphs[key] = capture(model, compute_dtype=compute_dtype, **kwargs)
+        return graphs[key]
+
+    monkeypatch.setattr(api, "inspect", inspect)
+    return tmp_path
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_a_document_can_be_followed(document: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    programs = []
+    for language, text in blocks(document):
+        name = re.match(r"# (\S+\.(py|yaml))\n", text)
+        if language in ("python", "yaml") and name:
+            (folder / name.group(1)).write_text(text, encoding="utf-8")
+        elif language == "python":
+            programs.append(text)
+        elif language == "yaml":
+            (folder / "shown.yaml").write_text(text, encoding="utf-8")
+            assert load_plan(folder / "shown.yaml").runs
+        elif language == "bash":
+            for command in commands(text):
+                follow(command, folder, capsys)
+        else:
+            assert language == "text", f"what is a block of '{language}'?"
+    for profile in folder.glob("my-*.yaml"):
+        assert load_hardware(profile).links
+    if programs:
+        run([sys.executable, "-c", "\n".join(programs)], folder)
+
+
+def follow(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program, *arguments = shlex.split(command)
+    if program == "autoplan":
+        code = cli.main(arguments)
+        assert code == 0, f"{command}\n{capsys.readouterr().err}"
+    elif program == "torchrun":
+        options = get_args_parser().parse_args(arguments)
+        script = folder / options.training_script
+        assert script.is_file(), command
+        check_flags(script, options.training_script_args)
+        if int(options.nproc_per_node) <= 2 and options.nnodes == "1:1":
+            run([sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments], folder)
+    elif program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments), command
+    else:
+        assert command in ("cd autoplan", "source .venv/bin/activate"), f"nobody checks '{command}'"
+
+
+def check_flags(script: Path, arguments: list[str]) -> None:
+    source = script.read_text(encoding="utf-8")
+    for argument in arguments:
+        if argument.startswith("--"):
+            assert f'add_argument("{argument}"' in source, f"{script.name} has no {argument}"
+        elif argument.endswith(".py"):
+            assert Path(argument).is_file(), argument
+
+
+def run(command: list[str], folder: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("document", ALL, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+        assert (document.parent / target).exists(), target
+
+
+def test_troubleshooting_quotes_errors_that_exist() -> None:
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "autoplan").rglob("*.py"))
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"\*\*`(.+?)`\*\*", text)
+    assert len(quoted) > 30
+    for sentence in quoted:
+        pieces = [piece.strip(" '.:…") for piece in re.split("…", sentence)]
+        missing = [piece for piece in pieces if piece and piece not in source]
+        assert not missing, f"no error says {missing} any more: {sentence}"
+
+
+@pytest.mark.parametrize("document", ALL, ids=lambda path: path.name)
+def test_documents_name_no_machine(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert not re.search(r"/work/|/root/|/home/|/tmp/|https?://(localhost|127\.)", text)

@@ -1,0 +1,33 @@
+"""The committed sample reports are what the committed code makes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "reports"))
+
+import make  # noqa: E402
+
+AGAIN = "the reports are not those of this code: run `make reports` and look at what changed"
+
+
+@pytest.mark.parametrize("name", ["transformer-4", "llama-8b-8"])
+def test_a_sample_plan_is_made_again_byte_for_byte(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    printed = make.make(make.CASES[name], tmp_path / "plan.yaml", tmp_path / "page.html")
+    assert (tmp_path / "plan.yaml").read_bytes() == (ROOT / "reports" / f"{name}.yaml").read_bytes(), AGAIN
+    assert (tmp_path / "page.html").read_bytes() == (ROOT / "reports" / f"{name}.html").read_bytes(), AGAIN
+    if name == "llama-8b-8":
+        readme = make.README.read_text(encoding="utf-8")
+        start, end = make.shown(readme, "autoplan plan examples/llama.py --gpus 8", "text")
+        assert make.excerpt(printed) == readme[start:end], AGAIN
+
+
+def test_every_report_is_there() -> None:
+    for name in make.CASES:
+        for kind in ("yaml", "html"):
+            assert (ROOT / "reports" / f"{name}.{kind}").is_file(), AGAIN
