@@ -20,7 +20,7 @@ from functools import cached_property
 from math import ceil, prod
 
 from autoplan.cost.collectives import collective_time
-from autoplan.cost.compute import kernel_time
+from autoplan.cost.compute import MULTIPLIES, kernel_time
 from autoplan.cost.rules import BORDER_COLLECTIVES, Outcome, outcomes, packings
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES, Body, Op, Parameter, Value
@@ -79,6 +79,8 @@ class LayerCost:
     """Most that one operation holds beyond what is saved."""
     parameters: tuple[LocalParameter, ...]
     buffers: Bytes
+    products: tuple[Seconds, Seconds] = (0.0, 0.0)
+    """What of `forward` and `backward` are matrix products and attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,8 +311,11 @@ def _fixed(model: LayerModel, index: int, sources: tuple[Layout, ...]) -> Outcom
     raise UsageError(f"operation {where} cannot run on inputs {', '.join(map(str, sources))} with tp {model.tp}.")
 
 
-def layer_cost(model: LayerModel, sharding: Sharding) -> LayerCost:
-    """Price of a whole layer. Raises `UsageError` when the sharding is not legal for it."""
+def layer_cost(model: LayerModel, sharding: Sharding, only: Callable[[Step], bool] | None = None) -> LayerCost:
+    """Price of a layer, or `only` of some of its steps: the embedding apart from the head, what is run again.
+
+    Raises `UsageError` when the sharding is not legal for it.
+    """
     body = model.body
     forward = backward = tp_forward = tp_backward = saved = temporary = 0.0
     layouts: dict[int, Layout] = {i: stream_layout(body.values[i], sharding.stream) for i in body.inputs}
@@ -318,14 +323,18 @@ def layer_cost(model: LayerModel, sharding: Sharding) -> LayerCost:
     counted: set[int] = set()
     synced: set[int] = set()
     inside: dict[int, tuple[int, Layout]] = {}
+    named: set[str] = set()
+    products = 0.0, 0.0
     for step in walk(model, sharding):
         op, outcome = step.op, step.outcome
         layouts.update(zip(op.inputs, outcome.inputs, strict=True))
         layouts.update(zip(op.outputs, outcome.outputs, strict=True))
+        wanted = only is None or only(step)
         if op.kind in ("enter", "exit"):
             source, target = op.inputs[0], op.outputs[0]
             f, b = model.border(body.values[source], outcome.inputs[0], outcome.outputs[0])
-            tp_forward, tp_backward = tp_forward + f, tp_backward + b
+            if wanted:
+                tp_forward, tp_backward = tp_forward + f, tp_backward + b
             moved = changes_memory(outcome.inputs[0], outcome.outputs[0])
             root[target] = target if moved else root.get(source, source)
             if op.kind == "enter" and op.module == "" and source in body.inputs:
@@ -333,11 +342,18 @@ def layer_cost(model: LayerModel, sharding: Sharding) -> LayerCost:
             continue
         if op.kind == "call":
             f, b = call_borders(model, step.index, outcome, sharding.stream)
-            tp_forward, tp_backward = tp_forward + f, tp_backward + b
+            if wanted:
+                tp_forward, tp_backward = tp_forward + f, tp_backward + b
             root.update({i: i for i in op.outputs})
             continue
+        if not wanted:
+            root.update({i: shared_root(body, op, i, root) for i in op.outputs})
+            continue
+        named.update(name for i in op.inputs if (name := body.values[i].parameter))
         cost = model.op(step.index, outcome)
         forward, backward = forward + cost.forward, backward + cost.backward
+        if op.kind in MULTIPLIES:
+            products = products[0] + cost.forward, products[1] + cost.backward
         tp_forward, tp_backward = tp_forward + cost.tp_forward, tp_backward + cost.tp_backward
         saved, temporary = saved + cost.saved_extra, max(temporary, cost.temporary)
         for i, layout in zip(op.inputs, outcome.inputs, strict=True):
@@ -352,10 +368,10 @@ def layer_cost(model: LayerModel, sharding: Sharding) -> LayerCost:
                 counted.add(r)
                 saved += model.local_bytes(body.values[r], layouts.get(r, layouts.get(i, REPLICATE)))
     inputs = sum(model.local_bytes(body.values[i], layout) for i, layout in inside.values() if body.values[i].requires_grad)
-    own = [p for p in body.parameters if not p.buffer]
+    own = [p for p in body.parameters if not p.buffer and (only is None or p.name in named)]
     parameters = tuple(model.local_parameter(p, sharding.layout(p.name) if p.trainable else REPLICATE) for p in own)
     buffers = sum(p.numel * DTYPE_BYTES[p.dtype] for p in body.parameters if p.buffer)
-    return LayerCost(forward, backward, tp_forward, tp_backward, saved, inputs, temporary, parameters, buffers)
+    return LayerCost(forward, backward, tp_forward, tp_backward, saved, inputs, temporary, parameters, buffers, products)
 
 
 def shared_root(body: Body, op: Op, output: int, root: dict[int, int]) -> int:

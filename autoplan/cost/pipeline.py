@@ -1,0 +1,275 @@
+"""What a step costs when layers are also spread over pipeline stages: the layers' own prices on a schedule's timeline.
+
+`L` layers are dealt to `p v` virtual stages as evenly as they go (the first ones take one more); the first also embeds,
+the last has the final norm, the head and the loss. With a layer's `F`, `B` (recomputation in it) and e(c, q) of
+`cost.model`, virtual stage k takes per micro-batch
+
+    f_k = n_k (F + e(F, g)) + [first] F_embed + [last] F_head          b_k likewise with g' + r
+
+and these run on the timeline of the schedule (`autoplan.schedule`), with send_recv of one micro-batch's activations
+between the stages. After it come, of the slowest stage, the reductions that the last backward pass does not hide, and
+the optimizer. With one stage this is `CostModel.predict` term by term (a test holds it there).
+
+Bytes of stage s: its states, what its micro-batches in flight keep (`Timeline.in_flight`: p - s under 1f1b), and the
+largest moment of one of its layers.
+
+`Software` is what a training framework adds to or takes from a machine: fused kernels, overlap, host time. Its neutral
+values are what the planner assumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from autoplan.cost.collectives import collective_time
+from autoplan.cost.compute import optimizer_time
+from autoplan.cost.layer import LayerCost, Step, layer_cost
+from autoplan.cost.model import OUTER, CostModel
+from autoplan.errors import UsageError
+from autoplan.graph import DTYPE_BYTES
+from autoplan.schedule import ScheduleKind, pipeline_seconds, timeline
+from autoplan.strategy import Mesh, Sharding
+from autoplan.units import Bytes, Seconds
+from autoplan.workload import OPTIMIZER_STATES
+
+Recomputed = Callable[[Step], bool]
+"""Which operations of a layer run again in the backward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Software:
+    """A framework's own numbers, beside the machine's."""
+
+    compute: float = 1.0
+    """All kernels take so many times longer."""
+    elementwise: float = 1.0
+    """The kernels that are no matrix products besides: below 1 where they are fused."""
+    tp_exposed: float = 1.0
+    """Fraction of the tp collectives that computation does not hide."""
+    dp_exposed: float = 0.0
+    """Fraction of gradient reductions (and ZeRO's gathers) that even a long backward pass does not hide."""
+    network: float = 1.0
+    """Collectives that leave the node take so many times longer."""
+    layer: Seconds = 0.0
+    """Least time of the host for the forward pass of one layer and micro-batch; the backward pass has twice that."""
+    step: Seconds = 0.0
+    """Host time of every step."""
+    resident: Bytes = 0.0
+    """Bytes kept for a parameter on every rank that holds it, and `sharded` ones cut by dp; 0 and 0: `Workload`'s dtypes."""
+    sharded: Bytes = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrangement:
+    """How a run was laid out. `zero` 0 and 1 reduce gradients once a step, 3 gathers and reduces every micro-batch."""
+
+    tp: int
+    dp: int
+    pp: int
+    micro_batch: int
+    zero: int
+    schedule: ScheduleKind = "1f1b"
+    chunks: int = 1
+    block: Sharding
+    outer: Sharding
+    layers: int
+    stays: bool = False
+    """Gathered parameters stay until the backward pass has used them (ZeRO-2 of FSDP)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelinePrediction:
+    """Seconds of a step with their parts, and bytes of the fullest rank."""
+
+    step_time: Seconds
+    pipeline: Seconds
+    exposed: Seconds
+    optimizer: Seconds
+    memory: Bytes
+
+
+class Pipeline:
+    """Prices arrangements of one model with the tables of a `CostModel`."""
+
+    def __init__(self, costs: CostModel, software: Software = Software(), recomputed: Recomputed | None = None) -> None:
+        self.costs, self.software, self.recomputed = costs, software, recomputed
+        self._parts: dict[tuple[object, ...], LayerCost] = {}
+
+    def price(self, at: Arrangement) -> PipelinePrediction:
+        """Raises `UsageError` where a sharding or a schedule does not fit the model."""
+        m = self.costs.micro_batches(Mesh(dp_replicate=at.dp, tp=at.tp), at.micro_batch)
+        block, embed, head = (self._scaled(cost) for cost in self._costs(at))
+        again = self._again(at)
+        virtual = at.pp * at.chunks
+        if at.layers < virtual:
+            raise UsageError(f"{at.layers} layers do not fill {virtual} stages.")
+        counts = [at.layers // virtual + (k < at.layers % virtual) for k in range(virtual)]
+        forward, backward = _seconds(block)
+        host = self.software.layer
+        backward = max(backward + again, 2 * host)
+        again_in_flight = again
+        forward = max(forward, host)
+        gather = reduce = regather = 0.0
+        if at.zero == 3:
+            gather, reduce, _ = self._collectives(block, at)
+            regather = 0.0 if at.stays else gather
+        paid_forward = forward + self._paid(forward, gather)
+        paid_backward = backward + self._paid(backward, regather + reduce)
+        outside = 0.0
+        if at.zero == 3:
+            for part in (embed, head) if at.pp > 1 else (self._scaled(self._outer(at)),):
+                g, r, _ = self._collectives(part, at)
+                outside += g + r
+        f = [n * paid_forward for n in counts]
+        b = [n * paid_backward for n in counts]
+        for k, part in ((0, embed), (virtual - 1, head)):
+            more = _seconds(part)
+            f[k], b[k] = f[k] + more[0], b[k] + more[1]
+        f[0] += outside
+        hop = self._hop(at)
+        seconds = pipeline_seconds(at.schedule, tuple(f), tuple(b), m, hop, at.chunks)
+        tail = optimizer = 0.0
+        for s in range(at.pp):
+            own = [k for k in range(virtual) if k % at.pp == s]
+            held = self._held(at, sum(counts[k] for k in own), embed if 0 in own else None, head if virtual - 1 in own else None)
+            optimizer = max(optimizer, self._optimizer(held, at))
+            if at.zero < 3:
+                tail = max(tail, self._reduction(held, at, sum(b[k] for k in own) / len(own)))
+        total = seconds + tail + optimizer + self.software.step
+        return PipelinePrediction(
+            step_time=total,
+            pipeline=seconds,
+            exposed=tail,
+            optimizer=optimizer,
+            memory=self._memory(at, counts, m, again_in_flight > 0),
+        )
+
+    def _costs(self, at: Arrangement) -> tuple[LayerCost, LayerCost, LayerCost]:
+        block = self.costs.layer_cost(0, at.block, at.tp, at.micro_batch)
+        first = next(i for i, op in enumerate(self.costs.graph.outer.ops) if op.kind == "call")
+        embed = self._part(OUTER, at.outer, at, "embed", lambda step: step.index <= first)
+        head = self._part(OUTER, at.outer, at, "head", lambda step: step.index > first)
+        return block, embed, head
+
+    def _outer(self, at: Arrangement) -> LayerCost:
+        return self.costs.layer_cost(OUTER, at.outer, at.tp, at.micro_batch)
+
+    def _part(self, body: int, sharding: Sharding, at: Arrangement, name: str, only: Recomputed) -> LayerCost:
+        key = (body, sharding, at.tp, at.micro_batch, name)
+        if key not in self._parts:
+            self._parts[key] = layer_cost(self.costs.layer_model(body, at.tp, at.micro_batch), sharding, only)
+        return self._parts[key]
+
+    def _scaled(self, cost: LayerCost) -> LayerCost:
+        own = self.software
+        if own == Software():
+            return cost
+        products = cost.products
+        f, b = (p + own.elementwise * (t - p) for p, t in zip(products, (cost.forward, cost.backward), strict=True))
+        return replace(
+            cost,
+            forward=own.compute * f,
+            backward=own.compute * b,
+            tp_forward=own.tp_exposed * cost.tp_forward,
+            tp_backward=own.tp_exposed * cost.tp_backward,
+        )
+
+    def _again(self, at: Arrangement) -> Seconds:
+        """Seconds of running a layer's forward again, as far as it is recomputed."""
+        if self.recomputed is None:
+            return 0.0
+        cost = self._scaled(self._part(0, at.block, at, "again", self.recomputed))
+        return cost.forward + cost.tp_forward
+
+    def _paid(self, cover: Seconds, sent: Seconds) -> Seconds:
+        """e(c, q): what communication beside `cover` seconds of computation costs."""
+        hidden = min(cover, sent) * (1 - self.software.dp_exposed)
+        return sent - hidden + self.costs.hardware.overlap * hidden
+
+    def _slower(self, span: int) -> float:
+        return self.software.network if span > self.costs.hardware.links[0].span > 0 else 1.0
+
+    def _collectives(self, cost: LayerCost, at: Arrangement) -> tuple[Seconds, Seconds, Seconds]:
+        mesh = Mesh(dp_shard=at.dp, tp=at.tp) if at.zero == 3 else Mesh(dp_replicate=at.dp, tp=at.tp)
+        slower = self._slower(at.dp * at.tp)
+        gather, reduce, final = self.costs.dp_collectives(cost, mesh)
+        return slower * gather, slower * reduce, slower * final
+
+    def _hop(self, at: Arrangement) -> Seconds:
+        """Seconds of passing one micro-batch's activations on; under tp every rank of a stage sends its share."""
+        if at.pp == 1:
+            return 0.0
+        body = self.costs.graph.bodies[0]
+        size = sum(body.values[i].bytes_at(at.micro_batch) for i in body.inputs if body.values[i].requires_grad)
+        stride = at.tp * at.dp
+        return self._slower(2 * stride) * collective_time("send_recv", size / at.tp, 2, stride, self.costs.hardware)
+
+    def _held(self, at: Arrangement, layers: int, embed: LayerCost | None, head: LayerCost | None) -> float:
+        """Parameters on one rank of a stage, cut by tp."""
+        block = self.costs.layer_cost(0, at.block, at.tp, at.micro_batch)
+        outer = [self._outer(at)] if embed and head else [part for part in (embed, head) if part]
+        return layers * _numel(block) + sum(map(_numel, outer))
+
+    def _optimizer(self, numel: float, at: Arrangement) -> Seconds:
+        load = self.costs.workload
+        share = at.dp if at.zero else 1
+        size = numel / share * DTYPE_BYTES[load.param_dtype]
+        return optimizer_time(size, OPTIMIZER_STATES[load.optimizer], self.costs.hardware.device)
+
+    def _reduction(self, numel: float, at: Arrangement, last: Seconds) -> Seconds:
+        """Seconds of reducing a stage's gradients (and, with ZeRO, gathering its parameters) that `last` does not hide."""
+        load, hardware = self.costs.workload, self.costs.hardware
+        size = numel * DTYPE_BYTES[load.reduce_dtype]
+        slower = self._slower(at.dp * at.tp)
+        if at.zero == 0:
+            return self._paid(last, slower * collective_time("all_reduce", size, at.dp, at.tp, hardware))
+        gather = numel * DTYPE_BYTES[load.compute_dtype]
+        reduce = collective_time("reduce_scatter", size, at.dp, at.tp, hardware)
+        return self._paid(last, slower * (reduce + collective_time("all_gather", gather, at.dp, at.tp, hardware)))
+
+    def _memory(self, at: Arrangement, counts: list[int], m: int, again: bool) -> Bytes:
+        block, embed, head = self._costs(at)
+        own, load, virtual = self.software, self.costs.workload, len(counts)
+        warm = at.pp * 4 if at.chunks > 1 else 2 * at.pp
+        line = timeline(at.schedule, [1.0] * virtual, [2.0] * virtual, min(m, warm), 0.0, at.chunks)
+        dtypes = (2 + OPTIMIZER_STATES[load.optimizer]) * DTYPE_BYTES[load.param_dtype]
+        resident, sharded = (own.resident, own.sharded) if own.resident or own.sharded else (0.0, float(dtypes))
+        if at.zero == 0:
+            resident, sharded = resident + sharded, 0.0
+        kept = block.saved
+        moment = block.temporary
+        if again:
+            lost = self._part(0, at.block, at, "again", self.recomputed or (lambda _: True))
+            whole = lost.forward >= block.forward * (1 - 1e-9)
+            kept = block.inputs if whole else max(block.saved - lost.saved, block.inputs)
+            moment += block.saved - kept
+        most = 0.0
+        for s in range(at.pp):
+            flight = line.in_flight(s) / at.chunks
+            mine = [k for k in range(virtual) if k % at.pp == s]
+            layers = sum(counts[k] for k in mine)
+            numel = self._held(at, layers, embed if 0 in mine else None, head if virtual - 1 in mine else None)
+            states = numel * (resident + sharded / at.dp)
+            active = flight * layers * kept
+            high = moment
+            if 0 in mine:
+                active += embed.saved * line.in_flight(s) / at.chunks
+                high = max(high, embed.temporary)
+            if virtual - 1 in mine:
+                high = max(high, head.saved + head.temporary)
+            if at.zero == 3:
+                gathered = _numel(block) * DTYPE_BYTES[load.compute_dtype]
+                states += 2 * gathered + _numel(block) * (DTYPE_BYTES[load.compute_dtype] + DTYPE_BYTES[load.reduce_dtype])
+            most = max(most, states + active + high)
+        return most
+
+
+def _seconds(cost: LayerCost) -> tuple[Seconds, Seconds]:
+    return cost.forward + cost.tp_forward, cost.backward + cost.tp_backward
+
+
+@lru_cache(maxsize=4096)
+def _numel(cost: LayerCost) -> float:
+    return float(sum(p.numel(1) for p in cost.parameters))
