@@ -2,16 +2,15 @@
 
 Of every document the fenced blocks are taken in order, in a folder of its own beside the examples, as a reader would:
 ```python whose first line is `# name.py` is saved as that file; any other is run at the end; ```yaml likewise is saved or loaded;
-```bash is run, `autoplan` in this process, `torchrun` on up to two processes for real. What needs more GPUs is checked:
+```bash is run, `autoplan` in this process, the script of `torchrun` in up to two processes. What needs more GPUs is checked:
 the script and its flags exist.
 """
 
 from __future__ import annotations
 
-import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.distributed.run import get_args_parser
 from autoplan import api, cli
 from autoplan.files.hardware import load_hardware
 from autoplan.files.plan import load_plan
+from tests.apply.ranks import run
 
 ROOT = Path(__file__).parent.parent
 GENERATED = ("zoo.md", "accuracy.md")
@@ -85,8 +85,7 @@ def test_a_document_can_be_followed(document: Path, folder: Path, capsys: pytest
             assert language == "text", f"what is a block of '{language}'?"
     for profile in folder.glob("my-*.yaml"):
         assert load_hardware(profile).links
-    if programs:
-        run([sys.executable, "-c", "\n".join(programs)], folder)
+    exec("\n".join(programs), {})
 
 
 def follow(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +99,7 @@ def follow(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert script.is_file(), command
         check_flags(script, options.training_script_args)
         if int(options.nproc_per_node) <= 2 and options.nnodes == "1:1":
-            run([sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments], folder)
+            run(int(options.nproc_per_node), script_on_a_rank, script, options.training_script_args)
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments), command
@@ -117,10 +116,10 @@ def check_flags(script: Path, arguments: list[str]) -> None:
             assert Path(argument).is_file(), argument
 
 
-def run(command: list[str], folder: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def script_on_a_rank(script: Path, arguments: list[str]) -> None:
+    sys.path.insert(0, str(script.parent))
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.mark.parametrize("document", ALL, ids=lambda path: path.name)
