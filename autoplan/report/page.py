@@ -29,8 +29,12 @@ MAX_CELLS = 160
 MAX_DEVICES = 32
 """Devices that are drawn one by one."""
 
+MAX_GROUPS = 12
+"""Data-parallel groups that are drawn: about one line of a wide screen."""
+
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _HERE = Path(__file__).parent
+_UNIT = re.compile(r"(?<=\d) (?=(?:s|ms|us)\b)|(?<=tp) (?=\d)|(?<=shard) (?=\d)|(?<=replicate) (?=\d)")
 _GIB = dict(BYTE.prefixes)["GiB"]
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
 
@@ -86,6 +90,7 @@ def _template() -> Template:
     )
     environment.filters["times"] = lambda text: str(text).replace(" x ", f" {_TIMES} ")
     environment.filters["factors"] = lambda text: re.sub(r"(?<=\d)x\b", _TIMES, str(text))
+    environment.filters["glued"] = lambda text: _UNIT.sub("\N{NO-BREAK SPACE}", str(text))
     environment.filters["percent"] = words.percent
     return environment.get_template("page.html.j2")
 
@@ -93,7 +98,7 @@ def _template() -> Template:
 def mesh_groups(plan: Plan) -> tuple[Group, ...]:
     """The first data-parallel groups with the ranks of their devices, outermost axis first as in the mesh."""
     mesh = plan.mesh
-    shown = max(1, min(mesh.dp, MAX_DEVICES // mesh.tp))
+    shown = max(1, min(mesh.dp, MAX_GROUPS, MAX_DEVICES // mesh.tp))
     return tuple(
         Group(_group_title(plan, group), tuple(range(group * mesh.tp, group * mesh.tp + min(mesh.tp, MAX_DEVICES))))
         for group in range(shown)
