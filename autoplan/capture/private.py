@@ -1,6 +1,6 @@
 """Every use of PyTorch's private interfaces in capture, in one place, so that a new release breaks one file.
 
-Checked with torch 2.10 to 2.13: the autograd sequence numbers, the current autograd node, the identity of a storage,
+Checked with torch 2.13 and 2.14: the autograd sequence numbers, the current autograd node, the identity of a storage,
 `FakeTensorMode`, the FLOP formulas, and the two classmethods and methods that are replaced while a model is recorded.
 """
 
@@ -114,8 +114,9 @@ def instance_patched(instance: Any, name: str, replacement: Any) -> Iterator[Non
         own.update(kept)
 
 
-CHECKPOINT = (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator")
-"""Where `checkpoint` looks up what runs around the checkpointed call, however the user imported `checkpoint`."""
+_GENERATORS = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
+CHECKPOINT = (torch.utils.checkpoint, next(name for name in _GENERATORS if hasattr(torch.utils.checkpoint, name)))
+"""Where `checkpoint` looks up what runs around the checkpointed call, however it was imported. From 2.14 on: the first name."""
 
 CallModule = Callable[..., Any]
 

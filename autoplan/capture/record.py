@@ -159,7 +159,7 @@ class Recorder(TorchFunctionMode):
         if len(self.layers) < len(self.blocks):
             raise NoBlockError(self.blocks.keys() - self.layers.keys())
         for scope in (self.outer, *self.layers.values()):
-            if any(constant.grad_fn is not None for constant in scope.constants):
+            if any(constant.grad_fn is not None for constant in scope.constants) and self.blocks:
                 raise NoBlockError(self.blocks)
 
     @contextlib.contextmanager
@@ -220,7 +220,6 @@ class Recorder(TorchFunctionMode):
         if name == "is_cuda":
             return True
         args, kwargs = semantics.on_device(func, args, kwargs)
-        args, kwargs = semantics.autocast_arguments(name, args, kwargs)
         return self._record(func, name, args, kwargs)
 
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -229,7 +228,8 @@ class Recorder(TorchFunctionMode):
         first = private.sequence()
         self._current = call
         try:
-            call.result = result = self._replaced.get(func, func)(*args, **kwargs)
+            cast, cast_kwargs = semantics.autocast_arguments(name, args, kwargs)
+            call.result = result = self._replaced.get(func, func)(*cast, **cast_kwargs)
             changed = [tensor for tensor, version in versions if private.version(tensor) != version]
             outputs = list(tensors(result)) or changed
             if not outputs or name == "requires_grad_" or (not changed and _same(outputs, versions)):
