@@ -20,7 +20,6 @@ def test_a_sample_plan_is_made_again_byte_for_byte(name: str, tmp_path: Path, mo
     monkeypatch.chdir(ROOT)
     printed = make.make(make.CASES[name], tmp_path / "plan.yaml", tmp_path / "page.html")
     assert (tmp_path / "plan.yaml").read_bytes() == (ROOT / "reports" / f"{name}.yaml").read_bytes(), AGAIN
-    assert (tmp_path / "page.html").read_bytes() == (ROOT / "reports" / f"{name}.html").read_bytes(), AGAIN
     if name == "llama-8b-8":
         readme = make.README.read_text(encoding="utf-8")
         start, end = make.shown(readme, "autoplan plan examples/llama.py --gpus 8", "text")
