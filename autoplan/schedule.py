@@ -68,14 +68,6 @@ class Timeline:
         """Of every stage: the bubble."""
         return tuple(self.seconds - sum(slot.end - slot.start for slot in slots) for slots in self.stages)
 
-    def in_flight(self, stage: int) -> int:
-        """The most micro-batch chunks whose activations a stage holds at once."""
-        held = most = 0
-        for slot in self.stages[stage]:
-            held += -1 if slot.task.backward else 1
-            most = max(most, held)
-        return most
-
 
 def order(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> list[Task]:
     """The tasks of one stage in the order in which it runs them. Raises `UsageError` where the schedule is not defined."""
@@ -95,6 +87,15 @@ def order(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunk
     forward = [Task(c, first + i, False) for first in groups for c in range(chunks) for i in range(stages)]
     backward = [Task(c, first + i, True) for first in groups for c in reversed(range(chunks)) for i in range(stages)]
     return _alternate(forward, backward, min(2 * (stages - stage - 1) + (chunks - 1) * stages, len(forward)))
+
+
+def in_flight(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> int:
+    """The most micro-batch chunks whose activations a stage holds at once: it follows from the order alone."""
+    held = most = 0
+    for task in order(kind, stage, stages, micro_batches, chunks):
+        held += -1 if task.backward else 1
+        most = max(most, held)
+    return most
 
 
 def _single(kind: str, chunks: int) -> None:

@@ -45,28 +45,44 @@ class Pricer:
         self._costs: dict[tuple[Shape, str, str], CostModel] = {}
         self._pipelines: dict[tuple[object, ...], Pipeline] = {}
 
+    def use(self, source: str, software: Software) -> None:
+        """Price this source's runs with other constants from now on; the tables stay."""
+        self.software[source] = software
+        for key, pipeline in self._pipelines.items():
+            if key[3] == source:
+                pipeline.software = software
+
     def price(self, run: Run) -> PipelinePrediction:
         """Raises `Refused` where the model or the machine does not allow what the row says."""
         try:
-            costs = self._cost_model(run)
-            pipeline = self._pipelines.setdefault(
-                (run.shape, run.hardware, run.dtype, run.source, run.recompute),
-                Pipeline(costs, self.software.get(run.source, Software()), RECOMPUTED[run.recompute]),
-            )
-            pipeline.costs = costs.with_batch(run.global_batch)
-            block, outer = shardings(run.shape, run.tp, run.sequence_parallel)
-            return pipeline.price(arrangement(run, block, outer))
+            pipeline, place = self._placed(run)
+            return pipeline.price(place)
         except UsageError as error:
             raise Refused(f"the model refuses: {error.message[:60]}") from None
+
+    def memory(self, run: Run) -> float:
+        """Bytes of the fullest rank. Raises `Refused` like `price`."""
+        try:
+            pipeline, place = self._placed(run)
+            return pipeline.memory(place)
+        except UsageError as error:
+            raise Refused(f"the model refuses: {error.message[:60]}") from None
+
+    def _placed(self, run: Run) -> tuple[Pipeline, Arrangement]:
+        costs = self._cost_model(run)
+        pipeline = self._pipelines.setdefault(
+            (run.shape, run.hardware, run.dtype, run.source, run.recompute),
+            Pipeline(costs, self.software.get(run.source, Software()), RECOMPUTED[run.recompute]),
+        )
+        pipeline.costs = costs.with_batch(run.global_batch)
+        return pipeline, arrangement(run, *shardings(run.shape, run.tp, run.sequence_parallel))
 
     def seconds(self, run: Run) -> float:
         """Of one step; a row of a single layer is that layer's forward and backward pass."""
         if not run.single_layer:
             return self.price(run).step_time
-        costs = self._cost_model(run)
-        pipeline = Pipeline(costs.with_batch(run.global_batch), self.software.get(run.source, Software()), RECOMPUTED[run.recompute])
-        block, outer = shardings(run.shape, run.tp, run.sequence_parallel)
-        one, two = (pipeline.price(arrangement(replace(run, layers=n), block, outer)).pipeline for n in (1, 2))
+        pipeline, place = self._placed(run)
+        one, two = (pipeline.price(replace(place, layers=n)).pipeline for n in (1, 2))
         return two - one
 
     def _cost_model(self, run: Run) -> CostModel:
@@ -76,6 +92,24 @@ class Pricer:
             load = Workload(global_batch=run.global_batch, compute_dtype=cast(DType, run.dtype))
             self._costs[key] = CostModel(graph_of(run.shape), hardware, load)
         return self._costs[key]
+
+
+def dealt(run: Run) -> tuple[int, ...]:
+    """nanotron cuts by cost: a stage takes blocks until the sum passes its share, the head counting as what it multiplies
+    (its `get_block_compute_costs`). Others deal layers evenly, which the arrangement does by itself."""
+    if run.source != "nanotron" or run.pp == 1:
+        return ()
+    shape = run.shape
+    layer = (2 + 2 * shape.kv_heads / shape.heads) * shape.hidden**2 + 3 * shape.ffn * shape.hidden
+    head = shape.vocab * shape.hidden
+    total, passed, stage = run.layers * layer + head, 0.0, 0
+    counts = [0] * run.pp
+    for _ in range(run.layers):
+        counts[stage] += 1
+        passed += layer
+        if passed > total * (stage + 1) / run.pp and stage + 1 < run.pp:
+            stage += 1
+    return tuple(counts)
 
 
 def arrangement(run: Run, block: Sharding, outer: Sharding) -> Arrangement:
@@ -90,6 +124,7 @@ def arrangement(run: Run, block: Sharding, outer: Sharding) -> Arrangement:
         block=block,
         outer=outer,
         layers=run.layers,
+        counts=dealt(run),
         stays=run.stays,
     )
 
@@ -121,7 +156,7 @@ def _megatron(costs: CostModel, body: int, tp: int, sequence_parallel: bool) -> 
 def _core(step: Step) -> bool:
     """Attention's scores: its two batched products and all between them."""
     module = step.op.module.rpartition(".")[2]
-    return module in ("attn", "attention") and step.op.kind in ("matmul", "along", "attention") or (
+    return (module in ("attn", "attention") and step.op.kind in ("matmul", "along", "attention")) or (
         module == "attn" and step.op.name == "dropout"
     )
 

@@ -4,7 +4,7 @@ A run is refused, never guessed: what the model does not know (context and exper
 is no measurement (failed runs), and what the source's own caveats exclude (README.md: tp above 8 and MFU under 10 % of the
 nanotron sweep). Every refusal is counted under its reason.
 
-Runs are split by *group*, the hash of (file, model, GPUs, tp, pp): about half of the groups are fitted on, the others
+Runs are split by *group*, the hash of (model, GPUs, tp, pp): about half of the groups are fitted on, the others
 only reported on, so that no held-out run has a sibling of its own shape in the fit.
 """
 
@@ -132,7 +132,7 @@ def run_of(row: dict[str, str]) -> Run:
         dtype="float16" if row.get("precision") == "fp16" else "bfloat16",
         seconds=seconds,
         memory=memory * unit if memory else None,
-        group=f"{source}/{row['model']}/{gpus}/{tp}/{pp}",
+        group=f"{row['model']}/{gpus}/{tp}/{pp}",
         single_layer="single layer" in row.get("other", ""),
     )
 

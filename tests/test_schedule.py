@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoplan.errors import UsageError
-from autoplan.schedule import order, pipeline_seconds, timeline
+from autoplan.schedule import in_flight, order, pipeline_seconds, timeline
 
 stage_counts = st.integers(1, 6)
 seconds = st.floats(0.01, 10.0)
@@ -81,9 +81,9 @@ def test_the_shortcut_for_many_micro_batches_is_the_timeline(p, m, times, p2p):
 
 
 def test_1f1b_holds_no_more_than_it_has_stages_ahead():
-    line = timeline("1f1b", [1.0] * 4, [2.0] * 4, 16)
-    assert [line.in_flight(s) for s in range(4)] == [4, 3, 2, 1]
-    assert timeline("gpipe", [1.0] * 4, [2.0] * 4, 16).in_flight(0) == 16
+    assert [in_flight("1f1b", s, 4, 16) for s in range(4)] == [4, 3, 2, 1]
+    assert in_flight("gpipe", 0, 4, 16) == 16
+    assert [in_flight("interleaved-1f1b", s, 4, 16, 2) for s in range(4)] == [11, 9, 7, 5]
 
 
 def test_what_no_schedule_is_defined_for_is_refused():

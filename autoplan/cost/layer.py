@@ -80,7 +80,9 @@ class LayerCost:
     parameters: tuple[LocalParameter, ...]
     buffers: Bytes
     products: tuple[Seconds, Seconds] = (0.0, 0.0)
-    """What of `forward` and `backward` are matrix products and attention."""
+    """What of `forward` and `backward` are matrix products."""
+    attention: tuple[Seconds, Seconds] = (0.0, 0.0)
+    """What of `forward` and `backward` are attention kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +326,7 @@ def layer_cost(model: LayerModel, sharding: Sharding, only: Callable[[Step], boo
     synced: set[int] = set()
     inside: dict[int, tuple[int, Layout]] = {}
     named: set[str] = set()
-    products = 0.0, 0.0
+    products = attention = 0.0, 0.0
     for step in walk(model, sharding):
         op, outcome = step.op, step.outcome
         layouts.update(zip(op.inputs, outcome.inputs, strict=True))
@@ -352,7 +354,9 @@ def layer_cost(model: LayerModel, sharding: Sharding, only: Callable[[Step], boo
         named.update(name for i in op.inputs if (name := body.values[i].parameter))
         cost = model.op(step.index, outcome)
         forward, backward = forward + cost.forward, backward + cost.backward
-        if op.kind in MULTIPLIES:
+        if op.kind == "attention":
+            attention = attention[0] + cost.forward, attention[1] + cost.backward
+        elif op.kind in MULTIPLIES:
             products = products[0] + cost.forward, products[1] + cost.backward
         tp_forward, tp_backward = tp_forward + cost.tp_forward, tp_backward + cost.tp_backward
         saved, temporary = saved + cost.saved_extra, max(temporary, cost.temporary)
@@ -371,7 +375,9 @@ def layer_cost(model: LayerModel, sharding: Sharding, only: Callable[[Step], boo
     own = [p for p in body.parameters if not p.buffer and (only is None or p.name in named)]
     parameters = tuple(model.local_parameter(p, sharding.layout(p.name) if p.trainable else REPLICATE) for p in own)
     buffers = sum(p.numel * DTYPE_BYTES[p.dtype] for p in body.parameters if p.buffer)
-    return LayerCost(forward, backward, tp_forward, tp_backward, saved, inputs, temporary, parameters, buffers, products)
+    return LayerCost(
+        forward, backward, tp_forward, tp_backward, saved, inputs, temporary, parameters, buffers, products, attention
+    )
 
 
 def shared_root(body: Body, op: Op, output: int, root: dict[int, int]) -> int:

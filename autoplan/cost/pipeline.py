@@ -6,9 +6,10 @@ the last has the final norm, the head and the loss. With a layer's `F`, `B` (rec
 
     f_k = n_k (F + e(F, g)) + [first] F_embed + [last] F_head          b_k likewise with g' + r
 
-and these run on the timeline of the schedule (`autoplan.schedule`), with send_recv of one micro-batch's activations
-between the stages. After it come, of the slowest stage, the reductions that the last backward pass does not hide, and
-the optimizer. With one stage this is `CostModel.predict` term by term (a test holds it there).
+(plus, without FSDP, the reading and writing of the gradients that a micro-batch's are added to), and these run on the
+timeline of the schedule (`autoplan.schedule`), with send_recv of one micro-batch's activations between the stages. After
+it come, of the slowest stage, the reductions that the last backward pass does not hide, and the optimizer. With one stage
+and FSDP this is `CostModel.predict` up to the outer layer's reduction in the first of several micro-batches (a test).
 
 Bytes of stage s: its states, what its micro-batches in flight keep (`Timeline.in_flight`: p - s under 1f1b), and the
 largest moment of one of its layers.
@@ -25,11 +26,11 @@ from functools import lru_cache
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import optimizer_time
-from autoplan.cost.layer import LayerCost, Step, layer_cost
+from autoplan.cost.layer import LayerCost, Step, layer_cost, walk
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES
-from autoplan.schedule import ScheduleKind, pipeline_seconds, timeline
+from autoplan.schedule import ScheduleKind, in_flight, pipeline_seconds
 from autoplan.strategy import Mesh, Sharding
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES
@@ -44,8 +45,10 @@ class Software:
 
     compute: float = 1.0
     """All kernels take so many times longer."""
+    attention: float = 1.0
+    """Attention kernels besides."""
     elementwise: float = 1.0
-    """The kernels that are no matrix products besides: below 1 where they are fused."""
+    """All other kernels but matrix products besides: below 1 where they are fused."""
     tp_exposed: float = 1.0
     """Fraction of the tp collectives that computation does not hide."""
     dp_exposed: float = 0.0
@@ -53,9 +56,13 @@ class Software:
     network: float = 1.0
     """Collectives that leave the node take so many times longer."""
     layer: Seconds = 0.0
-    """Least time of the host for the forward pass of one layer and micro-batch; the backward pass has twice that."""
+    """Least time of the host for one layer and micro-batch, forward and backward; a third of it is the forward pass's."""
+    layer_tp: Seconds = 0.0
+    """Further host time of a layer under tp."""
     step: Seconds = 0.0
     """Host time of every step."""
+    gathers_again: bool = False
+    """Under sequence parallelism the backward pass gathers a linear's input again instead of keeping it (Megatron)."""
     resident: Bytes = 0.0
     """Bytes kept for a parameter on every rank that holds it, and `sharded` ones cut by dp; 0 and 0: `Workload`'s dtypes."""
     sharded: Bytes = 0.0
@@ -75,19 +82,28 @@ class Arrangement:
     block: Sharding
     outer: Sharding
     layers: int
+    counts: tuple[int, ...] = ()
+    """Layers of every virtual stage, where they are not dealt evenly."""
     stays: bool = False
     """Gathered parameters stay until the backward pass has used them (ZeRO-2 of FSDP)."""
+
+    @property
+    def dealt(self) -> tuple[int, ...]:
+        """Layers of every virtual stage. Raises `UsageError` when there are fewer layers than stages."""
+        virtual = self.pp * self.chunks
+        if not self.counts and self.layers < virtual:
+            raise UsageError(f"{self.layers} layers do not fill {virtual} stages.")
+        return self.counts or tuple(self.layers // virtual + (k < self.layers % virtual) for k in range(virtual))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelinePrediction:
-    """Seconds of a step with their parts, and bytes of the fullest rank."""
+    """Seconds of a step with their parts."""
 
     step_time: Seconds
     pipeline: Seconds
     exposed: Seconds
     optimizer: Seconds
-    memory: Bytes
 
 
 class Pipeline:
@@ -103,14 +119,10 @@ class Pipeline:
         block, embed, head = (self._scaled(cost) for cost in self._costs(at))
         again = self._again(at)
         virtual = at.pp * at.chunks
-        if at.layers < virtual:
-            raise UsageError(f"{at.layers} layers do not fill {virtual} stages.")
-        counts = [at.layers // virtual + (k < at.layers % virtual) for k in range(virtual)]
+        counts = at.dealt
         forward, backward = _seconds(block)
-        host = self.software.layer
-        backward = max(backward + again, 2 * host)
-        again_in_flight = again
-        forward = max(forward, host)
+        host = self.software.layer + (self.software.layer_tp if at.tp > 1 else 0.0)
+        forward, backward = max(forward, host / 3), max(backward + again, host * 2 / 3)
         gather = reduce = regather = 0.0
         if at.zero == 3:
             gather, reduce, _ = self._collectives(block, at)
@@ -128,6 +140,8 @@ class Pipeline:
             more = _seconds(part)
             f[k], b[k] = f[k] + more[0], b[k] + more[1]
         f[0] += outside
+        if at.zero < 3:
+            b = [t + self._accumulation(part) for t, part in zip(b, self._parameters(at), strict=True)]
         hop = self._hop(at)
         seconds = pipeline_seconds(at.schedule, tuple(f), tuple(b), m, hop, at.chunks)
         tail = optimizer = 0.0
@@ -143,7 +157,6 @@ class Pipeline:
             pipeline=seconds,
             exposed=tail,
             optimizer=optimizer,
-            memory=self._memory(at, counts, m, again_in_flight > 0),
         )
 
     def _costs(self, at: Arrangement) -> tuple[LayerCost, LayerCost, LayerCost]:
@@ -166,8 +179,8 @@ class Pipeline:
         own = self.software
         if own == Software():
             return cost
-        products = cost.products
-        f, b = (p + own.elementwise * (t - p) for p, t in zip(products, (cost.forward, cost.backward), strict=True))
+        times = zip(cost.products, cost.attention, (cost.forward, cost.backward), strict=True)
+        f, b = (p + own.attention * a + own.elementwise * (t - p - a) for p, a, t in times)
         return replace(
             cost,
             forward=own.compute * f,
@@ -212,6 +225,20 @@ class Pipeline:
         outer = [self._outer(at)] if embed and head else [part for part in (embed, head) if part]
         return layers * _numel(block) + sum(map(_numel, outer))
 
+    def _parameters(self, at: Arrangement) -> list[float]:
+        """Parameters of every virtual stage on one rank, cut by tp."""
+        block, embed, head = self._costs(at)
+        numel = [n * _numel(block) for n in at.dealt]
+        if len(numel) == 1:
+            return [numel[0] + _numel(self._outer(at))]
+        return [numel[0] + _numel(embed), *numel[1:-1], numel[-1] + _numel(head)]
+
+    def _accumulation(self, numel: float) -> Seconds:
+        """Seconds of adding one micro-batch's gradients to those in the reduce dtype: these are read and written."""
+        device = self.costs.hardware.device
+        moved = 2 * numel * DTYPE_BYTES[self.costs.workload.reduce_dtype]
+        return moved / (device.bandwidth * device.memory_efficiency.points[-1][1])
+
     def _optimizer(self, numel: float, at: Arrangement) -> Seconds:
         load = self.costs.workload
         share = at.dp if at.zero else 1
@@ -229,16 +256,18 @@ class Pipeline:
         reduce = collective_time("reduce_scatter", size, at.dp, at.tp, hardware)
         return self._paid(last, slower * (reduce + collective_time("all_gather", gather, at.dp, at.tp, hardware)))
 
-    def _memory(self, at: Arrangement, counts: list[int], m: int, again: bool) -> Bytes:
+    def memory(self, at: Arrangement) -> Bytes:
+        """Bytes of the fullest rank. Raises `UsageError` like `price`."""
+        m = self.costs.micro_batches(Mesh(dp_replicate=at.dp, tp=at.tp), at.micro_batch)
+        counts, again = at.dealt, self.recomputed is not None
         block, embed, head = self._costs(at)
         own, load, virtual = self.software, self.costs.workload, len(counts)
-        warm = at.pp * 4 if at.chunks > 1 else 2 * at.pp
-        line = timeline(at.schedule, [1.0] * virtual, [2.0] * virtual, min(m, warm), 0.0, at.chunks)
+        first = min(m, 4 * at.pp)
         dtypes = (2 + OPTIMIZER_STATES[load.optimizer]) * DTYPE_BYTES[load.param_dtype]
         resident, sharded = (own.resident, own.sharded) if own.resident or own.sharded else (0.0, float(dtypes))
         if at.zero == 0:
             resident, sharded = resident + sharded, 0.0
-        kept = block.saved
+        kept = block.saved - (self._gathered(at) if own.gathers_again and at.tp > 1 else 0.0)
         moment = block.temporary
         if again:
             lost = self._part(0, at.block, at, "again", self.recomputed or (lambda _: True))
@@ -247,7 +276,7 @@ class Pipeline:
             moment += block.saved - kept
         most = 0.0
         for s in range(at.pp):
-            flight = line.in_flight(s) / at.chunks
+            flight = in_flight(at.schedule, s, at.pp, first, at.chunks) / at.chunks
             mine = [k for k in range(virtual) if k % at.pp == s]
             layers = sum(counts[k] for k in mine)
             numel = self._held(at, layers, embed if 0 in mine else None, head if virtual - 1 in mine else None)
@@ -255,7 +284,7 @@ class Pipeline:
             active = flight * layers * kept
             high = moment
             if 0 in mine:
-                active += embed.saved * line.in_flight(s) / at.chunks
+                active += embed.saved * flight
                 high = max(high, embed.temporary)
             if virtual - 1 in mine:
                 high = max(high, head.saved + head.temporary)
@@ -264,6 +293,16 @@ class Pipeline:
                 states += 2 * gathered + _numel(block) * (DTYPE_BYTES[load.compute_dtype] + DTYPE_BYTES[load.reduce_dtype])
             most = max(most, states + active + high)
         return most
+
+    def _gathered(self, at: Arrangement) -> Bytes:
+        """What a layer keeps of gathered activations beyond the shards that they were gathered from."""
+        model = self.costs.layer_model(0, at.tp, at.micro_batch)
+        arriving = (
+            (model.body.values[step.op.inputs[0]], step.outcome)
+            for step in walk(model, at.block)
+            if step.op.kind == "enter" and step.outcome.inputs[0].sharded and not step.outcome.outputs[0].sharded
+        )
+        return sum(value.bytes_at(at.micro_batch) - model.local_bytes(value, outcome.inputs[0]) for value, outcome in arriving)
 
 
 def _seconds(cost: LayerCost) -> tuple[Seconds, Seconds]:

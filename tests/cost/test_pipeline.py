@@ -1,0 +1,80 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoplan.cost.model import OUTER, CostModel
+from autoplan.cost.pipeline import Arrangement, Pipeline, Software
+from autoplan.errors import UsageError
+from autoplan.strategy import UNSHARDED, Mesh, Strategy
+from autoplan.workload import Workload
+from tests.cost.test_model import GRAPH
+from tests.hardware import machine
+
+LAYERS = len(GRAPH.blocks)
+
+
+def costs(batch: int = 64) -> CostModel:
+    return CostModel(GRAPH, machine(), Workload(global_batch=batch))
+
+
+def at(**changes: object) -> Arrangement:
+    usual = Arrangement(tp=1, dp=1, pp=1, micro_batch=1, zero=0, block=UNSHARDED, outer=UNSHARDED, layers=LAYERS)
+    return replace(usual, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dp", [2, 8, 16])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("stays", [False, True])
+def test_one_stage_is_what_the_planner_prices(dp: int, recompute: str, stays: bool) -> None:
+    model = costs(batch=dp)  # one micro-batch: the terms are the same
+    strategy = Strategy(recompute=recompute, reshard_after_forward=not stays)  # type: ignore[arg-type]
+    planned = model.predict(Mesh(dp_shard=dp), 1, Strategy(), [(0, strategy)] * LAYERS)
+    again = (lambda step: True) if recompute == "full" else None
+    priced = Pipeline(model, recomputed=again).price(at(dp=dp, zero=3, stays=stays))
+    assert priced.step_time == pytest.approx(planned.step_time, rel=0.02)
+
+
+def test_the_parts_of_the_outer_body_are_the_whole() -> None:
+    pipeline = Pipeline(costs())
+    _, embed, head = pipeline._costs(at())
+    whole = pipeline.costs.layer_cost(OUTER, UNSHARDED, 1, 1)
+    assert embed.forward + head.forward == pytest.approx(whole.forward)
+    assert embed.backward + head.backward == pytest.approx(whole.backward)
+    assert embed.saved + head.saved == pytest.approx(whole.saved)
+    assert {p.name for p in embed.parameters} | {p.name for p in head.parameters} == {p.name for p in whole.parameters}
+
+
+@settings(max_examples=30)
+@given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.floats(1.0, 3.0), st.floats(1.0, 3.0))
+def test_a_slower_framework_is_never_faster(pp: int, dp: int, compute: float, elementwise: float) -> None:
+    model = costs()
+    place = at(pp=pp, dp=dp)
+    if pp > LAYERS:
+        return
+    neutral = Pipeline(model).price(place).step_time
+    slower = Software(compute=compute, elementwise=elementwise, step=1e-3, dp_exposed=0.5, layer=1e-4)
+    assert neutral <= Pipeline(model, slower).price(place).step_time
+
+
+def test_neutral_software_changes_nothing() -> None:
+    model = costs()
+    assert Pipeline(model, Software()).price(at(dp=2)) == Pipeline(model).price(at(dp=2))
+
+
+def test_recomputation_keeps_less_and_takes_longer() -> None:
+    model = costs()
+    kept, again = Pipeline(model), Pipeline(model, recomputed=lambda step: True)
+    assert again.price(at()).step_time > kept.price(at()).step_time
+    assert again.memory(at()) <= kept.memory(at())
+
+
+def test_zero_1_shards_the_optimizer() -> None:
+    pipeline = Pipeline(costs(), Software(resident=6, sharded=12))
+    assert pipeline.memory(at(dp=8, zero=1)) < pipeline.memory(at(dp=8, zero=0)) == pipeline.memory(at(zero=0))
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(UsageError, match="do not fill"):
+        Pipeline(costs()).price(at(pp=LAYERS + 1))
