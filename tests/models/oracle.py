@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoplan.adapt import adapt
@@ -93,6 +94,23 @@ def step(module: nn.Module, inputs: dict[str, Any], loaded: LoadedModel) -> Step
         saved = sum(sizes.values())
         loss.backward()
     return Step(loss.item(), counter.get_total_flops(), saved)
+
+
+def tracked(loaded: LoadedModel, batch: int) -> int:
+    """Bytes of activations that MemTracker finds alive when the forward pass of a real step is over, the loss apart."""
+    module, inputs = real(loaded), real_inputs(loaded, batch)
+    for owner in module.modules():  # the tracker hooks the gradient of every parameter: frozen ones become buffers
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(owner, name)
+                owner.register_buffer(name, parameter.data)
+    torch.manual_seed(1)
+    tracker = MemTracker()
+    tracker.track_external(module, *named(inputs).values())
+    with tracker:
+        loss = loss_of(module(**inputs), inputs, loaded.loss_fn, loaded.spec)
+        alive = tracker.get_tracker_snapshot("current")[torch.device("cpu")]
+    return alive[_MemRefType.ACT] + alive[_MemRefType.TEMP] - loss.untyped_storage().nbytes()
 
 
 @dataclass(frozen=True)
