@@ -26,7 +26,7 @@ from autoplan.hardware import HardwareProfile
 from autoplan.plan import Baseline, Candidate, Plan, Solve
 from autoplan.search.baselines import baselines
 from autoplan.search.columns import Entry, Tables
-from autoplan.search.ilp import Choice, UnsolvedError, choose
+from autoplan.search.ilp import Choice, UnsolvedError, choose, memory
 from autoplan.search.naming import named
 from autoplan.search.shortfall import nothing_fits
 from autoplan.search.solver import solver_name
@@ -176,7 +176,8 @@ class _Search:
             self.verdicts.append(_too_big(entry, self.limit))
             return
         self.bounds.append(choice.bound)
-        self.verdicts.append(_slower(entry.mesh, entry.micro_batch, choice.seconds, bound=False))
+        solved = _slower(entry.mesh, entry.micro_batch, choice.seconds, bound=False)
+        self.verdicts.append(replace(solved, memory=memory(choice.counts)))
         if self.best is None or choice.seconds < self.best[1].seconds:
             self.best = entry, choice
 
