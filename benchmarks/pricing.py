@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import yaml
 
-from autoplan.cost.layer import Step
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.cost.pipeline import Arrangement, Pipeline, PipelinePrediction, Recomputed, Software
+from autoplan.cost.walk import Step
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
 from autoplan.hardware import Curve, HardwareProfile
@@ -34,7 +34,8 @@ def frameworks(path: Path = FRAMEWORKS) -> dict[str, Software]:
     """The constants of every framework; keys that are no constants ("why") are for the reader."""
     names = Software.__dataclass_fields__
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return {name: Software(**{k: float(v) for k, v in entry.items() if k in names}) for name, entry in document.items()}
+    found = {name: Software(**{k: float(v) for k, v in entry.items() if k in names}) for name, entry in document.items()}
+    return {**found, "nanotron-slow": found["nanotron"]}
 
 
 class Pricer:
@@ -97,7 +98,7 @@ class Pricer:
 def dealt(run: Run) -> tuple[int, ...]:
     """nanotron cuts by cost: a stage takes blocks until the sum passes its share, the head counting as what it multiplies
     (its `get_block_compute_costs`). Others deal layers evenly, which the arrangement does by itself."""
-    if run.source != "nanotron" or run.pp == 1:
+    if not run.source.startswith("nanotron") or run.pp == 1:
         return ()
     shape = run.shape
     layer = (2 + 2 * shape.kv_heads / shape.heads) * shape.hidden**2 + 3 * shape.ffn * shape.hidden

@@ -31,7 +31,8 @@ from functools import cached_property
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import optimizer_time
-from autoplan.cost.layer import LayerCost, LayerModel, layer_cost
+from autoplan.cost.layer import LayerCost, layer_cost
+from autoplan.cost.prices import LayerModel
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES, Graph
 from autoplan.hardware import HardwareProfile

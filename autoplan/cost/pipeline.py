@@ -26,8 +26,9 @@ from functools import lru_cache
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import optimizer_time
-from autoplan.cost.layer import LayerCost, Step, layer_cost, walk
+from autoplan.cost.layer import LayerCost, layer_cost
 from autoplan.cost.model import OUTER, CostModel
+from autoplan.cost.walk import Step, walk
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES
 from autoplan.schedule import ScheduleKind, in_flight, pipeline_seconds
@@ -59,6 +60,11 @@ class Software:
     """Least time of the host for one layer and micro-batch, forward and backward; a third of it is the forward pass's."""
     layer_tp: Seconds = 0.0
     """Further host time of a layer under tp."""
+    layer_hop: Seconds = 0.0
+    """Least time of a layer under tp when the stages lie on several nodes, and `layer_hop_tp` more for every tp rank."""
+    layer_hop_tp: Seconds = 0.0
+    optimizer: float = 1.0
+    """The optimizer moves so many times the bytes: copies and checks of mixed precision."""
     step: Seconds = 0.0
     """Host time of every step."""
     gathers_again: bool = False
@@ -121,7 +127,7 @@ class Pipeline:
         virtual = at.pp * at.chunks
         counts = at.dealt
         forward, backward = _seconds(block)
-        host = self.software.layer + (self.software.layer_tp if at.tp > 1 else 0.0)
+        host = self._host(at)
         forward, backward = max(forward, host / 3), max(backward + again, host * 2 / 3)
         gather = reduce = regather = 0.0
         if at.zero == 3:
@@ -148,7 +154,7 @@ class Pipeline:
         for s in range(at.pp):
             own = [k for k in range(virtual) if k % at.pp == s]
             held = self._held(at, sum(counts[k] for k in own), embed if 0 in own else None, head if virtual - 1 in own else None)
-            optimizer = max(optimizer, self._optimizer(held, at))
+            optimizer = max(optimizer, self.software.optimizer * self._optimizer(held, at))
             if at.zero < 3:
                 tail = max(tail, self._reduction(held, at, sum(b[k] for k in own) / len(own)))
         total = seconds + tail + optimizer + self.software.step
@@ -195,6 +201,14 @@ class Pipeline:
             return 0.0
         cost = self._scaled(self._part(0, at.block, at, "again", self.recomputed))
         return cost.forward + cost.tp_forward
+
+    def _host(self, at: Arrangement) -> Seconds:
+        """Least seconds of a layer and micro-batch, forward and backward."""
+        own = self.software
+        if at.tp == 1:
+            return own.layer
+        apart = at.pp > 1 and at.tp * at.dp * at.pp > self.costs.hardware.links[0].span > 0
+        return max(own.layer + own.layer_tp, own.layer_hop + own.layer_hop_tp * at.tp if apart else 0.0)
 
     def _paid(self, cover: Seconds, sent: Seconds) -> Seconds:
         """e(c, q): what communication beside `cover` seconds of computation costs."""

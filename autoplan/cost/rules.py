@@ -19,7 +19,7 @@ and REPLICATE -> REPLICATE for everything. Nothing here knows of "column then ro
 classic plans come out of the search because the chain of rules that avoids redistribution is theirs. Source of the
 algebra: Megatron-LM (arXiv:1909.08053, 2205.05198) and DTensor's placements.
 
-`outcomes` lists what is possible, for the search; `propagate` in `cost.layer` follows one plan through it.
+`outcomes` lists what is possible, for the search; `cost.walk` follows one plan through it.
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-from autoplan.cost.layer import LayerModel, borders_of, call_borders, changes_memory, saved_values, stream_layout
+from autoplan.cost.prices import LayerModel
 from autoplan.cost.rules import Outcome, conversions, outcomes
+from autoplan.cost.walk import borders_of, call_borders, changes_memory, saved_values, stream_layout
 from autoplan.strategy import REPLICATE, Border, Layout, Sharding, shard
 from autoplan.units import Seconds
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from autoplan.cost.layer import LayerModel, borders_of, layer_cost, stream_layout
+from autoplan.cost.layer import layer_cost
+from autoplan.cost.prices import LayerModel
 from autoplan.cost.rules import Outcome, conversions, outcomes
+from autoplan.cost.walk import borders_of, stream_layout
 from autoplan.graph import Body
 from autoplan.search.shardings import pareto_shardings
 from autoplan.strategy import GATHERED, PARTIAL, REPLICATE, Border, Layout, Sharding, shard

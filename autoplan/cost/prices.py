@@ -1,0 +1,191 @@
+"""What one operation, one border and one parameter of a layer cost on one device: the table that everything is added up from.
+
+For an operation `o` on `n` devices of the `tp` axis,
+
+    seconds = kernel_time(flops_o / s_o, bytes_o * q_o)      s_o = n if the operation is sharded, else 1; a causal kernel
+                                                             skips half of the products
+                                                             q_o = local / global bytes of its operands
+
+(`LayerModel.op`); a border costs the collectives of `autoplan.strategy`'s table (`.border`), a GATHERED parameter one
+all_reduce of its gradient (`.parameter_sync`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, prod
+
+from autoplan.cost.collectives import collective_time
+from autoplan.cost.compute import kernel_time
+from autoplan.cost.rules import BORDER_COLLECTIVES, Outcome, packings
+from autoplan.graph import DTYPE_BYTES, Body, Op, Parameter, Value
+from autoplan.hardware import HardwareProfile
+from autoplan.strategy import GATHERED, Layout
+from autoplan.units import Bytes, Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """One operation on one device: seconds forward and backward (its own collectives apart), bytes kept and held for a moment."""
+
+    forward: Seconds
+    backward: Seconds
+    tp_forward: Seconds
+    tp_backward: Seconds
+    saved_extra: Bytes
+    temporary: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LocalParameter:
+    """A parameter's piece on one tp rank: `shape` is local, `fsdp_dim` the dim that FSDP cuts further."""
+
+    name: str
+    shape: tuple[int, ...]
+    fsdp_dim: int
+    trainable: bool
+
+    def numel(self, dp_shard: int) -> int:
+        """Elements on the fullest of `dp_shard` ranks (FSDP cuts into equal chunks, the last ones shorter or empty)."""
+        if not self.shape:
+            return 1
+        cut = ceil(self.shape[self.fsdp_dim] / dp_shard)
+        return cut * prod(self.shape) // max(self.shape[self.fsdp_dim], 1)
+
+
+def border_leaf(body: Body, value: int) -> str:
+    """Where a block returns `value`: the leaf of the `exit` operation that made it."""
+    for op in body.ops:
+        if op.kind == "exit" and op.outputs[0] == value:
+            return op.leaf
+    return ""
+
+
+class LayerModel:
+    """The prices of one body at one tp degree and micro-batch."""
+
+    def __init__(self, body: Body, bodies: tuple[Body, ...], blocks: tuple[tuple[str, int], ...], *, tp: int, micro_batch: int,
+                 hardware: HardwareProfile, dtype: str) -> None:  # fmt: skip
+        self.body, self.bodies, self.blocks = body, bodies, blocks
+        self.tp, self.micro_batch, self.hardware, self.dtype = tp, micro_batch, hardware, dtype
+        self._op_costs: dict[tuple[int, tuple[Layout, ...], tuple[Layout, ...]], OpCost] = {}
+        self._border_costs: dict[tuple[int, Layout, Layout], tuple[Seconds, Seconds]] = {}
+
+    @cached_property
+    def outer(self) -> bool:
+        """Whether this is the body around the blocks: what leaves it is the loss."""
+        return all(self.body is not body for body in self.bodies)
+
+    @cached_property
+    def fixed_borders(self) -> frozenset[int]:
+        """Borders (by index) that may not redistribute: a module that is called several times has one hook for all calls."""
+        seen: dict[tuple[str, str, str], list[int]] = {}
+        for index, op in enumerate(self.body.ops):
+            if op.kind in ("enter", "exit"):
+                seen.setdefault((op.kind, op.module, op.leaf), []).append(index)
+        return frozenset(index for calls in seen.values() if len(calls) > 1 for index in calls)
+
+    @cached_property
+    def packings(self) -> dict[int, tuple[int, ...]]:
+        return packings(self.body)
+
+    def local_bytes(self, value: Value, layout: Layout) -> Bytes:
+        return value.bytes_at(self.micro_batch) / (self.tp if layout.sharded else 1)
+
+    def op(self, index: int, outcome: Outcome) -> OpCost:
+        """Price of running operation `index` as `outcome` says."""
+        key = (index, outcome.inputs, outcome.outputs)
+        if key not in self._op_costs:
+            self._op_costs[key] = self._price(self.body.ops[index], outcome)
+        return self._op_costs[key]
+
+    def _price(self, op: Op, outcome: Outcome) -> OpCost:
+        batch = self.micro_batch
+        share = (self.tp if outcome.sharded else 1) * (2 if op.causal else 1)  # a causal kernel skips half of the products
+        operands = [
+            (self.body.values[i], layout)
+            for i, layout in zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
+        ]
+        whole = sum(value.bytes_at(batch) for value, _ in operands)
+        local = sum(self.local_bytes(value, layout) for value, layout in operands)
+        fraction = local / whole if whole else 1.0
+
+        def seconds(flops: float, moved: float, kernels: int) -> Seconds:
+            return kernel_time(op.kind, flops / share, moved * fraction, kernels, self.dtype, self.hardware.device)
+
+        forward = seconds(op.forward_flops.at(batch), op.forward_bytes.at(batch), op.forward_kernels)
+        backward = seconds(op.backward_flops.at(batch), op.backward_bytes.at(batch), op.backward_kernels)
+        tp_forward = 0.0
+        if op.kind == "cross_entropy" and outcome.sharded:
+            rows = self.body.values[op.inputs[0]].shape[0] * batch
+            statistic = rows * DTYPE_BYTES["float32"]
+            tp_forward = self._collective("all_reduce", statistic) + self._collective("all_reduce", 2 * statistic)
+        return OpCost(
+            forward,
+            backward,
+            tp_forward,
+            0.0,
+            op.saved_extra.at(batch) / (self.tp if outcome.sharded else 1),
+            self._temporary(op, outcome),
+        )
+
+    def _temporary(self, op: Op, outcome: Outcome) -> Bytes:
+        """Gradients of inputs and outputs meet in the backward pass of an operation; a vocabulary-sharded embedding makes
+        the gradient of the whole table first (DTensor has no sharded rule for it)."""
+        if op.kind in ("enter", "exit", "view", "dims", "split", "call"):
+            return 0.0
+        gradients = sum(
+            self.local_bytes(self.body.values[i], layout)
+            for i, layout in zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
+            if self.body.values[i].requires_grad and not self.body.values[i].parameter
+        )
+        if op.kind == "cross_entropy" and not outcome.sharded:
+            # softmax and its gradient in float32, both of the logits' shape; the vocabulary-parallel form works in place
+            gradients = max(gradients, 2 * prod(self.body.values[op.inputs[0]].shape) * self.micro_batch * DTYPE_BYTES["float32"])
+        if op.kind == "embedding" and outcome.sharded:
+            table = self.body.values[op.inputs[1]]
+            gradients += prod(table.shape) * DTYPE_BYTES[self.dtype]
+        return gradients
+
+    def border(self, value: Value, source: Layout, target: Layout) -> tuple[Seconds, Seconds]:
+        """Seconds (forward, backward) of redistributing `value` at a border."""
+        if source == target:
+            return 0.0, 0.0
+        key = (value.id, source, target)
+        if key not in self._border_costs:
+            pair = BORDER_COLLECTIVES[source.kind, target.kind]
+            size = value.bytes_at(self.micro_batch)
+            forward, backward = (self._collective(kind, size) if kind else 0.0 for kind in pair)
+            self._border_costs[key] = forward, backward
+        return self._border_costs[key]
+
+    def parameter_sync(self, value: Value, layout: Layout) -> Seconds:
+        """Seconds of all-reducing the gradient of a GATHERED parameter, once a micro-batch."""
+        return self._collective("all_reduce", prod(value.shape) * DTYPE_BYTES[self.dtype]) if layout == GATHERED else 0.0
+
+    def _collective(self, kind: str, size: Bytes) -> Seconds:
+        return collective_time(kind, size, self.tp, 1, self.hardware)
+
+    def local_parameter(self, parameter: Parameter, layout: Layout) -> LocalParameter:
+        shape = list(parameter.shape)
+        if layout.sharded:
+            shape[layout.dim] //= self.tp
+        # FSDP cuts dim 0, but a packed parameter's dim 0 is strided already: it cuts dim 1 there
+        return LocalParameter(parameter.name, tuple(shape), 1 if layout.blocks > 1 else 0, parameter.trainable)
+
+    def enters(self, index: int) -> Iterator[tuple[int, str, str]]:
+        """(position, block name, leaf) of the inputs of the `call` at `index` that an outer border may redistribute."""
+        op = self.body.ops[index]
+        name, body = self.blocks[op.block]
+        for position, leaf in enumerate(self.bodies[body].input_leaves):
+            if leaf:
+                yield position, name, leaf
+
+    def leaves(self, index: int) -> Iterator[tuple[int, str, str]]:
+        """(position, block name, leaf) of the outputs of the `call` at `index`."""
+        op = self.body.ops[index]
+        name, body = self.blocks[op.block]
+        for position, value in enumerate(self.bodies[body].outputs):
+            yield position, name, border_leaf(self.bodies[body], value)
