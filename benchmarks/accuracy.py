@@ -41,6 +41,7 @@ TARGETS = {
 PARTS = {
     "megatron-2022 Table 5": lambda run: run.source == "megatron-2022" and not run.single_layer,
     "megatron-2021 Table 1": lambda run: run.id.startswith("narayanan-t1"),
+    "nanotron, tp <= 8, all": lambda run: run.source.startswith("nanotron"),
     "torchtitan, all": lambda run: run.source.startswith("torchtitan"),
 }
 """Slices that a target names, beside the sources."""
@@ -91,7 +92,7 @@ def figures(scored: Sequence[Scored]) -> dict[str, float]:
     }
     groups: dict[tuple[str, str, int, int], list[Scored]] = defaultdict(list)
     for s in scored:
-        groups[s.run.source, s.run.model, s.run.gpus, s.run.global_batch * s.run.shape.seq_len].append(s)
+        groups[s.run.source.removesuffix("-slow"), s.run.model, s.run.gpus, s.run.global_batch * s.run.shape.seq_len].append(s)
     ranked = [group for group in groups.values() if len(group) >= 5]
     if ranked:
         pairs = [ordered for group in groups.values() for ordered in _pairs(group)]
