@@ -126,6 +126,7 @@ def arrangement(run: Run, block: Sharding, outer: Sharding) -> Arrangement:
         outer=outer,
         layers=run.layers,
         counts=dealt(run),
+        again=0.5 if run.recompute == "alternate" else 1.0,
         stays=run.stays,
     )
 

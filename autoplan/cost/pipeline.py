@@ -90,6 +90,8 @@ class Arrangement:
     layers: int
     counts: tuple[int, ...] = ()
     """Layers of every virtual stage, where they are not dealt evenly."""
+    again: float = 1.0
+    """Fraction of the layers whose forward runs again, where any does."""
     stays: bool = False
     """Gathered parameters stay until the backward pass has used them (ZeRO-2 of FSDP)."""
 
@@ -123,7 +125,7 @@ class Pipeline:
         """Raises `UsageError` where a sharding or a schedule does not fit the model."""
         m = self.costs.micro_batches(Mesh(dp_replicate=at.dp, tp=at.tp), at.micro_batch)
         block, embed, head = (self._scaled(cost) for cost in self._costs(at))
-        again = self._again(at)
+        again = at.again * self._again(at)
         virtual = at.pp * at.chunks
         counts = at.dealt
         forward, backward = _seconds(block)
@@ -288,6 +290,7 @@ class Pipeline:
             whole = lost.forward >= block.forward * (1 - 1e-9)
             kept = block.inputs if whole else max(block.saved - lost.saved, block.inputs)
             moment += block.saved - kept
+            kept = at.again * kept + (1 - at.again) * block.saved
         most = 0.0
         for s in range(at.pp):
             flight = in_flight(at.schedule, s, at.pp, first, at.chunks) / at.chunks
