@@ -179,8 +179,36 @@ def pipeline_seconds(
     if stages == 1 and chunks == 1:
         return micro_batches * (forward[0] + backward[0])
     warm = WARM * stages + micro_batches % stages
+
+    def seconds(m: int) -> Seconds:
+        return (
+            _seconds_1f1b(forward, backward, m, p2p)
+            if kind == "1f1b"
+            else timeline(kind, forward, backward, m, p2p, chunks).seconds
+        )
+
     if micro_batches <= warm:
-        return timeline(kind, forward, backward, micro_batches, p2p, chunks).seconds
-    late = timeline(kind, forward, backward, warm, p2p, chunks).seconds
-    early = timeline(kind, forward, backward, warm - stages, p2p, chunks).seconds
-    return late + (micro_batches - warm) / stages * (late - early)
+        return seconds(micro_batches)
+    late = seconds(warm)
+    return late + (micro_batches - warm) / stages * (late - seconds(warm - stages))
+
+
+def _seconds_1f1b(forward: tuple[Seconds, ...], backward: tuple[Seconds, ...], micro_batches: int, hop: Seconds) -> Seconds:
+    """`timeline("1f1b", ...).seconds` without its slots: in round i every stage s runs forward i and backward i - ahead(s),
+    so that what a round needs is always of the round before (or of the stage before, in the same round)."""
+    stages, m = len(forward), micro_batches
+    clocks = [0.0] * stages
+    forwards = [[0.0] * m for _ in range(stages)]
+    backwards = [[0.0] * m for _ in range(stages)]
+    for i in range(m + stages - 1):
+        for s in range(stages):
+            if i < m:
+                ready = forwards[s - 1][i] + hop if s else 0.0
+                start = clocks[s] if clocks[s] > ready else ready
+                forwards[s][i] = clocks[s] = start + forward[s]
+            j = i - stages + s + 1
+            if 0 <= j < m:
+                ready = backwards[s + 1][j] + hop if s < stages - 1 else forwards[s][j]
+                start = clocks[s] if clocks[s] > ready else ready
+                backwards[s][j] = clocks[s] = start + backward[s]
+    return max(clocks)

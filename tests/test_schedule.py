@@ -80,6 +80,12 @@ def test_the_shortcut_for_many_micro_batches_is_the_timeline(p, m, times, p2p):
     assert pipeline_seconds("1f1b", f, b, m, p2p) == pytest.approx(timeline("1f1b", f, b, m, p2p).seconds, rel=1e-2)
 
 
+@given(stage_counts, st.integers(1, 24), st.lists(st.tuples(seconds, seconds), min_size=6, max_size=6), st.floats(0.0, 2.0))
+def test_the_quick_sum_of_1f1b_is_its_timeline(p, m, times, p2p):
+    f, b = tuple(x for x, _ in times[:p]), tuple(y for _, y in times[:p])
+    assert pipeline_seconds("1f1b", f, b, min(m, 4 * p), p2p) == pytest.approx(timeline("1f1b", f, b, min(m, 4 * p), p2p).seconds)
+
+
 def test_1f1b_holds_no_more_than_it_has_stages_ahead():
     assert [in_flight("1f1b", s, 4, 16) for s in range(4)] == [4, 3, 2, 1]
     assert in_flight("gpipe", 0, 4, 16) == 16
