@@ -30,10 +30,10 @@ RIVALS = {
     "simumax": "SimuMax 5.6 % time, 0.46 % memory (its own set)",
 }
 TARGETS = {
-    "megatron-2022": "2.5 % (Table 5)",
-    "megatron-2021": "3 % (Table 1, one constant)",
+    "megatron-2022 Table 5": "2.5 %",
+    "megatron-2021 Table 1": "3 %, one constant",
     "vtrain": "7 %",
-    "torchtitan": "6 %",
+    "torchtitan, all": "6 %",
     "llm-foundry": "8 %",
     "nanotron": "median 12 %, Spearman 0.95, median regret 3 %",
     "simumax": "time 5 %, memory 2 %",
