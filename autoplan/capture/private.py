@@ -132,8 +132,26 @@ def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     if packet is aten.convolution_backward and args[9] > 1 and not args[7]:
         # torch's formula counts the weight's gradient of a depthwise convolution `channels` times too high
         return float(2 * args[0].numel() * args[2][0].numel() * sum(args[10][:2]))
+    if packet in _ATTENTION:
+        return _attention_flops(args, backward=_ATTENTION[packet])
     formula = flop_registry.get(packet)
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
+
+
+_ATTENTION = {
+    aten._scaled_dot_product_flash_attention: False,
+    aten._scaled_dot_product_efficient_attention: False,
+    aten._scaled_dot_product_flash_attention_backward: True,
+    aten._scaled_dot_product_efficient_attention_backward: True,
+}
+"""Attention kernels, and whether they are a backward pass: before torch 2.13 its formulas refuse fewer KV heads than heads."""
+
+
+def _attention_flops(args: tuple[Any, ...], backward: bool) -> float:
+    """Two products forward; five backward, which makes the scores again. Each multiplies `heads x queries x keys` rows."""
+    query, key, value = args[1:4] if backward else args[:3]
+    rows = 2.0 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    return rows * (3 * query.shape[3] + 2 * value.shape[3] if backward else query.shape[3] + value.shape[3])
 
 
 DEVICE = torch.ops.prim.device.default

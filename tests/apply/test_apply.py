@@ -136,7 +136,7 @@ def dropout(recompute):
     parallel = apply(lambda: GPT(dropout=0.2).double(), plan, device="cpu", loss_fn=gpt_loss, seed=4)
     batch = {key: value.chunk(2)[parallel.dp_rank] for key, value in batches("gpt")[0].items()}
     loss = parallel.step(batch).item()
-    return loss, {key: value.grad.full_tensor() for key, value in parallel.module.named_parameters() if "packed" not in key}
+    return loss, {key: full(parallel, key, value.grad) for key, value in parallel.module.named_parameters()}
 
 
 @pytest.mark.gloo
