@@ -151,7 +151,8 @@ def _attention_flops(args: tuple[Any, ...], backward: bool) -> float:
     """Two products forward; five backward, which makes the scores again. Each multiplies `heads x queries x keys` rows."""
     query, key, value = args[1:4] if backward else args[:3]
     rows = 2.0 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-    return rows * (3 * query.shape[3] + 2 * value.shape[3] if backward else query.shape[3] + value.shape[3])
+    width: float = 3 * query.shape[3] + 2 * value.shape[3] if backward else query.shape[3] + value.shape[3]
+    return float(rows * width)
 
 
 DEVICE = torch.ops.prim.device.default
