@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
+from autoplan.schedule import ScheduleKind
 from autoplan.strategy import Mesh, Strategy
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import Workload
@@ -121,6 +122,22 @@ class Solve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """How the layers are dealt to the `pp` axis, and in what order its ranks work.
+
+    The layers are cut into `pp * chunks` virtual stages, in the order of the model; virtual stage `k` lives on pipeline
+    rank `k % pp`. What stands outside the layers belongs to the stage of the layer that follows it in the forward pass,
+    and to the last stage after the last layer.
+    """
+
+    schedule: ScheduleKind = "1f1b"
+    chunks: int = 1
+    """Virtual stages of every rank: above 1 only under an interleaved schedule."""
+    split_before: tuple[str, ...]
+    """The first layer of every virtual stage but the first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRun:
     """Consecutive blocks that share one strategy."""
 
@@ -148,6 +165,8 @@ class Plan:
     """Name of the strategy of everything outside the blocks."""
     runs: tuple[LayerRun, ...]
     """The blocks in the order of the model."""
+    pipeline: Pipeline | None = None
+    """None where `mesh.pp` is 1."""
     tied: tuple[tuple[str, ...], ...] = ()
     prediction: Prediction
     memory_limit: Bytes
@@ -172,6 +191,17 @@ class Plan:
         for run in self.runs:
             for layer in run.layers:
                 yield layer, self.by_name[run.strategy]
+
+    @cached_property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the layers of every virtual stage."""
+        starts = set(self.pipeline.split_before) if self.pipeline else set()
+        found: list[list[str]] = [[]]
+        for name, _ in self.layers():
+            if name in starts:
+                found.append([])
+            found[-1].append(name)
+        return tuple(map(tuple, found))
 
     @property
     def outer_strategy(self) -> Strategy:

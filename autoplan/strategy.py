@@ -30,15 +30,18 @@ from typing import Literal, NamedTuple
 from autoplan.errors import UsageError
 
 Recompute = Literal["none", "full"]
+Zero = Literal[1, 2, 3]
 Kind = Literal["replicate", "gathered", "partial", "shard"]
 
-MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+"""The axes of a mesh, outermost first."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Mesh:
     """Devices by axis, outermost first: neighbours in `tp` are neighbours in the machine."""
 
+    pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
     tp: int = 1
@@ -50,10 +53,10 @@ class Mesh:
 
     @property
     def size(self) -> int:
-        return self.dp * self.tp
+        return self.pp * self.dp * self.tp
 
     def __str__(self) -> str:
-        axes = [f"{axis} {getattr(self, axis)}" for axis in ("dp_replicate", "dp_shard", "tp") if getattr(self, axis) > 1]
+        axes = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
         return " x ".join(axes) or "1 device"
 
 
@@ -146,10 +149,15 @@ class Strategy:
     """One way to place and run one layer.
 
     `recompute` "full" keeps only the layer's inputs and runs its forward again in the backward pass.
-    `reshard_after_forward` frees the layer's gathered parameters after the forward pass (ZeRO-3); without it they stay
-    until the backward pass has used them (ZeRO-2). It means nothing when `dp_shard` is 1.
+    `zero` says what FSDP keeps whole, and how often it sends; it means nothing when `dp_shard` is 1:
+
+        3   parameters are gathered for the forward pass, freed, and gathered again for the backward pass
+        2   ... and stay gathered from the forward pass until the backward pass of the same micro-batch has used them
+        1   parameters are gathered once a step and stay; gradients are kept whole and reduced once, in the last micro-batch
+
+    Under 3 and 2 gradients are reduced and scattered in every micro-batch.
     """
 
     sharding: Sharding = UNSHARDED
     recompute: Recompute = "none"
-    reshard_after_forward: bool = True
+    zero: Zero = 3

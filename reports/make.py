@@ -38,7 +38,7 @@ NOTES = {
     "micro_batch:": "samples that one data-parallel group runs at a time",
     "outer:": "the strategy of everything outside the layers",
     "- h.": "24 layers, one strategy",
-    "    reshard_after_forward: false": "ZeRO-2: gathered parameters stay until the backward pass",
+    "    zero: 2": "ZeRO-2: gathered parameters stay until the backward pass",
     "      attn.c_attn.weight:": "q, k and v in one: a share of each",
     "      attn.c_attn.bias:": "whole; its gradient is summed over tp",
     "      attn.c_proj.weight:": "row parallel",

@@ -54,8 +54,8 @@ def shard(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh
     )
     alone = plan.mesh.dp_shard == 1
     for name, strategy in plan.layers():
-        wrap(model.get_submodule(name), reshard_after_forward=strategy.reshard_after_forward or alone)
-    wrap(model, reshard_after_forward=plan.outer_strategy.reshard_after_forward or alone)
+        wrap(model.get_submodule(name), reshard_after_forward=strategy.zero == 3 or alone)
+    wrap(model, reshard_after_forward=plan.outer_strategy.zero == 3 or alone)
 
 
 def mixed_precision(workload: Workload) -> MixedPrecisionPolicy:

@@ -129,7 +129,7 @@ class CostModel:
         again = strategy.recompute == "full"
         forward = cost.forward + cost.tp_forward
         backward = cost.backward + cost.tp_backward + (forward if again else 0.0)
-        regather = gather if strategy.reshard_after_forward and not outer else 0.0
+        regather = gather if strategy.zero == 3 and not outer else 0.0
         cover_forward, cover_backward = (0.0, 0.0) if outer else (forward, backward)
         exposed = hidden = 0.0
         for times, cover, sent in (
@@ -175,7 +175,7 @@ class CostModel:
         whole_trainable = sum(p.numel(1) for p in cost.parameters if p.trainable)
         gathered = whole * compute
         unreduced = whole_trainable * (compute + reduce)
-        stays = not strategy.reshard_after_forward
+        stays = strategy.zero < 3
         memory = MemoryBreakdown(
             parameters=numel * size,
             gradients=trainable * size,

@@ -8,7 +8,6 @@ refused with the place.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from autoplan.errors import AutoplanError, UsageError
 from autoplan.files.document import read_document, validate, write_text
+from autoplan.files.shorthand import border_text, parse_border, ranges, unfold
 from autoplan.plan import (
     PLAN_VERSION,
     Baseline,
@@ -26,13 +26,15 @@ from autoplan.plan import (
     CandidateStatus,
     LayerRun,
     MemoryBreakdown,
+    Pipeline,
     Plan,
     Prediction,
     Solve,
     SolveStatus,
     TimeBreakdown,
 )
-from autoplan.strategy import REPLICATE, Border, Layout, Mesh, Recompute, Sharding, Strategy, parse_layout
+from autoplan.schedule import ScheduleKind
+from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy, Zero, parse_layout
 from autoplan.units import BYTE, SECOND, Unit, exact, parse
 from autoplan.workload import Workload
 
@@ -72,6 +74,7 @@ class _Document(BaseModel):
 
 
 class _MeshDocument(_Document):
+    pp: _Count = 1
     dp_replicate: _Count = 1
     dp_shard: _Count = 1
     tp: _Count = 1
@@ -79,10 +82,16 @@ class _MeshDocument(_Document):
 
 class _StrategyDocument(_Document):
     recompute: Recompute = "none"
-    reshard_after_forward: bool = True
+    zero: Zero = 3
     stream: _LayoutText = REPLICATE
     parameters: dict[str, _LayoutText] = {}
     borders: list[str] = []
+
+
+class _PipelineDocument(_Document):
+    schedule: ScheduleKind = "1f1b"
+    chunks: _Count = 1
+    split_before: list[str]
 
 
 class _PredictionDocument(_Document):
@@ -133,6 +142,7 @@ class _PlanDocument(_Document):
     mesh: _MeshDocument
     micro_batch: _Count
     outer: str
+    pipeline: _PipelineDocument | None = None
     layers: list[dict[str, str]]
     strategies: dict[str, _StrategyDocument]
     tied: list[list[str]] = []
@@ -197,6 +207,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "tokens": plan.tokens,
         "mesh": asdict(plan.mesh),
         "micro_batch": plan.micro_batch,
+        **({"pipeline": _pipeline_document(plan.pipeline)} if plan.pipeline else {}),
         "outer": plan.outer,
         "layers": [{ranges(run.layers): run.strategy} for run in plan.runs],
         "strategies": {name: _strategy_document(strategy) for name, strategy in plan.strategies},
@@ -210,6 +221,10 @@ def document(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _pipeline_document(pipeline: Pipeline) -> dict[str, Any]:
+    return {**asdict(pipeline), "split_before": list(pipeline.split_before)}
+
+
 def _with_units(data: dict[str, Any]) -> dict[str, Any]:
     shown = {k: v for k, v in data.items() if v not in (None, "", False)}
     for key, unit in (("step_time", SECOND), ("memory", BYTE)):
@@ -220,7 +235,7 @@ def _with_units(data: dict[str, Any]) -> dict[str, Any]:
 
 def _strategy_document(strategy: Strategy) -> dict[str, Any]:
     sharding = strategy.sharding
-    data: dict[str, Any] = {"recompute": strategy.recompute, "reshard_after_forward": strategy.reshard_after_forward}
+    data: dict[str, Any] = {"recompute": strategy.recompute, "zero": strategy.zero}
     if sharding.stream != REPLICATE:
         data["stream"] = str(sharding.stream)
     if sharding.parameters:
@@ -239,58 +254,6 @@ def _prediction_document(prediction: Prediction) -> dict[str, Any]:
         "time": {name: exact(seconds, SECOND) for name, seconds in prediction.time.items()},
         "memory": {name: exact(size, BYTE) for name, size in prediction.memory.items()},
     }
-
-
-def border_text(border: Border) -> str:
-    """`attention in 0: Shard(1) -> Replicate|Partial`; the layer itself is written `.`."""
-    return f"{border.module or '.'} {border.side} {border.leaf}: {border.source} -> {border.target}"
-
-
-_BORDER = re.compile(r"^(\S+) (in|out) (.*?): (.+) -> (.+)$")
-
-
-def parse_border(text: str) -> Border:
-    """The border that `border_text` wrote. Raises `UsageError` on anything else."""
-    match = _BORDER.match(text)
-    if match is None:
-        raise UsageError(f"'{text}' is no border.", "Write '<module> in|out <leaf>: <layout> -> <layout>'.")
-    module, side, leaf, source, target = match.groups()
-    side_name: Literal["in", "out"] = "in" if side == "in" else "out"
-    return Border("" if module == "." else module, side_name, leaf, parse_layout(source), parse_layout(target))
-
-
-def ranges(names: tuple[str, ...]) -> str:
-    """`layers.0-15, layers.20`: runs of consecutive numbers folded."""
-    parts: list[tuple[str, int, int]] = []
-    plain: list[str] = []
-    for name in names:
-        prefix, dot, last = name.rpartition(".")
-        if not dot or not last.isdecimal() or str(int(last)) != last:
-            plain.append(name)
-        elif parts and parts[-1][0] == prefix and parts[-1][2] + 1 == int(last):
-            parts[-1] = (prefix, parts[-1][1], int(last))
-        else:
-            parts.append((prefix, int(last), int(last)))
-    folded = [f"{prefix}.{first}" if first == last else f"{prefix}.{first}-{last}" for prefix, first, last in parts]
-    return ", ".join(folded + plain)
-
-
-_RANGE = re.compile(r"^(.*)\.(\d{1,6})-(\d{1,6})$")
-
-
-def unfold(text: str) -> tuple[str, ...]:
-    """The names that `ranges` folded. Raises `UsageError` when a range runs backwards."""
-    names: list[str] = []
-    for part in (piece.strip() for piece in text.split(",")):
-        match = _RANGE.match(part)
-        if match is None:
-            names.append(part)
-            continue
-        first, last = int(match.group(2)), int(match.group(3))
-        if last < first:
-            raise UsageError(f"the range '{part}' runs backwards.")
-        names.extend(f"{match.group(1)}.{i}" for i in range(first, last + 1))
-    return tuple(names)
 
 
 def _plan(data: _PlanDocument) -> Plan:
@@ -317,6 +280,7 @@ def _plan(data: _PlanDocument) -> Plan:
         strategies=strategies,
         outer=data.outer,
         runs=runs,
+        pipeline=_pipeline(data.pipeline) if data.pipeline else None,
         tied=tuple(tuple(group) for group in data.tied),
         memory_limit=data.memory_limit,
         prediction=prediction,
@@ -329,13 +293,17 @@ def _plan(data: _PlanDocument) -> Plan:
     return plan
 
 
+def _pipeline(data: _PipelineDocument) -> Pipeline:
+    return Pipeline(schedule=data.schedule, chunks=data.chunks, split_before=tuple(data.split_before))
+
+
 def _strategy(name: str, data: _StrategyDocument) -> Strategy:
     try:
         borders = tuple(parse_border(text) for text in data.borders)
     except UsageError as error:
         raise UsageError(f"strategies.{name}.borders: {error.message}", error.hint) from None
     sharding = Sharding(tuple(data.parameters.items()), borders, data.stream)
-    return Strategy(sharding, data.recompute, data.reshard_after_forward)
+    return Strategy(sharding, data.recompute, data.zero)
 
 
 def _parts(kind: type[Any], data: dict[str, float], place: str) -> Any:
@@ -357,6 +325,7 @@ def _check(plan: Plan) -> None:
     names = [name for run in plan.runs for name in run.layers]
     if len(set(names)) != len(names):
         raise UsageError(f"layers: '{max(names, key=names.count)}' is placed twice.")
+    _check_pipeline(plan, names)
     for place, name in [("outer", plan.outer), *((f"layers.{ranges(run.layers)}", run.strategy) for run in plan.runs)]:
         if name not in plan.by_name:
             raise UsageError(f"{place}: there is no strategy '{name}'.")
@@ -367,3 +336,22 @@ def _check(plan: Plan) -> None:
         sharded = any(layout.sharded for _, layout in strategy.sharding.parameters) or strategy.sharding.borders
         if sharded and mesh.tp == 1:
             raise UsageError(f"strategies.{name} shards over tp, but mesh.tp is 1.")
+
+
+def _check_pipeline(plan: Plan, layers: list[str]) -> None:
+    mesh, pipeline = plan.mesh, plan.pipeline
+    if pipeline is None:
+        if mesh.pp > 1:
+            raise UsageError(f"mesh.pp is {mesh.pp}, but there is no pipeline.", "Say where to cut: pipeline.split_before.")
+        return
+    if pipeline.chunks > 1 and pipeline.schedule != "interleaved-1f1b":
+        raise UsageError(f"pipeline: {pipeline.schedule} has one chunk of layers a rank, not {pipeline.chunks}.")
+    places = [layers.index(name) if name in layers else -1 for name in pipeline.split_before]
+    if len(places) != mesh.pp * pipeline.chunks - 1 or places != sorted(set(places)) or (places and places[0] < 1):
+        raise UsageError(
+            f"pipeline.split_before does not name the first layers of {mesh.pp * pipeline.chunks - 1} stages in the order of "
+            "the model.",
+            "Name one layer for every virtual stage but the first.",
+        )
+    if pipeline.schedule == "interleaved-1f1b" and plan.micro_batches % mesh.pp:
+        raise UsageError(f"pipeline: interleaved-1f1b needs micro-batches ({plan.micro_batches}) in multiples of pp {mesh.pp}.")

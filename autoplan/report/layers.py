@@ -92,7 +92,7 @@ def reshard_words(plan: Plan, strategy: Strategy) -> str:
     """What FSDP does with the layer's gathered parameters after its forward pass: ZeRO-3 frees them, ZeRO-2 keeps them."""
     if plan.mesh.dp_shard == 1:
         return "-"
-    return "ZeRO-3" if strategy.reshard_after_forward else "ZeRO-2"
+    return f"ZeRO-{strategy.zero}"
 
 
 def cards(plan: Plan) -> tuple[ShardingCard, ...]:

@@ -75,7 +75,7 @@ def uniform(entry: Entry) -> Choice:
     """Every class of layers at its fastest strategy that frees gathered parameters (plain FSDP)."""
     counts: dict[int, tuple[tuple[Column, int], ...]] = {}
     for g, columns in entry.columns.items():
-        usual = [c for c in columns if g == OUTER or entry.mesh.dp_shard == 1 or c.strategy.reshard_after_forward]
+        usual = [c for c in columns if g == OUTER or entry.mesh.dp_shard == 1 or c.strategy.zero == 3]
         counts[g] = ((min(usual or columns, key=lambda c: c.step.seconds), entry.classes[g]),)
     seconds = sum(c.step.seconds * n for pairs in counts.values() for c, n in pairs)
     return Choice(counts, seconds, seconds, True)

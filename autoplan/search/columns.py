@@ -103,8 +103,8 @@ class Tables:
 
 def _strategies(sharding: Sharding, mesh: Mesh, recompute: Sequence[Recompute], *, outer: bool) -> Iterator[Strategy]:
     if outer:  # embeddings and head frame the step: they are not recomputed, and stay gathered
-        yield Strategy(sharding, "none", reshard_after_forward=False)
+        yield Strategy(sharding, "none", zero=2)
         return
     for again in recompute:
-        for reshard in (True, False) if mesh.dp_shard > 1 else (True,):
-            yield Strategy(sharding, again, reshard)
+        for zero in (3, 2) if mesh.dp_shard > 1 else (3,):
+            yield Strategy(sharding, again, zero)

@@ -8,10 +8,8 @@ from itertools import product
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
 from autoplan.plan import Candidate
-from autoplan.strategy import Mesh
+from autoplan.strategy import AXES, Mesh
 from autoplan.workload import Workload
-
-AXES = ("dp_replicate", "dp_shard", "tp")
 
 
 def divisors(number: int) -> list[int]:
@@ -32,10 +30,11 @@ def meshes(gpus: int, fixed: Mapping[str, int]) -> Iterator[Mesh]:
                 f"{axis} {size} does not divide {gpus} devices.", f"Use one of {', '.join(map(str, divisors(gpus)))}."
             )
     found = [
-        Mesh(dp_replicate, dp_shard, tp)
+        mesh
         for dp_replicate, dp_shard, tp in product(divisors(gpus), repeat=3)
         if dp_replicate * dp_shard * tp == gpus
-        and all({"dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}[axis] == size for axis, size in fixed.items())
+        for mesh in [Mesh(dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp)]
+        if all(getattr(mesh, axis) == size for axis, size in fixed.items())
     ]
     if not found:
         raise UsageError(f"{' x '.join(f'{axis} {size}' for axis, size in fixed.items())} does not make {gpus} devices.")

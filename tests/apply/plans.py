@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autoplan.plan import LayerRun, MemoryBreakdown, Plan, Prediction, Solve, TimeBreakdown
-from autoplan.strategy import GATHERED, PARTIAL, REPLICATE, Border, Layout, Mesh, Sharding, Strategy, shard
+from autoplan.strategy import GATHERED, PARTIAL, REPLICATE, Border, Layout, Mesh, Sharding, Strategy, Zero, shard
 from autoplan.workload import Workload
 
 SEQUENCE = shard(1)
@@ -19,12 +19,12 @@ def make(
     micro_batch: int = 0,
     batch: int = 8,
     recompute: str = "none",
-    reshard: bool = True,
+    zero: Zero = 3,
     dtype: str = "float64",
     compute: str | None = None,
 ) -> Plan:
     """A plan for `layers` (block name -> sharding); the micro-batch is the whole share unless given."""
-    strategies = {name: Strategy(sharding, recompute, reshard) for name, sharding in layers.items()}  # type: ignore[arg-type]
+    strategies = {name: Strategy(sharding, recompute, zero) for name, sharding in layers.items()}  # type: ignore[arg-type]
     return Plan(
         model="test",
         graph="",

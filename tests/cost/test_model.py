@@ -20,7 +20,7 @@ from tests.bodies import mlp_block, model
 from tests.hardware import machine
 
 GRAPH = model(layers=4, hidden=1024, ffn=4096, seq=512, vocab=8192)
-OUTER_PLAIN = Strategy(UNSHARDED, "none", reshard_after_forward=False)
+OUTER_PLAIN = Strategy(UNSHARDED, "none", zero=2)
 
 
 def predict(
@@ -88,7 +88,7 @@ def test_recompute_trades_activations_for_time() -> None:
 
 def test_zero_2_holds_what_zero_3_gathers_again() -> None:
     mesh = Mesh(dp_shard=8)
-    zero3, zero2 = predict(mesh, strategy=Strategy()), predict(mesh, strategy=Strategy(reshard_after_forward=False))
+    zero3, zero2 = predict(mesh, strategy=Strategy()), predict(mesh, strategy=Strategy(zero=2))
     assert zero2.memory.unsharded > zero3.memory.unsharded
     assert zero2.step_time <= zero3.step_time
 

@@ -29,7 +29,7 @@ def at(**changes: object) -> Arrangement:
 @pytest.mark.parametrize("stays", [False, True])
 def test_one_stage_is_what_the_planner_prices(dp: int, recompute: str, stays: bool) -> None:
     model = costs(batch=dp)  # one micro-batch: the terms are the same
-    strategy = Strategy(recompute=recompute, reshard_after_forward=not stays)  # type: ignore[arg-type]
+    strategy = Strategy(recompute=recompute, zero=2 if stays else 3)  # type: ignore[arg-type]
     planned = model.predict(Mesh(dp_shard=dp), 1, Strategy(), [(0, strategy)] * LAYERS)
     again = (lambda step: True) if recompute == "full" else None
     priced = Pipeline(model, recomputed=again).price(at(dp=dp, zero=3, stays=stays))

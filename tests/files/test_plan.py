@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autoplan.errors import UsageError
-from autoplan.files.plan import document, dump_plan, load_plan, parse_border, plan_json, ranges, save_plan, unfold
+from autoplan.files.plan import document, dump_plan, load_plan, plan_json, save_plan
+from autoplan.files.shorthand import parse_border, ranges, unfold
 from autoplan.plan import Plan
 from autoplan.search.planner import search
 from autoplan.strategy import GATHERED, Border, shard

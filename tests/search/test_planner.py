@@ -102,8 +102,8 @@ def test_fixed_axes_are_kept() -> None:
         search(GRAPH, machine(), LOAD, gpus=8, fixed={"tp": 3})
     with pytest.raises(UsageError, match="does not make 8 devices"):
         search(GRAPH, machine(), LOAD, gpus=8, fixed={"tp": 2, "dp_shard": 2, "dp_replicate": 1})
-    with pytest.raises(UsageError, match="no mesh axis 'pp'"):
-        search(GRAPH, machine(), LOAD, gpus=8, fixed={"pp": 2})
+    with pytest.raises(UsageError, match="no mesh axis 'xp'"):
+        search(GRAPH, machine(), LOAD, gpus=8, fixed={"xp": 2})
 
 
 def test_nothing_fits_names_the_nearest_miss_and_what_would_help() -> None:
