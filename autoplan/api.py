@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,13 +92,15 @@ def plan(
     fixed: Mapping[str, int] | None = None,
     headroom: float = 0.0,
     gap: float = 1e-4,
+    time_limit: float | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Plan:
     """The fastest plan for `gpus` devices, proven within a relative `gap` for the cost model.
 
     What is not given here is taken from the file's `workload`, else from `Workload`'s defaults. `fixed` holds axes of the
-    mesh that the user has decided, {"tp": 8}; `headroom` is a fraction of each device's memory to keep free.
+    mesh that the user has decided, {"tp": 8}; `headroom` is a fraction of each device's memory to keep free. A search that
+    `time_limit` seconds or Ctrl-C ends gives the best plan so far, see `Solve.stopped`.
     Raises `NothingFits` when no plan fits into memory and `UsageError` for a wish or a model that cannot be met.
     """
     from autoplan.search.planner import search
@@ -118,7 +121,17 @@ def plan(
     }
     load = workload({} if isinstance(loaded, Graph) else loaded.workload, wishes, gpus)
     graph = loaded if isinstance(loaded, Graph) else inspect(loaded, compute_dtype=load.compute_dtype)
-    return search(graph, profile, load, gpus=gpus, fixed=fixed, headroom=headroom, gap=gap, tell=on_progress)
+    return search(
+        graph,
+        profile,
+        load,
+        gpus=gpus,
+        fixed=fixed,
+        headroom=headroom,
+        gap=gap,
+        time_limit=inf if time_limit is None else time_limit,
+        tell=on_progress,
+    )
 
 
 def workload(from_file: Mapping[str, Any], wishes: Mapping[str, Any], gpus: int) -> Workload:

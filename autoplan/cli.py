@@ -122,6 +122,7 @@ def plan(
         str | None, typer.Option(metavar="NAME|FILE", help="A profile of `autoplan hardware`, or a YAML file.")
     ] = None,
     global_batch: Annotated[int | None, typer.Option(min=1, help="Samples of one optimizer step, over all devices.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh; 1: no pipeline.")] = None,
     dp_replicate: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
     dp_shard: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
@@ -129,6 +130,7 @@ def plan(
         str, typer.Option(metavar="SHARE", help="Share of each device's memory to keep free: 10%.")
     ] = "0%",
     gap: Annotated[float, typer.Option(help="Distance from the optimum at which to stop.")] = 1e-4,
+    time_limit: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Stop then with the best so far.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.yaml"),
     report: Annotated[Path, typer.Option("--report", help="Where the HTML report goes.")] = Path("report.html"),
     settings: Settings = None,
@@ -140,7 +142,7 @@ def plan(
     _check_outputs((output, report), force)
     from autoplan import api
 
-    axes = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
+    axes = {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
     wishes: dict[str, Any] = {"hardware": hardware} if hardware is not None else {}
     with _progress() as on_progress:
         found = api.plan(
@@ -151,6 +153,7 @@ def plan(
             headroom=headroom,
             gap=gap,
             model_kwargs=model_kwargs,
+            time_limit=time_limit,
             on_progress=on_progress,
             **wishes,
         )
@@ -168,6 +171,8 @@ def plan(
 
         _print(summary(found, str(output)))
     _say("wrote", f"{output} and {report}")
+    if found.solve.stopped == "interrupted":
+        raise typer.Exit(130)
 
 
 @app.command(

@@ -20,7 +20,7 @@ CandidateStatus = Literal["chosen", "slower", "out of memory", "illegal"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeBreakdown:
-    """Where one step's seconds go, on the critical path; the parts add up to the step."""
+    """Where one step's seconds go, on the slowest stage; the parts add up to the step."""
 
     forward: Seconds = 0.0
     backward: Seconds = 0.0
@@ -29,6 +29,10 @@ class TimeBreakdown:
     """Collectives of the tp axis: never hidden."""
     dp_communication: Seconds = 0.0
     """Gathers of parameters and reductions of gradients that computation does not hide."""
+    pp_communication: Seconds = 0.0
+    """Passing activations and their gradients between stages, where it keeps them waiting."""
+    bubble: Seconds = 0.0
+    """The slowest stage waits for the others to fill and drain."""
     optimizer: Seconds = 0.0
 
     @property
@@ -49,7 +53,9 @@ class MemoryBreakdown:
     optimizer: Bytes = 0.0
     buffers: Bytes = 0.0
     activations: Bytes = 0.0
-    """Tensors saved for the backward pass of one micro-batch."""
+    """Tensors saved for the backward pass, of all micro-batches in flight."""
+    pipeline: Bytes = 0.0
+    """Buffers for what the neighbouring stages send."""
     recompute: Bytes = 0.0
     """What the layer whose forward runs again keeps for a moment."""
     unsharded: Bytes = 0.0
@@ -67,6 +73,15 @@ class MemoryBreakdown:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StagePrediction:
+    """What one pipeline rank should cost. `forward` and `backward` are seconds of one micro-batch, for each of its chunks."""
+
+    forward: tuple[Seconds, ...]
+    backward: tuple[Seconds, ...]
+    memory: MemoryBreakdown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """What one optimizer step should cost."""
 
@@ -76,16 +91,24 @@ class Prediction:
     hidden_communication: Seconds
     """Communication that runs under computation: not part of `step_time`."""
     tokens_per_second: float
+    hop: Seconds = 0.0
+    """Passing one micro-batch's activations to the next stage."""
+    stages: tuple[StagePrediction, ...] = ()
+    """By pipeline rank; empty without a pipeline."""
+    simulated: Seconds | None = None
+    """The step on the exact timeline of the schedule, where `step_time` is a sum that the search can add up."""
     mfu: float
     """Model FLOPs (forward and backward once, nothing recomputed) over the peak of all devices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A mesh and micro-batch that was looked at."""
+    """A mesh and micro-batch that was looked at, at its best schedule."""
 
     mesh: Mesh
     micro_batch: int
+    schedule: str = ""
+    """The schedule with its chunks, where there is a pipeline."""
     status: CandidateStatus
     reason: str
     """One clause: "needs 93.1 GiB of 76 GiB", "at least 2.31 s, 14 % slower"."""
@@ -119,6 +142,8 @@ class Solve:
     solver: str
     candidates: int
     """Meshes and micro-batches that the proof covers."""
+    stopped: Literal["", "interrupted", "time limit"] = ""
+    """What ended the search before it had proved its answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,14 @@ step takes sum_s (f_s + b_s) + (m - 1) max_s (f_s + b_s): the slowest stage is n
 Once warm, a schedule repeats itself every `p` micro-batches, so `pipeline_seconds` runs a timeline of at most `WARM p`
 micro-batches and continues it with its last slope: thousands of micro-batches cost no more than a few dozen.
 
+The search needs a price that is a sum. With `u_s` seconds of stage `s` for one micro-batch (all its chunks, both passes) and
+`h` seconds of p2p,
+
+    step = (m - 1/v) max_s u_s + 1/v sum_s u_s + hops h         hops: 2 (p - 1) under gpipe, which hides the others;
+                                                                2 (p - 1) (1 + (m - 1) / p) under 1f1b; 2 (p v - 1) interleaved
+
+(`additive_seconds`) is the timeline's own length for equal stages, but for a fraction of a hop under 1f1b.
+
 Why an order and not a formula: what a picture draws, what a price says and what `torch.distributed.pipelining` runs are
 the same list, and no formula holds for unequal stages with p2p.
 """
@@ -98,6 +106,17 @@ def in_flight(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, c
     return most
 
 
+@lru_cache(maxsize=4096)
+def in_flight_by_chunk(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> tuple[int, ...]:
+    """The most micro-batches whose activations each chunk of a stage holds at once."""
+    warm = min(micro_batches, WARM * stages + micro_batches % stages)
+    held, most = [0] * chunks, [0] * chunks
+    for task in order(kind, stage, stages, micro_batches if kind == "gpipe" else warm, chunks):
+        held[task.chunk] += -1 if task.backward else 1
+        most[task.chunk] = max(most[task.chunk], held[task.chunk])
+    return tuple(most)
+
+
 def _single(kind: str, chunks: int) -> None:
     if chunks != 1:
         raise UsageError(f"{kind} has one chunk of layers a stage, not {chunks}.")
@@ -149,6 +168,31 @@ def timeline(
         if remaining == before:
             raise UsageError(f"the order of {kind} waits for itself with {stages} stages and {micro_batches} micro-batches.")
     return Timeline(tuple(map(tuple, done)))
+
+
+def slots(micro_batches: int, stages: int, chunks: int = 1) -> float:
+    """A step of equal stages lasts as long as so many micro-batches on one of them: m + (p - 1) / v."""
+    return micro_batches + (stages - 1) / chunks
+
+
+def additive_seconds(
+    kind: ScheduleKind, stages: Sequence[Seconds], micro_batches: int, p2p: Seconds = 0.0, chunks: int = 1
+) -> Seconds:
+    """Seconds of a step as a sum over stages, see the module; `stages[s]` are those of one micro-batch, both passes."""
+    longest, together = max(stages), sum(stages)
+    filling = exposed_hops(kind, len(stages), micro_batches, chunks) * p2p
+    return (micro_batches - 1 / chunks) * longest + together / chunks + filling
+
+
+def exposed_hops(kind: ScheduleKind, stages: int, micro_batches: int, chunks: int = 1) -> float:
+    """How many times a stage waits for what is passed to it."""
+    if stages == 1:
+        return 0.0
+    if kind == "gpipe":
+        return 2.0 * (stages - 1)
+    if kind == "1f1b":
+        return 2 * (stages - 1) * (1 + (micro_batches - 1) / stages)
+    return 2.0 * (stages * chunks - 1)
 
 
 def _ready(ends: dict[tuple[int, int, bool], Seconds], k: int, virtual: int, task: Task, hop: Seconds) -> Seconds | None:

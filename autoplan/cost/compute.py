@@ -51,5 +51,9 @@ def optimizer_time(parameters: Bytes, states: int, device: Device) -> Seconds:
     """One fused optimizer step over `parameters` bytes of parameters, with `states` tensors of the same size and dtype."""
     if parameters <= 0:
         return 0.0
-    moved = (3 + 2 * states) * parameters
-    return max(device.launch, moved / (device.bandwidth * device.memory_efficiency.points[-1][1]))
+    return max(device.launch, memory_time((3 + 2 * states) * parameters, device))
+
+
+def memory_time(moved: Bytes, device: Device) -> Seconds:
+    """Reading and writing `moved` bytes of large tensors."""
+    return moved / (device.bandwidth * device.memory_efficiency.points[-1][1])

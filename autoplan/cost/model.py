@@ -1,73 +1,54 @@
-"""What a plan costs: seconds of one optimizer step and bytes of the fullest rank.
+"""What a plan costs: seconds of one optimizer step, and bytes of every pipeline rank.
 
-With `m` micro-batches a step, and for every layer `l` (cost.layer) forward `F = forward + tp_forward`, recomputed forward
-`R = F` if the layer is recomputed, backward `B = backward + tp_backward + R`,
+Stage `s` of `p` holds layers `l` with their shares of a step (cost.step: `t_l` seconds of every micro-batch, `d_l` once) and
+its part of the outer body (cost.outer). With `m` micro-batches and `v` chunks of layers a rank, a step has `M = m + (p - 1)/v`
+slots (`schedule.slots`), and
 
-    g_l  all_gather of its parameters over dp_shard, in the compute dtype
-    r_l  reduce_scatter of its gradients over dp_shard, in the reduce dtype, every micro-batch
-    a_l  all_reduce of its gradient shards over dp_replicate, in the last micro-batch only
+    u_s  = sum_l t_l + d_l / M
+    step = (m - 1/v) max_s u_s + 1/v sum_s u_s + hops h          h: passing one micro-batch's activations on (`CostModel.hop`)
 
-    forward   m (F + e(F, g))                                          e(c, q) = max(0, q - c) + overlap * min(c, q)
-    backward  (m - 1) (B + e(B, g' + r)) + B + e(B, g' + r + a)        g' = g if resharded after forward, else 0
+(`schedule.additive_seconds`): without a pipeline `m sum_l t_l + sum_l d_l`. `Prediction.simulated` is the same work on the
+exact timeline of the schedule. The breakdown is that of the slowest stage; the bubble is what it waits for the others.
 
-(`CostModel.layer_step`): the gather of the next layer runs under this one's computation, whatever is longer counts, and
-hidden communication slows computation down by the profile's `overlap`. Nothing hides the gather of the outer layer
-(embeddings and head), with which a step begins, nor the reduction of its gradients, with which it ends. The sum over
-layers is exact for equal layers and for unequal ones differs from an event simulation by at most one layer's
-communication. The optimizer's step comes last.
+    bytes_s = sum_l (states_l + q_l kept_l) + max_l moment_l + receive      q_l: micro-batches in flight in the layer's chunk
 
-Bytes: states (parameters, gradients, optimizer) are cut by tp and by dp_shard; saved activations are summed over layers.
-While one layer's backward pass runs, it needs besides what it recomputes, its gathered parameters and those of its
-neighbour, its unreduced gradients and its largest temporary: of these moments only the largest counts. So all is additive
-over layers but for one maximum, which is what the search's integer program needs (`LayerStep.memory`, `.moment`).
+(`CostModel.predict`). Everything is a sum over layers but for the largest moment, as the integer program needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from itertools import pairwise
 
 from autoplan.cost.collectives import collective_time
-from autoplan.cost.compute import optimizer_time
 from autoplan.cost.layer import LayerCost, layer_cost
+from autoplan.cost.outer import OuterParts
 from autoplan.cost.prices import LayerModel
+from autoplan.cost.rank import Held, Rank, breakdown, memory, simulated, stage_predictions
+from autoplan.cost.rank import seconds as rank_seconds
+from autoplan.cost.step import LayerStep, layer_step
 from autoplan.errors import UsageError
-from autoplan.graph import DTYPE_BYTES, Graph
+from autoplan.graph import Graph, Value
 from autoplan.hardware import HardwareProfile
-from autoplan.plan import MemoryBreakdown, Plan, Prediction, TimeBreakdown
-from autoplan.strategy import Mesh, Sharding, Strategy
+from autoplan.plan import Plan, Prediction
+from autoplan.schedule import ScheduleKind, additive_seconds, exposed_hops, in_flight_by_chunk, slots
+from autoplan.strategy import Layout, Mesh, Sharding, Strategy
 from autoplan.units import Bytes, Seconds
-from autoplan.workload import OPTIMIZER_STATES, Workload
+from autoplan.workload import Workload
 
 OUTER = -1
 """Index of the outer body among the bodies."""
 
 
-@dataclass(frozen=True)
-class LayerStep:
-    """One layer's share of a step. `time` and `memory` add up over layers; `moment` is what the layer needs besides while
-    its backward pass runs, and only the largest of those counts."""
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A schedule and where the layers are cut: `starts` are the first layers of the virtual stages but the first."""
 
-    time: TimeBreakdown
-    hidden: Seconds
-    memory: MemoryBreakdown
-    moment: MemoryBreakdown
-
-    @cached_property
-    def seconds(self) -> Seconds:
-        return self.time.total
-
-    @cached_property
-    def bytes(self) -> Bytes:
-        """The part of memory that adds up over layers."""
-        return self.memory.total
-
-    @cached_property
-    def peak(self) -> Bytes:
-        """The part of which only the largest over all layers counts."""
-        return self.moment.total
+    schedule: ScheduleKind = "1f1b"
+    chunks: int = 1
+    starts: tuple[int, ...] = ()
 
 
 class CostModel:
@@ -78,6 +59,9 @@ class CostModel:
         hardware.device.peak_of(workload.compute_dtype)  # a profile without this dtype is the user's error, told early
         self._models: dict[tuple[int, int, int], LayerModel] = {}
         self._costs: dict[tuple[int, int, int, Sharding], LayerCost] = {}
+        self._parts: dict[tuple[tuple[int, ...], int, int, Sharding], LayerCost] = {}
+        self._passed: dict[tuple[int, int], Bytes] = {}
+        self.outer = OuterParts(graph)
 
     def with_batch(self, global_batch: int) -> CostModel:
         """The same model at another global batch; what layers cost for one micro-batch is shared."""
@@ -119,99 +103,95 @@ class CostModel:
         return batch // (mesh.dp * micro_batch)
 
     def layer_step(self, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int) -> LayerStep:
-        """One layer's share of the seconds and bytes of a step (the mathematics: see the module)."""
+        """One layer's share of a step; OUTER: all that stands outside the layers."""
         cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch)
-        time, hidden = self._time(cost, strategy, mesh, self.micro_batches(mesh, micro_batch), outer=body == OUTER)
-        return LayerStep(time, hidden, *self._memory(cost, strategy, mesh))
+        return self._step(cost, strategy, mesh, micro_batch, outer=body == OUTER)
 
-    def _time(self, cost: LayerCost, strategy: Strategy, mesh: Mesh, m: int, *, outer: bool) -> tuple[TimeBreakdown, Seconds]:
-        gather, reduce, final = self.dp_collectives(cost, mesh)
-        again = strategy.recompute == "full"
-        forward = cost.forward + cost.tp_forward
-        backward = cost.backward + cost.tp_backward + (forward if again else 0.0)
-        regather = gather if strategy.zero == 3 and not outer else 0.0
-        cover_forward, cover_backward = (0.0, 0.0) if outer else (forward, backward)
-        exposed = hidden = 0.0
-        for times, cover, sent in (
-            (m, cover_forward, gather),
-            (m - 1, cover_backward, regather + reduce),
-            (1, cover_backward, regather + reduce + final),
-        ):
-            exposed += times * max(0.0, sent - cover)
-            hidden += times * min(cover, sent)
-        time = TimeBreakdown(
-            forward=m * cost.forward,
-            backward=m * cost.backward,
-            recompute=m * forward if again else 0.0,
-            tp_communication=m * (cost.tp_forward + cost.tp_backward),
-            dp_communication=exposed + self.hardware.overlap * hidden,
-            optimizer=self._optimizer(cost, mesh),
-        )
-        return time, hidden
+    def outer_step(self, regions: tuple[int, ...], strategy: Strategy, mesh: Mesh, micro_batch: int) -> LayerStep:
+        """The share of some regions of the outer body, see cost.outer."""
+        if len(regions) == len(self.outer.busy):
+            return self.layer_step(OUTER, strategy, mesh, micro_batch)
+        key = (regions, mesh.tp, micro_batch, strategy.sharding)
+        if key not in self._parts:
+            self._parts[key] = self.outer.cost(self.layer_model(OUTER, mesh.tp, micro_batch), strategy.sharding, regions)
+        return self._step(self._parts[key], strategy, mesh, micro_batch, outer=True)
 
-    def dp_collectives(self, cost: LayerCost, mesh: Mesh) -> tuple[Seconds, Seconds, Seconds]:
-        """Seconds of (gathering parameters, reducing gradients over dp_shard, all-reducing their shards over dp_replicate)."""
-        whole = sum(p.numel(1) for p in cost.parameters)
-        trainable = sum(p.numel(1) for p in cost.parameters if p.trainable)
-        reduced = trainable * DTYPE_BYTES[self.workload.reduce_dtype]
-        gather = collective_time(
-            "all_gather", whole * DTYPE_BYTES[self.workload.compute_dtype], mesh.dp_shard, mesh.tp, self.hardware
-        )
-        reduce = collective_time("reduce_scatter", reduced, mesh.dp_shard, mesh.tp, self.hardware)
-        final = collective_time("all_reduce", reduced / mesh.dp_shard, mesh.dp_replicate, mesh.tp * mesh.dp_shard, self.hardware)
-        return gather, reduce, final
+    def _step(self, cost: LayerCost, strategy: Strategy, mesh: Mesh, micro_batch: int, *, outer: bool) -> LayerStep:
+        m = self.micro_batches(mesh, micro_batch)
+        return layer_step(cost, strategy, mesh, m, self.hardware, self.workload, outer=outer)
 
-    def _optimizer(self, cost: LayerCost, mesh: Mesh) -> Seconds:
-        numel = sum(p.numel(mesh.dp_shard) for p in cost.parameters if p.trainable)
-        size = numel * DTYPE_BYTES[self.workload.param_dtype]
-        return optimizer_time(size, OPTIMIZER_STATES[self.workload.optimizer], self.hardware.device)
+    def passed(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Bytes:
+        """Most bytes that a rank passes on to the next stage for one micro-batch, at any cut."""
+        if mesh.pp == 1:
+            return 0.0
+        key = (mesh.tp if stream.sharded else 1, micro_batch)
+        if key not in self._passed:
+            self._passed[key] = max((self._size(values, *key) for values in self.outer.crossing), default=0.0)
+        return self._passed[key]
 
-    def _memory(self, cost: LayerCost, strategy: Strategy, mesh: Mesh) -> tuple[MemoryBreakdown, MemoryBreakdown]:
-        load = self.workload
-        numel = sum(p.numel(mesh.dp_shard) for p in cost.parameters)
-        trainable = sum(p.numel(mesh.dp_shard) for p in cost.parameters if p.trainable)
-        size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
-        whole = sum(p.numel(1) for p in cost.parameters)
-        whole_trainable = sum(p.numel(1) for p in cost.parameters if p.trainable)
-        gathered = whole * compute
-        unreduced = whole_trainable * (compute + reduce)
-        stays = strategy.zero < 3
-        memory = MemoryBreakdown(
-            parameters=numel * size,
-            gradients=trainable * size,
-            optimizer=trainable * size * OPTIMIZER_STATES[load.optimizer],
-            buffers=cost.buffers,
-            activations=cost.inputs if strategy.recompute == "full" else cost.saved,
-            unsharded=gathered if stays else 0.0,
-        )
-        moment = MemoryBreakdown(
-            unsharded=unreduced + (0.0 if stays else 2 * gathered),
-            recompute=cost.saved if strategy.recompute == "full" else 0.0,
-            temporary=cost.temporary,
-        )
-        return memory, moment
+    def _size(self, values: Sequence[Value], cut: int, micro_batch: int) -> Bytes:
+        return sum(v.bytes_at(micro_batch) / (cut if v.requires_grad else 1) for v in values)
 
-    def predict(self, mesh: Mesh, micro_batch: int, outer: Strategy, layers: Sequence[tuple[int, Strategy]]) -> Prediction:
-        """Price a whole plan: `layers` are (body index, strategy) of every block. Raises `UsageError` when it is not legal."""
-        counts: dict[tuple[int, Strategy], int] = {}
-        for body, strategy in [(OUTER, outer), *layers]:
-            counts[body, strategy] = counts.get((body, strategy), 0) + 1
-        steps = [(self.layer_step(body, strategy, mesh, micro_batch), n) for (body, strategy), n in counts.items()]
-        time = TimeBreakdown(**_weighted((step.time.items(), n) for step, n in steps))
-        parts = _weighted((step.memory.items(), n) for step, n in steps)
-        fullest = max((step for step, _ in steps), key=lambda step: step.peak)
-        parts = _weighted([(parts.items(), 1), (fullest.moment.items(), 1)])
-        seconds = time.total
+    def hop(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Seconds:
+        """Seconds of passing one micro-batch's activations, or their gradients, to the neighbouring stage."""
+        size = self.passed(mesh, micro_batch, stream)
+        return collective_time("send_recv", size, 2, mesh.dp * mesh.tp, self.hardware) if mesh.pp > 1 else 0.0
+
+    def received(self, mesh: Mesh, micro_batch: int, stream: Layout, schedule: Cut) -> tuple[Bytes, ...]:
+        """Bytes of the buffers for what neighbours send, by pipeline rank: PyTorch's stages have one for every micro-batch."""
+        size = self.micro_batches(mesh, micro_batch) * self.passed(mesh, micro_batch, stream)
+        ends = [2 * schedule.chunks - (rank == 0) - (rank == mesh.pp - 1) for rank in range(mesh.pp)]
+        return tuple(size * sides for sides in ends)
+
+    def predict(
+        self, mesh: Mesh, micro_batch: int, outer: Strategy, layers: Sequence[tuple[int, Strategy]], cut: Cut = Cut()
+    ) -> Prediction:
+        """Price a whole plan: `layers` are (body index, strategy) of every block, in the order in which they are called.
+
+        Raises `UsageError` when it is not legal.
+        """
+        m, stream, chunks = self.micro_batches(mesh, micro_batch), outer.sharding.stream, cut.chunks
+        ranks = self._ranks(mesh, micro_batch, outer, layers, cut)
+        count, hop = slots(m, mesh.pp, chunks), self.hop(mesh, micro_batch, stream)
+        seconds = [rank_seconds(rank, count) for rank in ranks]
+        total = additive_seconds(cut.schedule, seconds, m, hop, chunks)
+        slowest = ranks[seconds.index(max(seconds))]
+        received = self.received(mesh, micro_batch, stream, cut)
+        memories = [
+            memory(rank, in_flight_by_chunk(cut.schedule, s, mesh.pp, m, chunks), received[s]) for s, rank in enumerate(ranks)
+        ]
         batch, device = self.workload.global_batch, self.hardware.device
         flops = (self.graph.forward_flops + self.graph.backward_flops) * batch
+        piped = mesh.pp > 1
         return Prediction(
-            step_time=seconds,
-            time=time,
-            memory=MemoryBreakdown(**parts),
-            hidden_communication=sum(step.hidden * n for step, n in steps),
-            tokens_per_second=self.graph.tokens * batch / seconds,
-            mfu=flops / (seconds * mesh.size * device.peak_of(self.workload.compute_dtype)),
+            step_time=total,
+            time=breakdown(slowest, m, count, total, hop * exposed_hops(cut.schedule, mesh.pp, m, chunks)),
+            memory=max(memories, key=lambda parts: parts.total),
+            hidden_communication=sum(n * (m * step.hidden[0] + step.hidden[1]) for step, n, _ in slowest),
+            tokens_per_second=self.graph.tokens * batch / total,
+            hop=hop,
+            stages=stage_predictions(ranks, memories, chunks) if piped else (),
+            simulated=simulated(cut.schedule, ranks, m, hop, chunks) if piped else None,
+            mfu=flops / (total * mesh.size * device.peak_of(self.workload.compute_dtype)),
         )
+
+    def _ranks(
+        self, mesh: Mesh, micro_batch: int, outer: Strategy, layers: Sequence[tuple[int, Strategy]], cut: Cut
+    ) -> Sequence[Rank]:
+        """What every pipeline rank holds: its layers, equal ones counted, and its parts of the outer body."""
+        ranks: list[list[Held]] = [[] for _ in range(mesh.pp)]
+        edges = (0, *cut.starts, len(layers))
+        for k, (first, last) in enumerate(pairwise(edges)):
+            rank, chunk = ranks[k % mesh.pp], k // mesh.pp
+            counts: dict[tuple[int, Strategy], int] = {}
+            for layer in layers[first:last]:
+                counts[layer] = counts.get(layer, 0) + 1
+            for (body, strategy), n in counts.items():
+                rank.append(Held(self.layer_step(body, strategy, mesh, micro_batch), n, chunk))
+            regions = self.outer.within(first, last)
+            if regions:
+                rank.append(Held(self.outer_step(regions, outer, mesh, micro_batch), 1, chunk))
+        return ranks
 
     def predict_plan(self, plan: Plan) -> Prediction:
         """Price a written plan anew. Raises `UsageError` when it is not one of this model."""
@@ -224,7 +204,7 @@ class CostModel:
         missing = set(bodies) - {name for name, _ in plan.layers()}
         if missing:
             raise UsageError(f"the plan says nothing of the layer '{min(missing)}'.")
-        return self.predict(plan.mesh, plan.micro_batch, plan.outer_strategy, layers)
+        return self.predict(plan.mesh, plan.micro_batch, plan.outer_strategy, layers, _cut(plan))
 
     def memory_limit(self, headroom: float) -> Bytes:
         """Bytes that a plan may use of one device, `headroom` (a fraction) kept free."""
@@ -232,9 +212,9 @@ class CostModel:
         return (device.memory - device.reserved) * (1.0 - headroom)
 
 
-def _weighted(parts: Iterable[tuple[Iterable[tuple[str, float]], int]]) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    for items, count in parts:
-        for name, amount in items:
-            totals[name] = totals.get(name, 0.0) + amount * count
-    return totals
+def _cut(plan: Plan) -> Cut:
+    if plan.pipeline is None:
+        return Cut()
+    places = {name: i for i, (name, _) in enumerate(plan.layers())}
+    starts = tuple(places[name] for name in plan.pipeline.split_before)
+    return Cut(plan.pipeline.schedule, plan.pipeline.chunks, starts)

@@ -28,6 +28,7 @@ from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import optimizer_time
 from autoplan.cost.layer import LayerCost, layer_cost
 from autoplan.cost.model import OUTER, CostModel
+from autoplan.cost.step import dp_collectives
 from autoplan.cost.walk import Step, walk
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES
@@ -223,7 +224,7 @@ class Pipeline:
     def _collectives(self, cost: LayerCost, at: Arrangement) -> tuple[Seconds, Seconds, Seconds]:
         mesh = Mesh(dp_shard=at.dp, tp=at.tp) if at.zero == 3 else Mesh(dp_replicate=at.dp, tp=at.tp)
         slower = self._slower(at.dp * at.tp)
-        gather, reduce, final = self.costs.dp_collectives(cost, mesh)
+        gather, reduce, final = dp_collectives(cost, mesh, self.costs.hardware, self.costs.workload)
         return slower * gather, slower * reduce, slower * final
 
     def _hop(self, at: Arrangement) -> Seconds:

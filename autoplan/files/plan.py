@@ -31,6 +31,7 @@ from autoplan.plan import (
     Prediction,
     Solve,
     SolveStatus,
+    StagePrediction,
     TimeBreakdown,
 )
 from autoplan.schedule import ScheduleKind
@@ -94,8 +95,17 @@ class _PipelineDocument(_Document):
     split_before: list[str]
 
 
+class _StageDocument(_Document):
+    forward: list[_Seconds]
+    backward: list[_Seconds]
+    memory: dict[str, _Bytes]
+
+
 class _PredictionDocument(_Document):
     step_time: _Seconds
+    simulated: _Seconds | None = None
+    hop: _Seconds = 0.0
+    stages: list[_StageDocument] = []
     tokens_per_second: _Fraction
     mfu: _Fraction
     hidden_communication: _Seconds
@@ -116,6 +126,7 @@ class _BaselineDocument(_Document):
 class _CandidateDocument(_Document):
     mesh: _MeshDocument
     micro_batch: _Count
+    schedule: str = ""
     status: CandidateStatus
     reason: str
     step_time: _Seconds | None = None
@@ -129,6 +140,7 @@ class _SolveDocument(_Document):
     bound: _Seconds
     solver: str
     candidates: Annotated[int, Field(ge=0)]
+    stopped: Literal["", "interrupted", "time limit"] = ""
 
 
 class _PlanDocument(_Document):
@@ -214,7 +226,7 @@ def document(plan: Plan) -> dict[str, Any]:
         **({"tied": [list(group) for group in plan.tied]} if plan.tied else {}),
         "memory_limit": exact(plan.memory_limit, BYTE),
         "prediction": _prediction_document(plan.prediction),
-        "solve": {**asdict(plan.solve), "bound": exact(plan.solve.bound, SECOND)},
+        "solve": {k: v for k, v in asdict(plan.solve).items() if v != ""} | {"bound": exact(plan.solve.bound, SECOND)},
         "baselines": [_with_units(asdict(b)) for b in plan.baselines],
         "candidates": [_with_units(asdict(c)) for c in plan.candidates],
         **({"warnings": list(plan.warnings)} if plan.warnings else {}),
@@ -252,8 +264,26 @@ def _prediction_document(prediction: Prediction) -> dict[str, Any]:
         "mfu": prediction.mfu,
         "hidden_communication": exact(prediction.hidden_communication, SECOND),
         "time": {name: exact(seconds, SECOND) for name, seconds in prediction.time.items()},
-        "memory": {name: exact(size, BYTE) for name, size in prediction.memory.items()},
+        "memory": _memory_document(prediction.memory),
+        **(_stages_document(prediction) if prediction.stages else {}),
     }
+
+
+def _memory_document(memory: MemoryBreakdown) -> dict[str, str]:
+    return {name: exact(size, BYTE) for name, size in memory.items()}
+
+
+def _stages_document(prediction: Prediction) -> dict[str, Any]:
+    stages = [
+        {
+            "forward": [exact(seconds, SECOND) for seconds in stage.forward],
+            "backward": [exact(seconds, SECOND) for seconds in stage.backward],
+            "memory": _memory_document(stage.memory),
+        }
+        for stage in prediction.stages
+    ]
+    told = {} if prediction.simulated is None else {"simulated": exact(prediction.simulated, SECOND)}
+    return {**told, "hop": exact(prediction.hop, SECOND), "stages": stages}
 
 
 def _plan(data: _PlanDocument) -> Plan:
@@ -264,6 +294,9 @@ def _plan(data: _PlanDocument) -> Plan:
         time=_parts(TimeBreakdown, data.prediction.time, "prediction.time"),
         memory=_parts(MemoryBreakdown, data.prediction.memory, "prediction.memory"),
         hidden_communication=data.prediction.hidden_communication,
+        hop=data.prediction.hop,
+        simulated=data.prediction.simulated,
+        stages=tuple(_stage(i, stage) for i, stage in enumerate(data.prediction.stages)),
         tokens_per_second=data.prediction.tokens_per_second,
         mfu=data.prediction.mfu,
     )
@@ -291,6 +324,11 @@ def _plan(data: _PlanDocument) -> Plan:
     )
     _check(plan)
     return plan
+
+
+def _stage(i: int, data: _StageDocument) -> StagePrediction:
+    memory = _parts(MemoryBreakdown, data.memory, f"prediction.stages.{i}.memory")
+    return StagePrediction(forward=tuple(data.forward), backward=tuple(data.backward), memory=memory)
 
 
 def _pipeline(data: _PipelineDocument) -> Pipeline:

@@ -18,6 +18,8 @@ TIME_WORDS = {
     "recompute": ("Recompute", "forward passes run again to save memory"),
     "tp_communication": ("Tensor-parallel communication", "collectives of the tp axis, never hidden"),
     "dp_communication": ("Data-parallel communication", "gathers and reductions that computation does not hide"),
+    "pp_communication": ("Pipeline communication", "activations on their way to the next stage, where it waits for them"),
+    "bubble": ("Bubble", "the slowest stage waits while the others fill and drain"),
     "optimizer": ("Optimizer", "the update of the parameters"),
 }
 """Label and note of each part of a `TimeBreakdown`."""
@@ -27,7 +29,8 @@ MEMORY_WORDS = {
     "gradients": ("Gradients", "this device's shards"),
     "optimizer": ("Optimizer states", "this device's shards"),
     "buffers": ("Buffers", "whole on every device"),
-    "activations": ("Activations", "saved for the backward pass of one micro-batch"),
+    "activations": ("Activations", "saved for the backward pass of the micro-batches in flight"),
+    "pipeline": ("Pipeline buffers", "for what the neighbouring stages send"),
     "recompute": ("Recomputed layer", "what one layer keeps while its forward runs again"),
     "unsharded": ("Gathered parameters", "whole parameters and gradients of the layers in flight"),
     "temporary": ("Temporary", "the largest tensors inside one operation"),
@@ -89,6 +92,7 @@ def plural(number: int, noun: str) -> str:
 def mesh_meaning(mesh: Mesh) -> tuple[tuple[str, int, str], ...]:
     """(axis, size, what it does) of every axis that is used, outermost first."""
     meaning = (
+        ("pp", mesh.pp, "stages, each with some of the layers; micro-batches pass from one to the next"),
         ("dp_replicate", mesh.dp_replicate, "copies of the model, each on its own samples (HSDP when there are shards too)"),
         ("dp_shard", mesh.dp_shard, "groups with their own samples; parameters, gradients and optimizer states are split (FSDP)"),
         ("tp", mesh.tp, "devices that share every sample and split the matrices inside a layer"),

@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, replace
 
-from autoplan.cost.model import OUTER
 from autoplan.plan import Baseline
-from autoplan.search.columns import Entry, Tables
-from autoplan.search.ilp import Choice, Column, memory
-from autoplan.search.space import micro_batches
-from autoplan.strategy import Mesh, Recompute
+from autoplan.search.columns import ALL_RECOMPUTES, Outer, Priced, Tables
+from autoplan.search.options import Column
+from autoplan.search.space import divisors, micro_batches, unstageable
+from autoplan.search.stages import Solution, Staging
+from autoplan.strategy import Mesh, Recompute, Zero
 from autoplan.units import BYTE, Bytes, show
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A baseline: its mesh; every layer gets the same strategy, all recomputed or none, at the best micro-batch."""
+    """A baseline: every layer gets the same strategy, all recomputed or none, at the best micro-batch. Of several meshes
+    the first that fits is taken: people add stages until it fits."""
 
     name: str
-    mesh: Mesh
+    meshes: tuple[Mesh, ...]
+    zero: Zero = 3
 
 
 def recipes(gpus: int, node: int) -> Iterator[Recipe]:
     """The usual hand-made meshes for `gpus` devices in nodes of `node`."""
-    yield Recipe("DDP", Mesh(dp_replicate=gpus))
+    yield Recipe("DDP", (Mesh(dp_replicate=gpus),))
     if gpus > 1:
-        yield Recipe("FSDP2", Mesh(dp_shard=gpus))
+        yield Recipe("FSDP2 (ZeRO-3)", (Mesh(dp_shard=gpus),))
+        yield Recipe("FSDP2 (ZeRO-2)", (Mesh(dp_shard=gpus),), 2)
     if gpus > node > 1 and gpus % node == 0:
-        yield Recipe("HSDP", Mesh(dp_replicate=gpus // node, dp_shard=node))
+        yield Recipe("HSDP", (Mesh(dp_replicate=gpus // node, dp_shard=node),))
     within = min(node, gpus)
     if within > 1 and gpus % within == 0:
-        yield Recipe(f"tp {within} in the node", Mesh(dp_shard=gpus // within, tp=within))
+        outside = gpus // within
+        yield Recipe(f"tp {within} x FSDP2", (Mesh(dp_shard=outside, tp=within),))
+        stages = [pp for pp in divisors(outside) if 1 < pp <= 64]
+        if stages:
+            yield Recipe(f"Megatron 3D: tp {within}, pp, ZeRO-1", tuple(Mesh(pp, 1, outside // pp, within) for pp in stages), 1)
 
 
 def baselines(tables: Tables, gpus: int, limit: Bytes) -> list[Baseline]:
@@ -42,40 +48,58 @@ def baselines(tables: Tables, gpus: int, limit: Bytes) -> list[Baseline]:
 
 
 def _price(tables: Tables, recipe: Recipe, limit: Bytes) -> Baseline:
-    best: tuple[float, float, int, Recompute] | None = None
-    least: float | None = None
-    for micro_batch in micro_batches(recipe.mesh, tables.costs.workload):
-        for recompute in get_args(Recompute):
-            for entry in tables.entries(recipe.mesh, micro_batch, (recompute,)):
-                choice = uniform(entry)
-                size = memory(choice.counts)
-                least = size if least is None else min(least, size)
-                if size <= limit and (best is None or choice.seconds < best[0]):
-                    best = choice.seconds, size, micro_batch, recompute
-    if best is not None:
-        seconds, size, micro_batch, recompute = best
-        return Baseline(
-            name=recipe.name,
-            mesh=recipe.mesh,
-            micro_batch=micro_batch,
-            recompute=recompute,
-            step_time=seconds,
-            memory=size,
-            note="",
-        )
-    note = (
-        "illegal: the batch or the layers do not divide"
-        if least is None
-        else f"needs at least {show(least, BYTE)} of {show(limit, BYTE)}"
+    least: Bytes | None = None
+    for mesh in recipe.meshes:
+        if unstageable(mesh, tables.graph, tables.costs.outer.order):
+            continue
+        best: tuple[Solution, int, Recompute] | None = None
+        for micro_batch, recompute, staging in _stagings(tables, mesh, recipe.zero, limit):
+            found = staging.solve(1e-4)
+            if not isinstance(found, Solution):
+                least = staging.least_memory if least is None else min(least, staging.least_memory)
+            elif best is None or found.seconds < best[0].seconds:
+                best = found, micro_batch, recompute
+        if best is not None:
+            solution, micro_batch, recompute = best
+            return Baseline(
+                name=recipe.name,
+                mesh=mesh,
+                micro_batch=micro_batch,
+                recompute=recompute,
+                step_time=solution.seconds,
+                memory=solution.memory,
+                note="",
+            )
+    if least is None:
+        note = "illegal: the batch or the layers do not divide"
+    else:
+        note = f"needs at least {show(least, BYTE)} of {show(limit, BYTE)}"
+    return Baseline(
+        name=recipe.name, mesh=recipe.meshes[-1], micro_batch=1, recompute="full", step_time=None, memory=least, note=note
     )
-    return Baseline(name=recipe.name, mesh=recipe.mesh, micro_batch=1, recompute="full", step_time=None, memory=least, note=note)
 
 
-def uniform(entry: Entry) -> Choice:
-    """Every class of layers at its fastest strategy that frees gathered parameters (plain FSDP)."""
-    counts: dict[int, tuple[tuple[Column, int], ...]] = {}
-    for g, columns in entry.columns.items():
-        usual = [c for c in columns if g == OUTER or entry.mesh.dp_shard == 1 or c.strategy.zero == 3]
-        counts[g] = ((min(usual or columns, key=lambda c: c.step.seconds), entry.classes[g]),)
-    seconds = sum(c.step.seconds * n for pairs in counts.values() for c, n in pairs)
-    return Choice(counts, seconds, seconds, True)
+def _stagings(tables: Tables, mesh: Mesh, zero: Zero, limit: Bytes) -> Iterator[tuple[int, Recompute, Staging]]:
+    for micro_batch in micro_batches(mesh, tables.costs.workload):
+        for recompute in ALL_RECOMPUTES:
+            for stream in tables.streams(mesh.tp):
+                priced = tables.priced(mesh, micro_batch, stream, (recompute,))
+                if priced is not None:
+                    one, outer = uniform(priced, zero)
+                    yield micro_batch, recompute, Staging(tables, one, outer, "1f1b", 1, limit)
+
+
+def uniform(priced: Priced, zero: Zero) -> tuple[Priced, Outer | None]:
+    """Every class of layers at its fastest strategy of a ZeRO level, or the nearest there is."""
+
+    def fastest(columns: list[Column]) -> Column:
+        nearest = min(abs(c.strategy.zero - zero) for c in columns)
+        return min(
+            (c for c in columns if abs(c.strategy.zero - zero) == nearest),
+            key=lambda c: (c.step.slot_seconds + c.step.once_seconds, c.costs),
+        )
+
+    columns = {g: [fastest(found)] for g, found in priced.columns.items()}
+    outers = [(o, Column(o.strategy, step)) for o in priced.outers for step in [next(iter(o.parts.values()))]]
+    chosen = fastest([column for _, column in outers]) if outers else None
+    return replace(priced, columns=columns), next((o for o, column in outers if column is chosen), None)

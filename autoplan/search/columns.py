@@ -1,4 +1,9 @@
-"""Every strategy of every class of layers, priced for one mesh, micro-batch and stream layout."""
+"""What is known of one mesh and micro-batch: the strategies of every class of layers, priced.
+
+Layers of one body form a class; everything outside the layers is one more, OUTER. Shardings depend on the tp degree, the
+micro-batch and the layout of activations between layers alone, so they are made once for all meshes that share these. Which
+layer may do what on a stage then follows from sums (`search.options`), so columns are priced once for all schedules.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +11,36 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple, get_args
 
 from autoplan.cost.model import OUTER, CostModel
-from autoplan.search.ilp import Column, unbeaten_columns
+from autoplan.cost.step import LayerStep
+from autoplan.search.options import Column, unbeaten_columns
 from autoplan.search.shardings import fastest_seconds, pareto_shardings, streams
-from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy
-from autoplan.units import Bytes, Seconds
+from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy, Zero
+from autoplan.units import Seconds
+
+ALL_RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
+
+
+class Outer(NamedTuple):
+    """One strategy of what stands outside the layers, with the price of every part that some stage may have of it."""
+
+    strategy: Strategy
+    parts: dict[tuple[int, ...], LayerStep]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One mesh, micro-batch and stream layout, with what can be said of it before anything is solved."""
+class Priced:
+    """A mesh, micro-batch and stream layout with every strategy of every body, and of what stands outside."""
 
     mesh: Mesh
     micro_batch: int
     stream: Layout
-    classes: dict[int, int]
     columns: dict[int, list[Column]]
-
-    @cached_property
-    def bound(self) -> Seconds:
-        """No choice of strategies is faster: every layer takes its fastest one."""
-        return sum(n * min(c.step.seconds for c in self.columns[g]) for g, n in self.classes.items())
-
-    @cached_property
-    def least_memory(self) -> Bytes:
-        """No choice of strategies needs less."""
-        additive = sum(n * min(c.step.bytes for c in self.columns[g]) for g, n in self.classes.items())
-        return additive + max(min(c.step.peak for c in self.columns[g]) for g in self.classes)
+    """By body; without a pipeline OUTER is one of them."""
+    outers: tuple[Outer, ...] = ()
+    """With a pipeline: the outer strategies, of which all stages take the same."""
 
 
 class Tables:
@@ -42,6 +49,7 @@ class Tables:
     def __init__(self, costs: CostModel) -> None:
         self.costs, self.graph = costs, costs.graph
         self.classes = {OUTER: 1}
+        """Body -> number of layers."""
         for block in self.graph.blocks:
             self.classes[block.body] = self.classes.get(block.body, 0) + 1
         self._shardings: dict[tuple[int, int, int, Layout], list[Sharding]] = {}
@@ -76,35 +84,77 @@ class Tables:
             self._fastest[key] = fastest_seconds(self.costs.layer_model(g, tp, micro_batch), stream)
         return self._fastest[key]
 
-    def entries(self, mesh: Mesh, micro_batch: int, recompute: Sequence[Recompute] = ("none", "full")) -> Iterator[Entry]:
-        """One entry for every stream layout under which all layers can run."""
-        for stream in self.streams(mesh.tp):
-            entry = self.entry(mesh, micro_batch, stream, recompute)
-            if entry is not None:
-                yield entry
-
-    def entry(
-        self, mesh: Mesh, micro_batch: int, stream: Layout, recompute: Sequence[Recompute] = ("none", "full")
-    ) -> Entry | None:
+    def priced(
+        self, mesh: Mesh, micro_batch: int, stream: Layout, recompute: Sequence[Recompute] = ALL_RECOMPUTES
+    ) -> Priced | None:
         """Every strategy of every class of layers, priced; None when some layer has none."""
-        columns = {g: self._columns(g, mesh, micro_batch, stream, recompute) for g in self.classes}
-        return Entry(mesh, micro_batch, stream, self.classes, columns) if all(columns.values()) else None
+        wanted = [g for g in self.classes if g != OUTER or mesh.pp == 1]
+        columns = {g: self._columns(g, mesh, micro_batch, stream, recompute) for g in wanted}
+        outers = self._outers(mesh, micro_batch, stream) if mesh.pp > 1 else ()
+        if not all(columns.values()) or (mesh.pp > 1 and not outers):
+            return None
+        return Priced(mesh, micro_batch, stream, columns, outers)
 
     def _columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout, recompute: Sequence[Recompute]) -> list[Column]:
-        found = []
+        return unbeaten_columns(
+            [
+                Column(strategy, self.costs.layer_step(g, strategy, mesh, micro_batch))
+                for sharding in self._placeable(g, mesh, micro_batch, stream)
+                for strategy in self._strategies(sharding, mesh, micro_batch, recompute, outer=g == OUTER)
+            ]
+        )
+
+    def _placeable(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Iterator[Sharding]:
+        """FSDP cuts a packed parameter along dim 1, and only evenly."""
         for sharding in self.shardings(g, mesh.tp, micro_batch, stream):
             cost = self.costs.layer_cost(g, sharding, mesh.tp, micro_batch)
-            if any(p.fsdp_dim and p.shape[p.fsdp_dim] % mesh.dp_shard for p in cost.parameters):
-                continue  # FSDP cuts a packed parameter along dim 1, and only evenly
-            for strategy in _strategies(sharding, mesh, recompute, outer=g == OUTER):
-                found.append(Column(strategy, self.costs.layer_step(g, strategy, mesh, micro_batch)))
-        return unbeaten_columns(found)
+            if not any(p.fsdp_dim and p.shape[p.fsdp_dim] % mesh.dp_shard for p in cost.parameters):
+                yield sharding
+
+    def _strategies(
+        self, sharding: Sharding, mesh: Mesh, micro_batch: int, recompute: Sequence[Recompute], *, outer: bool
+    ) -> Iterator[Strategy]:
+        for zero in _zeros(mesh, self.costs.micro_batches(mesh, micro_batch), outer=outer):
+            for again in ("none",) if outer else recompute:  # embeddings and head frame the step: they are not recomputed
+                yield Strategy(sharding, again, zero)
+
+    def _outers(self, mesh: Mesh, micro_batch: int, stream: Layout) -> tuple[Outer, ...]:
+        """Outer strategies that no other equals or beats in every part."""
+        found: list[Outer] = []
+        kept: list[tuple[float, ...]] = []
+        priced = [
+            self._outer(strategy, mesh, micro_batch)
+            for sharding in self._placeable(OUTER, mesh, micro_batch, stream)
+            for strategy in self._strategies(sharding, mesh, micro_batch, ("none",), outer=True)
+        ]
+        for outer in sorted(priced, key=_all_costs):
+            costs = _all_costs(outer)
+            if not any(all(a <= b for a, b in zip(other, costs, strict=True)) for other in kept):
+                found.append(outer)
+                kept.append(costs)
+        return tuple(found)
+
+    def _outer(self, strategy: Strategy, mesh: Mesh, micro_batch: int) -> Outer:
+        parts = {regions: self.costs.outer_step(regions, strategy, mesh, micro_batch) for regions in self.parts}
+        return Outer(strategy, parts)
+
+    @cached_property
+    def parts(self) -> tuple[tuple[int, ...], ...]:
+        """Every set of busy regions of the outer body that one stage may have."""
+        busy = self.costs.outer.busy
+        return tuple(busy[i:j] for i in range(len(busy)) for j in range(i + 1, len(busy) + 1))
 
 
-def _strategies(sharding: Sharding, mesh: Mesh, recompute: Sequence[Recompute], *, outer: bool) -> Iterator[Strategy]:
-    if outer:  # embeddings and head frame the step: they are not recomputed, and stay gathered
-        yield Strategy(sharding, "none", zero=2)
-        return
-    for again in recompute:
-        for zero in (3, 2) if mesh.dp_shard > 1 else (3,):
-            yield Strategy(sharding, again, zero)
+def _zeros(mesh: Mesh, micro_batches: int, *, outer: bool) -> tuple[Zero, ...]:
+    """The ZeRO levels that differ. With a pipeline, level 2 is never better than 3 or 1: other micro-batches run between
+    the passes of one."""
+    if mesh.dp_shard == 1:
+        return (3,)
+    if mesh.pp > 1:
+        return (3, 1)
+    several: tuple[Zero, ...] = (2, 1) if micro_batches > 1 else (2,)
+    return several if outer else (3, *several)
+
+
+def _all_costs(outer: Outer) -> tuple[float, ...]:
+    return tuple(cost for step in outer.parts.values() for cost in Column(outer.strategy, step).costs)

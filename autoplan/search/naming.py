@@ -7,33 +7,39 @@ from collections.abc import Mapping, Sequence
 from autoplan.cost.model import OUTER
 from autoplan.graph import Graph
 from autoplan.plan import LayerRun
-from autoplan.search.ilp import Column
+from autoplan.search.options import Column
+from autoplan.search.stages import Solution, edges_of
 from autoplan.strategy import REPLICATE, Mesh, Strategy
 
-Counts = Mapping[int, Sequence[tuple[Column, int]]]
 
-
-def named(graph: Graph, counts: Counts, mesh: Mesh) -> tuple[tuple[tuple[str, Strategy], ...], str, tuple[LayerRun, ...]]:
-    """(strategies by name, the outer one's name, runs). Of equal layers the first ones take the recomputed strategies."""
+def named(graph: Graph, solution: Solution, mesh: Mesh) -> tuple[tuple[tuple[str, Strategy], ...], str, tuple[LayerRun, ...]]:
+    """(strategies by name, the outer one's name, runs). Of equal layers in a stage the first ones are recomputed."""
     strategies: dict[str, Strategy] = {}
-    queues: dict[int, list[str]] = {}
     several = len(graph.bodies) > 1
-    for g, columns in counts.items():
-        ordered = sorted(columns, key=lambda item: (item[0].strategy.recompute != "full", item[0].costs))
-        queues[g] = []
-        for column, number in ordered:
-            name = _name(graph, g, column.strategy, mesh, several, strategies)
-            strategies[name] = column.strategy
-            queues[g] += [name] * number
-    outer = queues.pop(OUTER)[0]
+
+    def name_of(g: int, strategy: Strategy) -> str:
+        known = [name for name, each in strategies.items() if each == strategy and places[name] == g]
+        name = known[0] if known else _name(graph, g, strategy, mesh, several, strategies)
+        strategies[name], places[name] = strategy, g
+        return name
+
+    places: dict[str, int] = {}
+    outer = name_of(OUTER, solution.outer)
     runs: list[LayerRun] = []
-    for block in graph.blocks:
-        strategy = queues[block.body].pop(0)
-        if runs and runs[-1].strategy == strategy and _container(runs[-1].layers[-1]) == _container(block.name):
-            runs[-1] = LayerRun(layers=(*runs[-1].layers, block.name), strategy=strategy)
-        else:
-            runs.append(LayerRun(layers=(block.name,), strategy=strategy))
+    for (first, last), stage in zip(edges_of(solution.cut, len(graph.blocks)), solution.stages, strict=True):
+        queues = {g: _queue([(name_of(g, c.strategy), c, n) for c, n in columns]) for g, columns in stage.items()}
+        for block in graph.blocks[first:last]:
+            strategy = queues[block.body].pop(0)
+            if runs and runs[-1].strategy == strategy and _container(runs[-1].layers[-1]) == _container(block.name):
+                runs[-1] = LayerRun(layers=(*runs[-1].layers, block.name), strategy=strategy)
+            else:
+                runs.append(LayerRun(layers=(block.name,), strategy=strategy))
     return tuple(strategies.items()), outer, tuple(runs)
+
+
+def _queue(columns: Sequence[tuple[str, Column, int]]) -> list[str]:
+    ordered = sorted(columns, key=lambda item: (item[1].strategy.recompute != "full", item[1].costs))
+    return [name for name, _, number in ordered for _ in range(number)]
 
 
 def _container(name: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
 from autoplan.plan import Candidate
+from autoplan.schedule import ScheduleKind
 from autoplan.strategy import AXES, Mesh
 from autoplan.workload import Workload
 
@@ -31,9 +32,9 @@ def meshes(gpus: int, fixed: Mapping[str, int]) -> Iterator[Mesh]:
             )
     found = [
         mesh
-        for dp_replicate, dp_shard, tp in product(divisors(gpus), repeat=3)
-        if dp_replicate * dp_shard * tp == gpus
-        for mesh in [Mesh(dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp)]
+        for pp, dp_replicate, dp_shard in product(divisors(gpus), repeat=3)
+        if gpus % (pp * dp_replicate * dp_shard) == 0
+        for mesh in [Mesh(pp, dp_replicate, dp_shard, gpus // (pp * dp_replicate * dp_shard))]
         if all(getattr(mesh, axis) == size for axis, size in fixed.items())
     ]
     if not found:
@@ -61,6 +62,36 @@ def micro_batches(mesh: Mesh, workload: Workload) -> list[int]:
 def indivisible(mesh: Mesh, workload: Workload) -> Candidate:
     """The candidate of a mesh over which the global batch does not divide."""
     reason = f"a global batch of {workload.global_batch} does not divide over {mesh.dp} data-parallel groups"
+    return Candidate(mesh=mesh, micro_batch=1, status="illegal", reason=reason)
+
+
+def schedules(mesh: Mesh, micro_batches: int, graph: Graph) -> list[tuple[ScheduleKind, int]]:
+    """The schedules with their chunks a rank that the mesh can run."""
+    if mesh.pp == 1:
+        return [("1f1b", 1)]
+    found: list[tuple[ScheduleKind, int]] = [("1f1b", 1), ("gpipe", 1)]
+    if len(graph.bodies) == 1 and micro_batches % mesh.pp == 0:
+        found += [("interleaved-1f1b", chunks) for chunks in _chunks(len(graph.blocks), mesh.pp)]
+    return found
+
+
+def _chunks(layers: int, stages: int) -> list[int]:
+    """Chunks a rank that can be equally long: divisors of the layers of a stage, rounded down or up."""
+    either = {chunks for size in (layers // stages, -(-layers // stages)) for chunks in divisors(size)}
+    return sorted(chunks for chunks in either if 1 < chunks <= layers // stages)
+
+
+def unstageable(mesh: Mesh, graph: Graph, order: Sequence[int]) -> Candidate | None:
+    """The candidate of a mesh whose pipeline the model cannot fill; None when it can."""
+    if mesh.pp == 1:
+        return None
+    layers = len(graph.blocks)
+    if layers < mesh.pp:
+        reason = f"{layers} layers do not fill pp {mesh.pp} stages"
+    elif list(order) != list(range(layers)):
+        reason = "a layer is called several times or out of order, so that there is no cut into stages"
+    else:
+        return None
     return Candidate(mesh=mesh, micro_batch=1, status="illegal", reason=reason)
 
 

@@ -30,7 +30,7 @@ def at(**changes: object) -> Arrangement:
 def test_one_stage_is_what_the_planner_prices(dp: int, recompute: str, stays: bool) -> None:
     model = costs(batch=dp)  # one micro-batch: the terms are the same
     strategy = Strategy(recompute=recompute, zero=2 if stays else 3)  # type: ignore[arg-type]
-    planned = model.predict(Mesh(dp_shard=dp), 1, Strategy(), [(0, strategy)] * LAYERS)
+    planned = model.predict(Mesh(dp_shard=dp), 1, Strategy(zero=2), [(0, strategy)] * LAYERS)
     again = (lambda step: True) if recompute == "full" else None
     priced = Pipeline(model, recomputed=again).price(at(dp=dp, zero=3, stays=stays))
     assert priced.step_time == pytest.approx(planned.step_time, rel=0.02)

@@ -1,23 +1,33 @@
-"""The integer program against brute force over every assignment of strategies to layers."""
+"""The integer program and its bounds against brute force over every assignment of options to layers."""
 
 from __future__ import annotations
 
 from itertools import combinations_with_replacement, product
+from math import inf, isinf
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoplan.cost.model import LayerStep
+from autoplan.cost.step import LayerStep
 from autoplan.plan import MemoryBreakdown, TimeBreakdown
-from autoplan.search.ilp import Column, choose, memory, unbeaten_columns
+from autoplan.search.ilp import choose, memory
+from autoplan.search.options import Column, Group, Option, Options, least_bytes, least_seconds, relaxed_seconds, unbeaten_columns
 from autoplan.strategy import Strategy
 
 MIB = 2.0**20
 
 
-def column(seconds: float, mib: float, moment: float) -> Column:
-    memory_, moment_ = MemoryBreakdown(activations=mib * MIB), MemoryBreakdown(temporary=moment * MIB)
-    return Column(Strategy(), LayerStep(TimeBreakdown(forward=seconds), 0.0, memory_, moment_))
+def column(seconds: float, mib: float, moment: float, once: float = 0.0, kept: float = 0.0) -> Column:
+    step = LayerStep(
+        TimeBreakdown(forward=seconds),
+        TimeBreakdown(optimizer=once),
+        seconds,
+        (0.0, 0.0),
+        MemoryBreakdown(parameters=mib * MIB),
+        kept * MIB,
+        MemoryBreakdown(temporary=moment * MIB),
+    )
+    return Column(Strategy(), step)
 
 
 columns = st.builds(column, st.floats(0.1, 10), st.integers(1, 60), st.integers(0, 20))
@@ -26,20 +36,31 @@ problems = st.tuples(
 )
 
 
+def groups_of(classes: list[tuple[int, list[Column]]]) -> list[Group]:
+    return [Group(g, 0, number, Options.of(options, 1.0, 1)) for g, (number, options) in enumerate(classes)]
+
+
+def cheapest(groups: list[Group], limit: float) -> float:
+    """By trying everything."""
+    best = inf
+    choices = [list(combinations_with_replacement(group.options, group.number)) for group in groups]
+    for assignment in product(*choices):
+        counts: list[tuple[Group, list[tuple[Option, int]]]] = [
+            (group, [(o, 1) for o in layers]) for group, layers in zip(groups, assignment, strict=True)
+        ]
+        if memory(counts) <= limit:
+            best = min(best, sum(o.seconds for layers in assignment for o in layers))
+    return best
+
+
 @settings(max_examples=150, deadline=None)
 @given(problems)
 def test_equals_brute_force(problem: tuple[list[tuple[int, list[Column]]], int]) -> None:
     classes, limit = problem
-    best = None
-    choices = [list(combinations_with_replacement(options, number)) for number, options in classes]
-    for assignment in product(*choices):
-        counts = {g: [(c, 1) for c in layers] for g, layers in enumerate(assignment)}
-        # the program keeps one mebibyte back: every size here is whole, so that this moves the limit by exactly one
-        if memory(counts) <= (limit - 1) * MIB:
-            seconds = sum(c.step.seconds for layers in assignment for c in layers)
-            best = seconds if best is None else min(best, seconds)
-    found = choose({g: n for g, (n, _) in enumerate(classes)}, {g: c for g, (_, c) in enumerate(classes)}, limit * MIB, gap=1e-4)
-    if best is None:
+    groups = groups_of(classes)
+    best = cheapest(groups, (limit - 1) * MIB)  # the program keeps one mebibyte back, and every size here is whole
+    found = choose(groups, limit * MIB, gap=1e-4)
+    if isinf(best):
         assert found is None
     else:
         assert found is not None
@@ -48,8 +69,30 @@ def test_equals_brute_force(problem: tuple[list[tuple[int, list[Column]]], int])
         assert memory(found.counts) <= limit * MIB
 
 
-@given(st.lists(columns, min_size=1, max_size=12))
-def test_unbeaten_columns_lose_nothing(options: list[Column]) -> None:
+@settings(max_examples=150, deadline=None)
+@given(problems)
+def test_bounds_hold(problem: tuple[list[tuple[int, list[Column]]], int]) -> None:
+    classes, limit = problem
+    groups = groups_of(classes)
+    best = cheapest(groups, limit * MIB)
+    assert least_seconds(groups) <= best * (1 + 1e-12)
+    assert relaxed_seconds(groups, limit * MIB) <= best * (1 + 1e-9)
+    if not isinf(best):
+        assert least_bytes(groups) <= limit * MIB
+
+
+@given(st.lists(st.builds(column, *[st.floats(0.1, 9)] * 5), min_size=1, max_size=12), st.floats(1, 20), st.integers(1, 9))
+def test_unbeaten_columns_lose_nothing(options: list[Column], slots: float, in_flight: int) -> None:
     kept = unbeaten_columns(options)
     for option in options:
         assert any(all(a <= b for a, b in zip(k.costs, option.costs, strict=True)) for k in kept)
+    everything, few = Options.of(options, slots, in_flight), Options.of(kept, slots, in_flight)
+    assert [o[:3] for o in everything] == [o[:3] for o in few]
+
+
+@given(st.lists(columns, min_size=1, max_size=8), st.integers(1, 6), st.floats(0, 400))
+def test_a_point_of_the_hull_is_the_relaxed_mix(options: list[Column], number: int, limit: float) -> None:
+    group = Group(0, 0, number, Options.of(options, 1.0, 1))
+    mixed = number * group.options.at((limit * MIB - group.options.peak) / number)
+    relaxed = relaxed_seconds([group], limit * MIB)
+    assert mixed == relaxed or abs(mixed - relaxed) <= 1e-9 * relaxed

@@ -1,0 +1,81 @@
+"""What one pipeline rank costs: the sums over the layers that it holds.
+
+A rank is a sequence of `Held`: so many equal layers, or a part of the outer body, in one of its chunks. See cost.model for the
+formulas: `seconds` is u_s, `memory` is bytes_s, `breakdown` tells where the slowest rank's seconds go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from autoplan.cost.step import LayerStep
+from autoplan.plan import MemoryBreakdown, StagePrediction, TimeBreakdown
+from autoplan.schedule import ScheduleKind, pipeline_seconds
+from autoplan.units import Bytes, Seconds
+
+
+class Held(NamedTuple):
+    """`number` equal layers in a chunk of a rank; the outer body's part counts once."""
+
+    step: LayerStep
+    number: int
+    chunk: int = 0
+
+
+Rank = Sequence[Held]
+
+
+def seconds(rank: Rank, slots: float) -> Seconds:
+    """Seconds of one of the step's `slots`, all chunks, both passes."""
+    return sum(held.step.seconds(slots) * held.number for held in rank)
+
+
+def memory(rank: Rank, in_flight: Sequence[int], received: Bytes) -> MemoryBreakdown:
+    """Peak bytes; `in_flight`: micro-batches whose activations each chunk holds at once."""
+    parts = _weighted((held.step.states.items(), held.number) for held in rank)
+    parts["activations"] += sum(held.step.kept * held.number * in_flight[held.chunk] for held in rank)
+    parts["pipeline"] += received
+    fullest = max((held.step for held in rank), key=lambda step: step.peak)
+    return MemoryBreakdown(**_weighted([(parts.items(), 1), (fullest.moment.items(), 1)]))
+
+
+def breakdown(rank: Rank, micro_batches: int, slots: float, step: Seconds, passing: Seconds) -> TimeBreakdown:
+    """Where the `step` seconds of the slowest rank go: its own work, `passing` activations on, and the bubble."""
+    spread = micro_batches / slots  # the rest of what happens once falls into the bubble's slots
+    parts = _weighted((held.step.slot.items(), held.number * micro_batches) for held in rank)
+    parts = _weighted([(parts.items(), 1), *((held.step.once.items(), held.number * spread) for held in rank)])
+    parts["pp_communication"] = passing
+    parts["bubble"] = max(0.0, step - sum(parts.values())) if slots > micro_batches else 0.0
+    return TimeBreakdown(**parts)
+
+
+def chunk_seconds(rank: Rank, chunks: int) -> tuple[tuple[Seconds, ...], tuple[Seconds, ...]]:
+    """Seconds of (the forward, the backward pass) of one micro-batch in every chunk."""
+    forward, both = [0.0] * chunks, [0.0] * chunks
+    for held in rank:
+        forward[held.chunk] += held.step.forward * held.number
+        both[held.chunk] += held.step.slot_seconds * held.number
+    return tuple(forward), tuple(b - f for b, f in zip(both, forward, strict=True))
+
+
+def stage_predictions(ranks: Sequence[Rank], memories: Sequence[MemoryBreakdown], chunks: int) -> tuple[StagePrediction, ...]:
+    """What the plan's file and the report say of every rank."""
+    times = [chunk_seconds(rank, chunks) for rank in ranks]
+    return tuple(StagePrediction(forward=f, backward=b, memory=m) for (f, b), m in zip(times, memories, strict=True))
+
+
+def simulated(schedule: ScheduleKind, ranks: Sequence[Rank], micro_batches: int, hop: Seconds, chunks: int) -> Seconds:
+    """The step on the schedule's exact timeline; what happens once a step comes after it, on the rank where it takes longest."""
+    times = [chunk_seconds(rank, chunks) for rank in ranks]
+    forward, backward = (tuple(t[way][c] for c in range(chunks) for t in times) for way in (0, 1))
+    once = max(sum(held.step.once_seconds * held.number for held in rank) for rank in ranks)
+    return pipeline_seconds(schedule, forward, backward, micro_batches, hop, chunks) + once
+
+
+def _weighted(parts: Iterable[tuple[Iterable[tuple[str, float]], float]]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for items, count in parts:
+        for name, amount in items:
+            totals[name] = totals.get(name, 0.0) + amount * count
+    return totals

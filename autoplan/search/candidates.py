@@ -1,0 +1,73 @@
+"""What is told of a mesh and micro-batch that was not chosen: how much slower it is at least, or what it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from autoplan.plan import Candidate
+from autoplan.search.stages import Staging
+from autoplan.strategy import Mesh
+from autoplan.units import BYTE, SECOND, Bytes, Seconds, show
+
+
+def _schedule_words(staging: Staging) -> str:
+    if staging.ranks == 1:
+        return ""
+    return staging.schedule if staging.chunks == 1 else f"{staging.schedule} x {staging.chunks}"
+
+
+def slower(staging: Staging, seconds: Seconds, *, bound: bool) -> Candidate:
+    """It takes `seconds`, or with `bound` at least that."""
+    priced = staging.priced
+    return Candidate(
+        mesh=priced.mesh,
+        micro_batch=priced.micro_batch,
+        schedule=_schedule_words(staging),
+        status="slower",
+        reason="",
+        step_time=seconds,
+        bound=bound,
+    )
+
+
+def too_big(staging: Staging, limit: Bytes) -> Candidate:
+    """It does not fit."""
+    needed = staging.least_memory
+    if needed > limit:
+        reason = f"needs at least {show(needed, BYTE)} of {show(limit, BYTE)}"
+    else:
+        reason = f"no choice of strategies fits {show(limit, BYTE)}"
+    return Candidate(
+        mesh=staging.priced.mesh,
+        micro_batch=staging.priced.micro_batch,
+        schedule=_schedule_words(staging),
+        status="out of memory",
+        reason=reason,
+        memory=max(needed, limit),
+    )
+
+
+def best_of_each(*verdicts: Iterable[Candidate]) -> dict[tuple[Mesh, int], Candidate]:
+    """One candidate for every (mesh, micro-batch): that of its best stream layout."""
+    found: dict[tuple[Mesh, int], Candidate] = {}
+    for candidate in (c for some in verdicts for c in some):
+        key = (candidate.mesh, candidate.micro_batch)
+        if key not in found or rank(candidate) < rank(found[key]):
+            found[key] = candidate
+    return found
+
+
+def rank(candidate: Candidate) -> tuple[int, float]:
+    """The order of the list: what fits by its seconds, then what does not by its bytes."""
+    order = {"chosen": 0, "slower": 1, "out of memory": 2, "illegal": 3}[candidate.status]
+    return order, candidate.step_time if candidate.step_time is not None else candidate.memory or 0.0
+
+
+def told(candidate: Candidate, best: Seconds) -> Candidate:
+    """With the reason in words."""
+    if candidate.status != "slower" or candidate.step_time is None:
+        return candidate
+    more = 100 * (candidate.step_time / best - 1)
+    least = "at least " if candidate.bound else ""
+    return replace(candidate, reason=f"{least}{show(candidate.step_time, SECOND)}, {least}{more:.2g} % slower")

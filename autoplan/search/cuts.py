@@ -1,0 +1,122 @@
+"""Where to cut a row of layers into stages, when a stage's price is known for every run of layers.
+
+`value(s, i, j)` is the price of stage `s` with the layers `i ... j - 1`; it grows with the run. Two questions:
+
+    least_bottleneck    a bound on the largest price of a stage: stages take as many layers as they can within t, one after
+                        another (`farthest`), so whether a t may be kept is seen at once; t is found by bisection
+    best_cut            the cut with the least  many max_s value + few sum_s value: labels (largest, sum) of partial cuts,
+                        of which only the unbeaten ones at each layer go on; exact
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf, isinf
+from typing import NamedTuple
+
+Value = Callable[[int, int, int], float]
+
+
+def farthest(stages: int, layers: int, value: Value, most: float, least: int = 1) -> int:
+    """How many layers can be placed on all stages, each of at least `least` layers and a price of at most `most`; at best:
+    a stage that cannot take even `least` layers from where its predecessor may end looks for an earlier start."""
+
+    def fits(s: int, i: int, j: int) -> bool:
+        price = value(s, i, j)
+        return price <= most and price < inf
+
+    at = 0
+    for s in range(stages):
+        start, last = at, layers - least * (stages - s - 1)
+        while start >= s * least and not (start + least <= last and fits(s, start, start + least)):
+            start -= 1
+        if start < s * least:
+            return at
+        low, high = start + least, last
+        while low < high:
+            middle = (low + high + 1) // 2
+            if fits(s, start, middle):
+                low = middle
+            else:
+                high = middle - 1
+        at = low
+    return at
+
+
+def least_bottleneck(stages: int, layers: int, value: Value, low: float, high: float, least: int = 1) -> float:
+    """A lower bound within 1e-5 on the largest price of a stage in any cut; infinite when not even `high` can be kept, or
+    when there is no cut without a run of infinite price.
+
+    `low` must be a bound already.
+    """
+    if farthest(stages, layers, value, high, least) < layers:
+        return inf
+    if farthest(stages, layers, value, low, least) >= layers:
+        return low
+    if isinf(high):
+        high = max(2 * low, 1e-9)
+        while farthest(stages, layers, value, high, least) < layers:
+            low, high = high, 2 * high
+    while high - low > 1e-5 * high:
+        middle = (low + high) / 2
+        if farthest(stages, layers, value, middle, least) >= layers:
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+class _Label(NamedTuple):
+    largest: float
+    total: float
+    at: int
+    before: _Label | None
+
+
+class BestCut(NamedTuple):
+    """`edges`: where each stage ends; `cost`: many max + few sum."""
+
+    cost: float
+    edges: tuple[int, ...]
+
+
+def best_cut(
+    stages: int, layers: int, value: Value, many: float, few: float, least: int = 1, most: float = inf
+) -> BestCut | None:
+    """The cheapest cut, or None when there is none with a cost of at most `most`."""
+    cells: dict[int, list[_Label]] = {0: [_Label(0.0, 0.0, 0, None)]}
+    for s in range(stages):
+        found: dict[int, list[_Label]] = {}
+        remaining = least * (stages - s - 1)
+        for at, labels in cells.items():
+            ends = range(at + least, layers - remaining + 1) if s < stages - 1 else (layers,)
+            for end in ends:
+                price = value(s, at, end)
+                if many * price > most or isinf(price):
+                    break
+                for label in labels:
+                    new = _Label(max(label.largest, price), label.total + price, end, label)
+                    if many * new.largest + few * new.total <= most:
+                        found.setdefault(end, []).append(new)
+        cells = {end: _unbeaten(labels) for end, labels in found.items()}
+    if layers not in cells:
+        return None
+    best = min(cells[layers], key=lambda label: many * label.largest + few * label.total)
+    return BestCut(many * best.largest + few * best.total, _edges(best))
+
+
+def _unbeaten(labels: list[_Label]) -> list[_Label]:
+    kept: list[_Label] = []
+    for label in sorted(labels, key=lambda each: each[:2]):
+        if not kept or label.total < kept[-1].total:
+            kept.append(label)
+    return kept
+
+
+def _edges(label: _Label) -> tuple[int, ...]:
+    edges = []
+    at: _Label | None = label
+    while at is not None and at.before is not None:
+        edges.append(at.at)
+        at = at.before
+    return tuple(reversed(edges))

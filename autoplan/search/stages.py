@@ -1,0 +1,288 @@
+"""One mesh, micro-batch, schedule and outer strategy: the best cut into stages and strategy of every layer, with its bounds.
+
+A stage's price is a number for every run of layers that it may take: its least seconds `u(s, i, j)` under its memory. It is
+known from below by the relaxed mix of options (`search.options`) and exactly by the integer program (`search.ilp`). The step
+is `many max_s u + few sum_s u + hops` (cost.model), so that the best cut is found on those numbers alone (`search.cuts`):
+first on bounds; then the runs that the best cut uses are solved exactly, and again, until the best cut uses solved runs only
+(`Staging.solve`). No other cut is better, since every number that was not solved is a bound.
+
+With several chunks a rank, all layers must be of one body: a rank with `k` layers gives each of its chunks `k // v` of them and
+the last chunks, which are in flight for the shortest time, one more (`chunk_sizes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from math import inf
+
+from autoplan.cost.model import OUTER, Cut
+from autoplan.schedule import ScheduleKind, exposed_hops, in_flight_by_chunk, slots
+from autoplan.search.columns import Outer, Priced, Tables
+from autoplan.search.cuts import Value, best_cut, farthest, least_bottleneck
+from autoplan.search.ilp import Choice, choose, memory
+from autoplan.search.options import Column, Group, Options, least_bytes, relaxed_seconds
+from autoplan.strategy import Strategy
+from autoplan.units import Bytes, Seconds
+
+Assignment = dict[int, list[tuple[Column, int]]]
+"""Body -> its columns with the number of layers that use each."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The best of one staging."""
+
+    outer: Strategy
+    cut: Cut
+    stages: tuple[Assignment, ...]
+    """By virtual stage."""
+    seconds: Seconds
+    bound: Seconds
+    """No cut and no strategies of this staging are faster."""
+    memory: Bytes
+
+
+class Staging:
+    """See the module. `outer` is None without a pipeline, where OUTER is a group of layers like any other."""
+
+    def __init__(
+        self, tables: Tables, priced: Priced, outer: Outer | None, schedule: ScheduleKind, chunks: int, limit: Bytes
+    ) -> None:
+        self.tables, self.priced, self.outer, self.schedule, self.chunks = tables, priced, outer, schedule, chunks
+        costs, mesh = tables.costs, priced.mesh
+        self.ranks = mesh.pp
+        self.micro_batches = costs.micro_batches(mesh, priced.micro_batch)
+        self.slots = slots(self.micro_batches, mesh.pp, chunks)
+        self.many, self.few = self.micro_batches - 1 / chunks, 1 / chunks
+        self.hops = exposed_hops(schedule, mesh.pp, self.micro_batches, chunks) * costs.hop(
+            mesh, priced.micro_batch, priced.stream
+        )
+        self.received = costs.received(mesh, priced.micro_batch, priced.stream, Cut(schedule, chunks))
+        self.limits = [limit - size for size in self.received]
+        self.order = [block.body for block in tables.graph.blocks]
+        self.layers = len(self.order)
+        self._options: dict[tuple[int, int], Options] = {}
+        self._groups: dict[Hashable, list[Group]] = {}
+        self._relaxed: dict[Hashable, Seconds] = {}
+        self._outer_stages: dict[int, tuple[Seconds, Bytes, Bytes]] = {}
+        self._exact: dict[Hashable, Choice | None] = {}
+
+    @cached_property
+    def _counts(self) -> dict[int, list[int]]:
+        """For every body, how many of the first i layers are of it."""
+        return {g: [0, *accumulate(int(body == g) for body in self.order)] for g in self.tables.classes if g != OUTER}
+
+    @cached_property
+    def _alike(self) -> bool:
+        """Whether a run's price depends on the stage and the run's length alone."""
+        return len(self._counts) == 1 and set(self.tables.costs.outer.busy) <= {0, self.layers}
+
+    def _key(self, s: int, i: int, j: int) -> Hashable:
+        if self._alike:
+            return s, j - i
+        counts = tuple(counts[j] - counts[i] for counts in self._counts.values())
+        return s, counts, self._parts(s, i, j)
+
+    def _parts(self, s: int, i: int, j: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(chunk, busy regions of the outer body) of a stage."""
+        outer = self.tables.costs.outer
+        if self.chunks == 1:
+            return ((0, outer.within(i, j)),) if outer.within(i, j) else ()
+        first = [(0, outer.within(0, 1))] if s == 0 else []
+        last = [(self.chunks - 1, outer.within(self.layers - 1, self.layers))] if s == self.ranks - 1 else []
+        return tuple(part for part in (*first, *last) if part[1])
+
+    def groups(self, s: int, i: int, j: int) -> list[Group]:
+        """What stage `s` holds when it has the layers i ... j - 1 (with several chunks: j - i layers)."""
+        key = self._key(s, i, j)
+        if key not in self._groups:
+            flight = self.flight(s)
+            found = []
+            for g, counts in self._counts.items():
+                number = counts[j] - counts[i]
+                for chunk, size in enumerate(chunk_sizes(number, self.chunks)):
+                    if size:
+                        found.append(Group(g, chunk, size, self._layer_options(g, flight[chunk])))
+            if self.outer is None:
+                found.append(Group(OUTER, 0, 1, self._layer_options(OUTER, flight[0])))
+            else:
+                for chunk, regions in self._parts(s, i, j):
+                    column = Column(self.outer.strategy, self.outer.parts[regions])
+                    found.append(Group(OUTER, chunk, 1, Options.of([column], self.slots, flight[chunk])))
+            self._groups[key] = found
+        return self._groups[key]
+
+    def flight(self, s: int) -> tuple[int, ...]:
+        """Micro-batches in flight in every chunk of rank `s`."""
+        return in_flight_by_chunk(self.schedule, s, self.ranks, self.micro_batches, self.chunks)
+
+    def _layer_options(self, g: int, in_flight: int) -> Options:
+        if (g, in_flight) not in self._options:
+            self._options[g, in_flight] = Options.of(self.priced.columns[g], self.slots, in_flight)
+        return self._options[g, in_flight]
+
+    def relaxed(self, s: int, i: int, j: int) -> Seconds:
+        """No strategies of these layers are faster on this stage under its memory; infinite when none fits."""
+        key = self._key(s, i, j)
+        if key not in self._relaxed:
+            if self._alike and self.chunks == 1 and self.ranks > 1:
+                self._relaxed[key] = self._relaxed_alike(s, j - i)
+            else:
+                self._relaxed[key] = relaxed_seconds(self.groups(s, i, j), self.limits[s])
+        return self._relaxed[key]
+
+    def _relaxed_alike(self, s: int, layers: int) -> Seconds:
+        """`relaxed_seconds` of one group of equal layers beside its part of the outer body: a point of one hull."""
+        (g,) = self._counts
+        options = self._layer_options(g, self.flight(s)[0])
+        beside, size, peak = self._outer_at(s)
+        return beside + layers * options.at((self.limits[s] - size - max(peak, options.peak)) / layers)
+
+    def _outer_at(self, s: int) -> tuple[Seconds, Bytes, Bytes]:
+        """Seconds, bytes and largest moment of what a stage has of the outer body, when it depends on the stage alone."""
+        if s not in self._outer_stages:
+            first = 0 if s == 0 else self.layers - 1 if s == self.ranks - 1 else 1
+            last = self.layers if s == self.ranks - 1 else first + 1
+            steps = [self.outer.parts[regions] for _, regions in self._parts(s, first, last)] if self.outer else []
+            flight = self.flight(s)[0]
+            self._outer_stages[s] = (
+                sum(step.seconds(self.slots) for step in steps),
+                sum(step.bytes(flight) for step in steps),
+                max((step.peak for step in steps), default=0.0),
+            )
+        return self._outer_stages[s]
+
+    def _excess(self, s: int, i: int, j: int) -> Bytes:
+        return least_bytes(self.groups(s, i, j)) - self.limits[s]
+
+    @cached_property
+    def fastest(self) -> Seconds:
+        """Seconds of one slot of all layers at their fastest strategies, memory ignored."""
+        least = sum(
+            n * min(c.step.seconds(self.slots) for c in self.priced.columns[g])
+            for g, n in self.tables.classes.items()
+            if g in self.priced.columns
+        )
+        return least + (self._fastest_outer(self.outer) if self.outer else 0.0)
+
+    def _fastest_outer(self, outer: Outer) -> Seconds:
+        """The cheapest way to cut the busy regions into runs."""
+        busy = self.tables.costs.outer.busy
+        least = [0.0]
+        for j in range(1, len(busy) + 1):
+            least.append(min(least[i] + outer.parts[busy[i:j]].seconds(self.slots) for i in range(j)))
+        return least[-1]
+
+    @cached_property
+    def quick_bound(self) -> Seconds:
+        """A bound on the step that costs nothing: memory ignored, layers spread as if they could be divided."""
+        return self.many * self.fastest / self.ranks + self.few * self.fastest + self.hops
+
+    def bound(self) -> Seconds:
+        """A bound on the step with memory in it; infinite when nothing fits."""
+        if self.ranks == 1:
+            return self.micro_batches * self.relaxed(0, 0, self.layers)
+        slowest = self._bottleneck(self.relaxed, self.fastest / self.ranks)
+        return max(self.quick_bound, self.many * slowest + self.few * self.fastest + self.hops)
+
+    @cached_property
+    def hopeless(self) -> bool:
+        """Whether the ranks together have no room for all layers at their leanest, one micro-batch in flight."""
+        held = sum(
+            n * min(c.step.bytes(1) for c in self.priced.columns[g])
+            for g, n in self.tables.classes.items()
+            if g in self.priced.columns
+        )
+        return held > sum(self.limits)
+
+    def can_beat(self, most: Seconds) -> bool:
+        """Whether the bound with memory in it leaves room for a step of `most` seconds: cheaper than the bound itself."""
+        if self.ranks == 1:
+            return self.bound() <= most
+        room = most - self.hops - self.few * self.fastest
+        if room < 0:
+            return False
+        slowest = room / self.many if self.many else inf
+        return farthest(self.ranks, self.layers, self.relaxed, slowest, self.chunks) >= self.layers
+
+    @cached_property
+    def least_memory(self) -> Bytes:
+        """No cut and no strategies need less on the fullest rank."""
+        if self.ranks == 1:
+            return least_bytes(self.groups(0, 0, self.layers))
+        limit = max(self.limits)
+        return self._bottleneck(lambda s, i, j: self._excess(s, i, j) + limit, 0.0)
+
+    @cached_property
+    def fullest(self) -> tuple[int, list[Group]]:
+        """The fullest rank of the leanest cut, and what it holds."""
+        limit = max(self.limits)
+        cut = best_cut(self.ranks, self.layers, lambda s, i, j: self._excess(s, i, j) + limit, 1.0, 0.0, self.chunks)
+        assert cut is not None
+        runs = zip(range(self.ranks), (0, *cut.edges), cut.edges, strict=False)
+        s, i, j = max(runs, key=lambda run: self._excess(*run))
+        return s, self.groups(s, i, j)
+
+    def _bottleneck(self, value: Value, low: float) -> float:
+        return least_bottleneck(self.ranks, self.layers, value, low, inf, self.chunks)
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether some cut fits when every layer takes its leanest strategy."""
+        return farthest(self.ranks, self.layers, self._excess, 0.0, self.chunks) >= self.layers
+
+    def solve(self, gap: float, most: Seconds = inf) -> Solution | Seconds | None:
+        """The best cut and strategies; a bound on the step when it's above `most`; None when nothing fits.
+
+        Raises `UnsolvedError` when the solver runs out of time.
+        """
+        while True:
+            found = best_cut(
+                self.ranks, self.layers, self._known, self.many, self.few, self.chunks, most - self.hops if most < inf else inf
+            )
+            if found is None:
+                return most if most < inf and self.fits else None
+            runs = list(zip(range(self.ranks), (0, *found.edges), found.edges, strict=False))
+            unsolved = [run for run in runs if self._key(*run) not in self._exact]
+            if not unsolved:
+                return self._solution(found.cost + self.hops, runs)
+            for run in unsolved:
+                groups = self.groups(*run)
+                fits = least_bytes(groups) <= self.limits[run[0]]
+                self._exact[self._key(*run)] = choose(groups, self.limits[run[0]], gap=gap) if fits else None
+
+    def _known(self, s: int, i: int, j: int) -> Seconds:
+        """The best that is known of a run: solved, or bounded."""
+        key = self._key(s, i, j)
+        if key in self._exact:
+            choice = self._exact[key]
+            return choice.bound if choice is not None else inf
+        return self.relaxed(s, i, j)
+
+    def _solution(self, bound: Seconds, runs: Sequence[tuple[int, int, int]]) -> Solution:
+        choices = [choice for run in runs if (choice := self._exact[self._key(*run)]) is not None]
+        seconds = [choice.seconds for choice in choices]
+        outer = self.outer.strategy if self.outer else choices[0].columns(OUTER, 0)[0][0].strategy
+        stages = tuple(
+            {g: used for g in self._counts if (used := choice.columns(g, chunk))}
+            for chunk in range(self.chunks)
+            for choice in choices
+        )
+        sizes = [sum(n for used in stage.values() for _, n in used) for stage in stages]
+        cut = Cut(self.schedule, self.chunks, tuple(accumulate(sizes[:-1])))
+        step = self.many * max(seconds) + self.few * sum(seconds) + self.hops
+        size = max(memory(c.counts) + self.received[s] for s, c in enumerate(choices))
+        return Solution(outer, cut, stages, step, min(bound, step), size)
+
+
+def chunk_sizes(layers: int, chunks: int) -> list[int]:
+    """Layers of every chunk of a rank: as even as they go, the last chunks take the rest."""
+    return [layers // chunks + (chunk >= chunks - layers % chunks) for chunk in range(chunks)]
+
+
+def edges_of(cut: Cut, layers: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of every virtual stage's layers."""
+    return list(pairwise((0, *cut.starts, layers)))

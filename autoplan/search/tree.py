@@ -1,0 +1,309 @@
+"""Best-first branch and bound over meshes, micro-batches and schedules.
+
+A *family* is a tp degree with a layout in which activations pass between layers; it splits into *groups*, one a micro-batch,
+a group into *shapes*, one a number of stages and a schedule, and a shape into *stagings*, one a mesh and outer strategy. Each
+has a lower bound on the step that is valid for everything in it:
+
+    family, group   (m / pp) sum_g N_g fastest_seconds(g)          forward and backward of the fastest sharding of every layer;
+                                                                   memory, bubble and the data-parallel axes ignored. m / pp is
+                                                                   the same for all meshes. A family's is taken at its largest
+                                                                   micro-batch: a sample is never dearer in a larger one
+    shape           the same with the bubble and the p2p of its schedule
+    staging         Staging.quick_bound                            every layer at its fastest strategy on this mesh
+                    Staging.bound                                  ... under memory, strategies mixed in fractions
+    solved          Staging.solve                                  exact, under memory
+
+The node with the least bound is opened next, until no bound is below the best solution: whatever was not opened is proven
+slower, and is listed with the bound that proves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
+from math import inf
+from time import monotonic
+
+from autoplan.plan import Baseline, Candidate
+from autoplan.schedule import ScheduleKind, exposed_hops
+from autoplan.search.baselines import baselines
+from autoplan.search.candidates import best_of_each, rank, slower, told, too_big
+from autoplan.search.columns import Priced, Tables
+from autoplan.search.ilp import UnsolvedError
+from autoplan.search.space import indivisible, meshes, micro_batches, schedules, unplaceable, unstageable
+from autoplan.search.stages import Solution, Staging
+from autoplan.strategy import Layout, Mesh
+from autoplan.units import Bytes, Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the search is."""
+
+    looked_at: int
+    total: int
+    best: Seconds | None
+    bound: Seconds | None
+    note: str
+
+
+Tell = Callable[[Progress], None]
+
+LISTED = 64
+"""Candidates that a plan lists, the best first; the proof covers all of them."""
+REFUSED = 24
+"""Of these, candidates at most that are out of memory or illegal."""
+RUNNERS_UP = 8
+"""Candidates that are solved after the proof, so that a reader sees what they would cost."""
+
+
+@dataclass(frozen=True)
+class _Family:
+    """All meshes and micro-batches of one tp degree and stream layout."""
+
+    tp: int
+    stream: Layout
+
+
+@dataclass(frozen=True)
+class _Group:
+    """All meshes of one tp degree, stream layout and micro-batch."""
+
+    tp: int
+    stream: Layout
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """... of one number of stages and one schedule."""
+
+    tp: int
+    stream: Layout
+    micro_batch: int
+    pp: int
+    schedule: ScheduleKind
+    chunks: int
+
+
+@dataclass(frozen=True)
+class _Bounded:
+    """A staging whose bound has memory in it."""
+
+    staging: Staging
+
+
+_Node = _Family | _Group | _Shape | Staging | _Bounded
+
+
+class Tree:
+    """The open nodes by their bounds, the best solution, and what became of every staging."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        gpus: int,
+        fixed: Mapping[str, int],
+        limit: Bytes,
+        gap: float,
+        deadline: Seconds,
+        tell: Tell | None,
+    ) -> None:
+        self.tables, self.gpus, self.limit, self.gap = tables, gpus, limit, gap
+        self.deadline, self.tell = deadline, tell
+        self.meshes: dict[tuple[int, int], list[Mesh]] = {}
+        """By (tp, pp)."""
+        self.refused: list[Candidate] = []
+        self.stagings: list[Staging] = []
+        self.verdicts: list[Candidate] = []
+        self.pruned: list[Staging] = []
+        """Proven to be no better than what was known; whether for want of memory or of speed is told of those that are listed."""
+        self.best: tuple[Staging, Solution] | None = None
+        self.baselines: list[Baseline] = []
+        self.bounds: list[Seconds] = []
+        self.open: list[tuple[Seconds, int, _Node]] = []
+        self.pushed = 0
+        self._priced: dict[tuple[Mesh, int, Layout], Priced | None] = {}
+        load, order = tables.costs.workload, tables.costs.outer.order
+        for mesh in meshes(gpus, fixed):
+            refused = unstageable(mesh, tables.graph, order)
+            if refused is None and not micro_batches(mesh, load):
+                refused = indivisible(mesh, load)
+            if refused is None:
+                self.meshes.setdefault((mesh.tp, mesh.pp), []).append(mesh)
+            else:
+                self.refused.append(refused)
+
+    def run(self) -> bool:
+        """Open nodes until the best solution is proven, or there is none; False when time ran out first."""
+        self.baselines = baselines(self.tables, self.gpus, self.limit)
+        for tp in sorted({tp for tp, _ in self.meshes}):
+            for stream in self.tables.streams(tp):
+                self._push(self._least_seconds(tp, stream, self._sizes(tp)[-1]), _Family(tp, stream))
+        while self.open and (self.best is None or self.open[0][0] < self.best[1].seconds * (1 - self.gap)):
+            if monotonic() > self.deadline:
+                return False
+            self._open_next()
+        if self.best is not None:  # nothing faster is left: what follows only tells runners-up by their price, not by a bound
+            enough = len(self.verdicts) + RUNNERS_UP
+            while self.open and len(self.verdicts) < enough and monotonic() < self.deadline:
+                self._open_next()
+        return True
+
+    def _sizes(self, tp: int, pp: int | None = None) -> list[int]:
+        """Micro-batches that some mesh of this tp (and pp) can run."""
+        load = self.tables.costs.workload
+        found = {
+            size
+            for at, some in self.meshes.items()
+            if at[0] == tp and pp in (None, at[1])
+            for size in micro_batches(some[0], load)
+        }
+        return sorted(found)
+
+    def _open_next(self) -> None:
+        bound, number, node = heappop(self.open)
+        try:
+            self._open(bound, node)
+        except BaseException:  # the proof must not lose what was not finished
+            heappush(self.open, (bound, number, node))
+            raise
+
+    def _open(self, bound: Seconds, node: _Node) -> None:
+        self._report(bound, node)
+        if isinstance(node, _Family):
+            for size in self._sizes(node.tp):
+                self._push(self._least_seconds(node.tp, node.stream, size), _Group(node.tp, node.stream, size))
+        elif isinstance(node, _Group):
+            self._shapes(node, bound)
+        elif isinstance(node, _Shape):
+            self._split(node, bound)
+        elif isinstance(node, Staging):
+            self._bound(node, bound)
+        else:
+            self._solve(node.staging, bound)
+
+    def _push(self, bound: Seconds | None, node: _Node) -> None:
+        if bound is not None:
+            self.pushed += 1
+            heappush(self.open, (bound, self.pushed, node))
+
+    def _slot(self, tp: int, stream: Layout, micro_batch: int) -> Seconds | None:
+        """Seconds of one micro-batch through all layers at their fastest shardings; None when some layer has none."""
+        seconds = [self.tables.fastest(g, tp, micro_batch, stream) for g in self.tables.classes]
+        if any(t is None for t in seconds):
+            return None
+        return sum(n * t for n, t in zip(self.tables.classes.values(), seconds, strict=True) if t is not None)
+
+    def _least_seconds(self, tp: int, stream: Layout, micro_batch: int) -> Seconds | None:
+        slot = self._slot(tp, stream, micro_batch)
+        return None if slot is None else self.tables.costs.workload.global_batch * tp / (self.gpus * micro_batch) * slot
+
+    def _shapes(self, group: _Group, bound: Seconds) -> None:
+        slot = self._slot(group.tp, group.stream, group.micro_batch)
+        costs = self.tables.costs
+        for (tp, pp), some in self.meshes.items():
+            if tp != group.tp or slot is None or group.micro_batch not in self._sizes(tp, pp):
+                continue
+            m = costs.micro_batches(some[0], group.micro_batch)
+            hop = costs.hop(some[0], group.micro_batch, group.stream)
+            for schedule, chunks in schedules(some[0], m, self.tables.graph):
+                work = (m + (pp - 1) / chunks) / pp * slot + exposed_hops(schedule, pp, m, chunks) * hop
+                shape = _Shape(tp, group.stream, group.micro_batch, pp, schedule, chunks)
+                self._push(max(bound, work), shape)
+
+    def _split(self, shape: _Shape, bound: Seconds) -> None:
+        for mesh in self.meshes[shape.tp, shape.pp]:
+            key = (mesh, shape.micro_batch, shape.stream)
+            if key not in self._priced:
+                self._priced[key] = self.tables.priced(*key)
+            priced = self._priced[key]
+            if priced is None:
+                self.refused.append(unplaceable(mesh, shape.micro_batch))
+                continue
+            for outer in priced.outers or (None,):
+                staging = Staging(self.tables, priced, outer, shape.schedule, shape.chunks, self.limit)
+                self.stagings.append(staging)
+                self._push(max(bound, staging.quick_bound), staging)
+
+    @property
+    def known(self) -> Seconds:
+        """A step that can be had: the best solution's, or that of a plan by hand that keeps the wishes."""
+        by_hand = [b.step_time for b in self.baselines if b.step_time and b.mesh in self.meshes.get((b.mesh.tp, b.mesh.pp), ())]
+        return min([*by_hand, self.best[1].seconds if self.best else inf]) * (1 + 1e-9)
+
+    def _bound(self, staging: Staging, bound: Seconds) -> None:
+        if staging.hopeless or not staging.can_beat(self.known):
+            self.pruned.append(staging)
+            return
+        self._push(max(bound, staging.bound()), _Bounded(staging))
+
+    def _solve(self, staging: Staging, bound: Seconds) -> None:
+        try:
+            solution = staging.solve(self.gap, self.known)
+        except UnsolvedError:
+            self.bounds.append(bound)
+            self.verdicts.append(slower(staging, bound, bound=True))
+            return
+        if solution is None:
+            self.pruned.append(staging)
+        elif isinstance(solution, float):
+            self.bounds.append(solution)
+            self.verdicts.append(slower(staging, solution, bound=True))
+        else:
+            self.bounds.append(solution.bound)
+            self.verdicts.append(replace(slower(staging, solution.seconds, bound=False), memory=solution.memory))
+            if self.best is None or solution.seconds < self.best[1].seconds:
+                self.best = staging, solution
+
+    def _report(self, bound: Seconds, node: _Node) -> None:
+        if self.tell is not None:
+            staging = node.staging if isinstance(node, _Bounded) else node
+            what = str(staging.priced.mesh) if isinstance(staging, Staging) else f"tp {staging.tp}"
+            best = self.best[1].seconds if self.best else None
+            self.tell(Progress(self.pushed - len(self.open) - 1, self.pushed, best, bound, what))
+
+    def proven_bound(self) -> Seconds:
+        """No plan whatever is faster than this."""
+        assert self.best is not None
+        return min([*self.bounds, *(bound for bound, _, _ in self.open[:1]), self.best[1].seconds])
+
+    def candidates(self) -> tuple[list[Candidate], int]:
+        """What became of the (meshes, micro-batches), the best first, with its reason, and how many there are in all."""
+        assert self.best is not None
+        staging, solution = self.best
+        chosen = staging.priced.mesh, staging.priced.micro_batch
+        found = best_of_each(self.verdicts, self._unopened())
+        found[chosen] = slower(staging, solution.seconds, bound=False)
+        pruned = {(p.priced.mesh, p.priced.micro_batch): p for p in self.pruned}
+        covered = {**pruned, **found, **{(c.mesh, c.micro_batch): c for c in self.refused}}
+        listed = [
+            replace(candidate, status="chosen", reason="the fastest") if key == chosen else told(candidate, solution.seconds)
+            for key, candidate in found.items()
+        ]
+        listed.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
+        refused = [self._verdict(p, solution.seconds) for key, p in sorted(pruned.items())[:LISTED] if key not in found]
+        refused += [c for c in self.refused[:LISTED] if (c.mesh, c.micro_batch) not in found | pruned]
+        refused.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
+        return [*listed[: LISTED - len(refused[:REFUSED])], *refused[:REFUSED]], len(covered)
+
+    def _verdict(self, staging: Staging, best: Seconds) -> Candidate:
+        if staging.fits:
+            return told(slower(staging, max(best, staging.quick_bound), bound=True), best)
+        return too_big(staging, self.limit)
+
+    def _unopened(self) -> Iterator[Candidate]:
+        for bound, _, node in self.open:
+            staging = node.staging if isinstance(node, _Bounded) else node
+            if isinstance(staging, Staging):
+                yield slower(staging, bound, bound=True)
+                continue
+            for (tp, pp), some in self.meshes.items():
+                if tp != staging.tp or (isinstance(staging, _Shape) and pp != staging.pp):
+                    continue
+                sizes = self._sizes(tp, pp)
+                for size in sizes if isinstance(staging, _Family) else [staging.micro_batch]:
+                    if size in sizes:
+                        for mesh in some:
+                            yield Candidate(mesh=mesh, micro_batch=size, status="slower", reason="", step_time=bound, bound=True)
