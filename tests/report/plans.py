@@ -127,9 +127,9 @@ def llama() -> Plan:
         mesh=Mesh(dp_shard=4, tp=2),
         micro_batch=2,
         strategies=(
-            ("tp+sp", Strategy(LLAMA_BLOCK, "none", True)),
-            ("tp+sp, recompute", Strategy(LLAMA_BLOCK, "full", True)),
-            ("outer", Strategy(LLAMA_OUTER, "none", False)),
+            ("tp+sp", Strategy(LLAMA_BLOCK, "none", 3)),
+            ("tp+sp, recompute", Strategy(LLAMA_BLOCK, "full", 3)),
+            ("outer", Strategy(LLAMA_OUTER, "none", 2)),
         ),
         outer="outer",
         runs=(
@@ -240,7 +240,7 @@ def hostile() -> Plan:
         hardware_fingerprint=EVIL,
         mesh=Mesh(dp_replicate=16, dp_shard=8, tp=8),
         workload=Workload(global_batch=2048),
-        strategies=((EVIL, Strategy(sharding, "full", False)),),
+        strategies=((EVIL, Strategy(sharding, "full", 2)),),
         outer=EVIL,
         runs=(
             LayerRun(layers=(EVIL, f"{EVIL}.2"), strategy=EVIL),
