@@ -9,6 +9,6 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
 # Tensors in Python containers (arguments, outputs); torch keeps its pytree private although everybody uses it.
-from torch.utils._pytree import tree_any, tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_any, tree_flatten, tree_leaves, tree_map, tree_map_only
 
-__all__ = ["HashStore", "StridedShard", "tree_any", "tree_flatten", "tree_map", "tree_map_only"]
+__all__ = ["HashStore", "StridedShard", "tree_any", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only"]

@@ -57,6 +57,8 @@ class LocalOps(TorchFunctionMode):
             result = handler(*args, **kwargs)
             if result is not None:
                 return result
+        if _meets_packed(args, kwargs) and not _writes(func) and not packed.is_left_to_dtensor(func, args, kwargs):
+            args, kwargs = tree_map_only(DTensor, _unpacked, (args, kwargs))
         args, kwargs = tree_map_only(torch.Tensor, self._wrapped, (args, kwargs))
         try:
             return func(*args, **kwargs)
@@ -102,6 +104,14 @@ def _meets_dtensor(args: Any, kwargs: Any) -> bool:
         if isinstance(arg, tuple | list) and tree_any(lambda leaf: isinstance(leaf, DTensor), arg):
             return True
     return any(isinstance(arg, DTensor) for arg in kwargs.values())
+
+
+def _meets_packed(args: Any, kwargs: Any) -> bool:
+    return tree_any(lambda leaf: packed.packing(leaf) is not None, (args, kwargs))
+
+
+def _unpacked(tensor: DTensor) -> torch.Tensor:
+    return tensor if packed.packing(tensor) is None else packed.gathered(tensor)
 
 
 def whole(tensor: DTensor) -> DTensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from autoplan.apply._torch import StridedShard
+from autoplan.apply._torch import StridedShard, tree_leaves
 
 
 def packing(tensor: Any) -> tuple[int, int] | None:
@@ -116,6 +116,34 @@ def getitem(tensor: DTensor, index: Any) -> torch.Tensor | None:
         return None
     found: torch.Tensor = to_parts(tensor)[start // part]
     return found
+
+
+def _words(*lines: str) -> frozenset[str]:
+    return frozenset(word for line in lines for word in line.split())
+
+
+_EACH = _words(
+    "to float half bfloat16 double clone contiguous detach alias neg mul multiply add sub subtract div divide",
+    "true_divide truediv rmul radd rsub pow square sqrt rsqrt exp tanh sigmoid relu gelu silu elu softplus erf abs clamp where",
+)
+"""Functions of each element."""
+_MOVES = _words("transpose swapaxes swapdims permute movedim moveaxis t unsqueeze")
+"""Functions that only reorder dims."""
+_ASKS = _words(
+    "size dim ndimension numel nelement element_size stride storage_offset is_contiguous is_floating_point is_complex is_signed",
+    "get_device data_ptr untyped_storage type repr str format len hash retain_grad is_same_size",
+)
+"""Functions that compute nothing."""
+
+
+def is_left_to_dtensor(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether DTensor is right about `func` with packed tensors. Of all else torch 2.10 returns wrong numbers, 2.13 of cumsum."""
+    name = getattr(func, "__name__", "").strip("_")
+    if name in _ASKS:
+        return True
+    given = tree_leaves((args, kwargs))
+    packings = {packing(leaf) for leaf in given if isinstance(leaf, torch.Tensor) and leaf.ndim}
+    return len(packings) == 1 and name in _EACH | _MOVES
 
 
 def _packing(tensor: DTensor) -> tuple[int, int]:

@@ -215,12 +215,16 @@ class Packed(nn.Module):
         elif self.way == "pointwise first":
             a, b, c = (y * 2 + 1).chunk(3, -1)
             y = a * b + c
+        elif self.way == "one row":
+            y = y[..., :8] * y[:, :1, 8:16].squeeze(1)[:, None] + y[:, 0, 16:].unsqueeze(1)
+        elif self.way == "along the parts":
+            y = y.log_softmax(-1)[..., 3:11] * y.flip(-1)[..., 2:10] + (y + torch.arange(24))[..., 16:]
         else:
             y = y[..., ::3] * y[..., 1::3] + y.softmax(-1)[..., 4:12]
         return self.out(y).square().mean()
 
 
-WAYS = ("view", "unflatten", "slices", "pointwise first", "anything")
+WAYS = ("view", "unflatten", "slices", "pointwise first", "one row", "along the parts", "anything")
 
 
 def packed_ways(references):
