@@ -31,10 +31,11 @@ class Point:
     label: str = ""
 
 
-def stacked_bar(parts: Sequence[Part], label: str, limit: float | None = None, limit_text: str = "") -> str:
-    """One bar of parts side by side. With a `limit` the bar's background is what may be used, and a mark shows its end."""
+def stacked_bar(parts: Sequence[Part], label: str, limit: float | None = None, limit_text: str = "", longest: float = 0.0) -> str:
+    """One bar of parts side by side. With a `limit` the bar's background is what may be used, and a mark shows its end.
+    Bars that are compared are told the `longest` of them, for one scale."""
     total = sum(part.value for part in parts)
-    whole = max(total, (limit or 0.0)) or 1.0
+    whole = max(total, limit or 0.0, longest) or 1.0
     scale = BAR_WIDTH / whole
     shapes, x = [], 0.0
     for part in parts:

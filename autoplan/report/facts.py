@@ -69,6 +69,7 @@ class CandidateRow:
 
     mesh: str
     micro_batch: int
+    schedule: str
     status: CandidateStatus
     reason: str
     step_time: str
@@ -174,17 +175,18 @@ def _faster(row: BaselineRow) -> str:
 
 def time_parts(plan: Plan) -> tuple[Part, ...]:
     """Where the step goes; parts that are zero are kept, so that the table says that they are."""
-    return _parts(plan.prediction.time.items(), words.TIME_WORDS, words.seconds)
+    return parts(plan.prediction.time.items(), words.TIME_WORDS, words.seconds)
 
 
 def memory_parts(plan: Plan) -> tuple[Part, ...]:
     """What fills the fullest device at its peak."""
-    return _parts(plan.prediction.memory.items(), words.MEMORY_WORDS, words.size)
+    return parts(plan.prediction.memory.items(), words.MEMORY_WORDS, words.size)
 
 
-def _parts(
+def parts(
     items: Iterable[tuple[str, float]], labels: dict[str, tuple[str, str]], text: Callable[[float], str]
 ) -> tuple[Part, ...]:
+    """(key, value) of every part of a sum, with its words and its share."""
     pairs = list(items)
     total = sum(value for _, value in pairs)
     return tuple(
@@ -230,6 +232,7 @@ def _candidate(candidate: Candidate) -> CandidateRow:
     return CandidateRow(
         mesh=str(candidate.mesh),
         micro_batch=candidate.micro_batch,
+        schedule=words.clean(candidate.schedule),
         status=candidate.status,
         reason=words.clean(candidate.reason),
         step_time=f"≥ {time}" if candidate.bound and candidate.step_time is not None else time,

@@ -25,6 +25,24 @@ class RunRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Cell:
+    """One layer in the strip."""
+
+    name: str
+    strategy: str
+    index: int
+    recompute: str
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Consecutive layers that stand together: a pipeline stage, or a run of equal layers."""
+
+    title: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WeightRow:
     """Parameters of one module that are placed the same way."""
 
@@ -86,6 +104,28 @@ def _run(plan: Plan, label: str, names: tuple[str, ...], name: str) -> RunRow:
         reshard=reshard_words(plan, strategy),
         sharding=words.sharding_words(strategy.sharding) if plan.mesh.tp > 1 else "-",
     )
+
+
+def strip(plan: Plan) -> tuple[Strip, ...]:
+    """The layers in the order of the model: by pipeline stage, or without a pipeline by run."""
+    order = list(plan.by_name)
+    index = {layer: order.index(run.strategy) for run in plan.runs for layer in run.layers}
+    parts = plan.stages if plan.pipeline else tuple(run.layers for run in plan.runs if run.layers)
+    return tuple(
+        Strip(
+            _stage_title(plan, k) if plan.pipeline else "",
+            tuple(
+                Cell(words.clean(name), words.clean(order[index[name]]), index[name], plan.by_name[order[index[name]]].recompute)
+                for name in names
+            ),
+        )
+        for k, names in enumerate(parts)
+    )
+
+
+def _stage_title(plan: Plan, k: int) -> str:
+    chunk, rank = divmod(k, plan.mesh.pp)
+    return f"pp {rank}" + (f", chunk {chunk}" if plan.pipeline and plan.pipeline.chunks > 1 else "")
 
 
 def reshard_words(plan: Plan, strategy: Strategy) -> str:

@@ -25,6 +25,26 @@
     });
   }
 
+  const zoom = document.getElementById("zoom");
+  if (zoom) {
+    const picture = document.getElementById("timeline"), view = picture.parentElement, said = zoom.querySelector("output");
+    let level = 1;
+    const scale = (by) => {
+      const wanted = Math.min(8, Math.max(1, by > 0 ? level * 2 : level / 2));
+      const middle = (view.scrollLeft + view.clientWidth / 2) / view.scrollWidth;
+      picture.style.width = `${wanted * 100}%`;
+      picture.dataset.zoom = wanted;
+      said.textContent = `${(level = wanted)}\u00d7`;
+      view.scrollLeft = middle * view.scrollWidth - view.clientWidth / 2;
+    };
+    zoom.hidden = false;
+    for (const button of zoom.querySelectorAll("button")) button.addEventListener("click", () => scale(+button.dataset.zoom));
+    view.addEventListener("keydown", (event) => {
+      if (event.key === "+" || event.key === "=") scale(1);
+      if (event.key === "-") scale(-1);
+    });
+  }
+
   const filter = document.getElementById("filter");
   if (!filter) return;
   filter.hidden = false;

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from autoplan.plan import Plan
-from autoplan.report import charts, facts, layers, words
+from autoplan.report import charts, facts, gantt, layers, pipeline, words
 from autoplan.units import BYTE
 
 MAX_CANDIDATES = 300
@@ -27,16 +27,20 @@ MAX_CELLS = 160
 """Layers that are drawn one by one in a run; further ones are counted."""
 
 MAX_DEVICES = 32
-"""Devices that are drawn one by one."""
+"""Devices that are drawn one by one; with a pipeline half of them in each of its rows."""
 
 MAX_GROUPS = 12
 """Data-parallel groups that are drawn: about one line of a wide screen."""
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _HERE = Path(__file__).parent
-_UNIT = re.compile(r"(?<=\d) (?=(?:s|ms|us)\b)|(?<=tp) (?=\d)|(?<=shard) (?=\d)|(?<=replicate) (?=\d)")
+_UNIT = re.compile(r"(?<=\d) (?=(?:s|ms|us)\b)|(?<=tp) (?=\d)|(?<=shard) (?=\d)|(?<=replicate) (?=\d)|(?<=pp) (?=\d)")
 _GIB = dict(BYTE.prefixes)["GiB"]
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+
+
+MAX_STAGES = 8
+"""Pipeline ranks that the mesh's picture has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,29 +51,50 @@ class Group:
     ranks: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A pipeline rank: one row of the mesh's picture."""
+
+    title: str
+    layers: str
+    groups: tuple[Group, ...]
+    more: int
+    """Groups that are not drawn."""
+
+
 def page(plan: Plan) -> str:
     """The whole report. A pure function: the same plan gives the same bytes."""
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     candidates = facts.candidates(plan)
-    groups = mesh_groups(plan)
+    film = pipeline.film(plan)
     return _template().render(
         plan=plan,
         head=facts.headline(plan),
         speedups=facts.speedups(plan),
         axes=words.mesh_meaning(plan.mesh),
-        groups=groups,
-        more_groups=plan.mesh.dp - len(groups),
+        stages=mesh_stages(plan),
+        more_stages=max(0, plan.mesh.pp - MAX_STAGES),
+        strip=layers.strip(plan),
         runs=layers.runs(plan),
         cards=layers.cards(plan),
         max_cells=MAX_CELLS,
         matrix=lambda style: Markup(charts.matrix(style, plan.mesh.tp)),
+        ranks=pipeline.ranks(plan),
+        rank_bars=rank_bars(plan),
+        film=film,
+        gantt=Markup(gantt.gantt(film, timeline_label(plan))) if film else "",
+        schedule=pipeline.schedule_words(plan.pipeline) if plan.pipeline else "",
+        bubble=words.percent(plan.prediction.time.bubble / plan.prediction.step_time) if plan.prediction.step_time else "",
+        hop=words.seconds(plan.prediction.hop),
+        simulated=pipeline.simulated_words(plan),
         memory=facts.memory_parts(plan),
         memory_bar=Markup(memory_bar(plan)),
         time=facts.time_parts(plan),
         time_bar=Markup(charts.stacked_bar(facts.time_parts(plan), "Where the time of one step goes")),
         candidates=candidates[:MAX_CANDIDATES],
         left_out=len(candidates) - len(candidates[:MAX_CANDIDATES]),
+        scheduled=any(row.schedule for row in candidates),
         counts=facts.candidate_counts(plan),
         scatter=Markup(scatter(plan)),
         baselines=facts.baselines(plan),
@@ -95,20 +120,58 @@ def _template() -> Template:
     return environment.get_template("page.html.j2")
 
 
-def mesh_groups(plan: Plan) -> tuple[Group, ...]:
-    """The first data-parallel groups with the ranks of their devices, outermost axis first as in the mesh."""
+def mesh_stages(plan: Plan) -> tuple[Stage, ...]:
+    """The first pipeline ranks, each with its first data-parallel groups; one without a pipeline. Ranks count up along the
+    axes of the mesh, the innermost first."""
     mesh = plan.mesh
-    shown = max(1, min(mesh.dp, MAX_GROUPS, MAX_DEVICES // mesh.tp))
+    in_row = MAX_DEVICES // (2 if mesh.pp > 1 else 1)
+    shown = max(1, min(mesh.dp, MAX_GROUPS, in_row // mesh.tp))
     return tuple(
-        Group(_group_title(plan, group), tuple(range(group * mesh.tp, group * mesh.tp + min(mesh.tp, MAX_DEVICES))))
-        for group in range(shown)
+        Stage(
+            title=f"pp {s}" if mesh.pp > 1 else "",
+            layers=", ".join(words.fold(names) for names in plan.stages[s :: mesh.pp]) if mesh.pp > 1 else "",
+            groups=tuple(
+                Group(_group_title(plan, group), tuple(range(first, first + min(mesh.tp, MAX_DEVICES))))
+                for group in range(shown)
+                for first in [(s * mesh.dp + group) * mesh.tp]
+            ),
+            more=mesh.dp - shown,
+        )
+        for s in range(min(mesh.pp, MAX_STAGES))
     )
 
 
 def _group_title(plan: Plan, group: int) -> str:
     replica, shard = divmod(group, plan.mesh.dp_shard)
     names = [("replica", replica, plan.mesh.dp_replicate), ("shard", shard, plan.mesh.dp_shard)]
-    return ", ".join(f"{name} {place}" for name, place, size in names if size > 1) or "all samples"
+    return ", ".join(f"{name} {place}" for name, place, size in names if size > 1) or ("" if plan.mesh.pp > 1 else "all samples")
+
+
+def timeline_label(plan: Plan) -> str:
+    """What the picture of the pipeline shows, for those who do not see it."""
+    idle = ", ".join(f"rank {row.rank} {row.idle}" for row in pipeline.ranks(plan))
+    return (
+        f"What each of {plan.mesh.pp} pipeline ranks does when: {words.plural(plan.micro_batches, 'micro-batch')} forward and "
+        f"backward. Idle: {idle}"
+    )
+
+
+def rank_bars(plan: Plan) -> tuple[tuple[pipeline.RankRow, Markup], ...]:
+    """Every pipeline rank with its memory by category, all bars on one scale."""
+    rows = pipeline.ranks(plan)
+    fullest = max((sum(part.value for part in row.parts) for row in rows), default=0.0)
+    limit, head = plan.memory_limit, facts.headline(plan)
+    return tuple(
+        (
+            row,
+            Markup(
+                charts.stacked_bar(
+                    row.parts, f"Rank {row.rank}: {row.memory} of {head.limit}", limit, f"limit: {head.limit}", fullest
+                )
+            ),
+        )
+        for row in rows
+    )
 
 
 def memory_bar(plan: Plan) -> str:
@@ -137,7 +200,8 @@ def _candidate_points(plan: Plan) -> list[charts.Point]:
         if row.seconds is None or row.bytes is None:
             continue
         kind = {"chosen": "chosen", "slower": "bound" if row.bound else "slower"}.get(row.status, "refused")
-        title = f"{row.mesh}, micro-batch {row.micro_batch}: {row.step_time}, {row.memory}. {row.status}: {row.reason}"
+        where = ", ".join(filter(None, (row.mesh, row.schedule, f"micro-batch {row.micro_batch}")))
+        title = f"{where}: {row.step_time}, {row.memory}. {row.status}: {row.reason}"
         points.append(charts.Point(row.bytes / _GIB, row.seconds, kind, title, "this plan" if kind == "chosen" else ""))
     return points
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoplan.plan import CandidateStatus, Plan
-from autoplan.report import facts, layers
+from autoplan.report import facts, layers, pipeline
 from autoplan.report.tables import table, titled
 
 TOP = 6
@@ -26,8 +26,9 @@ def summary(plan: Plan, path: str = "plan.yaml") -> RenderableType:
         _answer(plan),
         titled("Layers", _layers(plan)),
         *(titled(f"Sharding of {card.used_by}", _modules(card)) for card in layers.cards(plan) if card.modules),
+        *([titled("Pipeline", _ranks(plan))] if pipeline.ranks(plan) else []),
         titled("Memory of the fullest device", _parts(facts.memory_parts(plan), facts.headline(plan).memory)),
-        titled("Where the step goes", _parts(facts.time_parts(plan), facts.headline(plan).step_time)),
+        titled("Where the step goes", _time(plan)),
     ]
     if plan.baselines:
         sections.append(titled("Against plans written by hand", _baselines(plan)))
@@ -44,6 +45,8 @@ def _answer(plan: Plan) -> RenderableType:
         Text(head.answer, style="bold"),
         Text(f"{head.throughput} tokens/s, MFU {head.mfu}, {head.memory} of {head.limit} a device ({head.headroom})."),
     ]
+    if plan.pipeline:
+        lines.append(Text(f"{pipeline.stages_line(plan)}."))
     speedups = facts.speedups(plan)
     lines.append(
         Text(f"{speedups}." if speedups else f"No speed-up to show: {head.speedup_over}.", style="" if speedups else "dim")
@@ -88,6 +91,21 @@ def _parts(parts: tuple[facts.Part, ...], total: str) -> Table:
     return rows
 
 
+def _ranks(plan: Plan) -> RenderableType:
+    rows = table(
+        ("<", "rank"), ("<", "layers"), (">", "forward"), (">", "backward"), (">", "idle"), (">", "memory"), (">", "free")
+    )
+    for row in pipeline.ranks(plan):
+        _add(rows, f"pp {row.rank}", row.layers, row.forward, row.backward, row.idle, row.memory, row.free)
+    return Group(rows, Text("Times of one micro-batch; idle is a share of the schedule.", style="dim"))
+
+
+def _time(plan: Plan) -> RenderableType:
+    parts = _parts(facts.time_parts(plan), facts.headline(plan).step_time)
+    said = pipeline.simulated_words(plan)
+    return Group(parts, Text(said, style="dim")) if said else parts
+
+
 def _baselines(plan: Plan) -> Table:
     rows = table(("<", "baseline"), ("<", "mesh"), (">", "step"), (">", "memory"), (">", "plan is"), ("<", "why not"))
     for row in facts.baselines(plan):
@@ -99,7 +117,8 @@ def _baselines(plan: Plan) -> Table:
 def _candidates(plan: Plan) -> RenderableType:
     rows = table(("<", "mesh"), (">", "samples"), (">", "step"), (">", "memory"), ("<", "why"))
     for row in _top(facts.candidates(plan)):
-        _add(rows, row.mesh, row.micro_batch, row.step_time, row.memory, _why(row), style=_STATUS_STYLE[row.status])
+        mesh = f"{row.mesh}, {row.schedule}" if row.schedule else row.mesh
+        _add(rows, mesh, row.micro_batch, row.step_time, row.memory, _why(row), style=_STATUS_STYLE[row.status])
     counts = ", ".join(f"{number} {status}" for status, number in facts.candidate_counts(plan))
     return Group(rows, Text(f"{counts}. All of them with their reasons are in the HTML report.", style="dim"))
 

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autoplan.plan import Baseline, Candidate, LayerRun, MemoryBreakdown, Plan, Prediction, Solve, TimeBreakdown
+from autoplan.plan import (
+    Baseline,
+    Candidate,
+    LayerRun,
+    MemoryBreakdown,
+    Pipeline,
+    Plan,
+    Prediction,
+    Solve,
+    StagePrediction,
+    TimeBreakdown,
+)
+from autoplan.schedule import ScheduleKind
 from autoplan.strategy import GATHERED, PARTIAL, REPLICATE, Border, Mesh, Sharding, Strategy, shard
 from autoplan.workload import Workload
 
@@ -219,6 +231,58 @@ def single() -> Plan:
         candidates=(),
         solve=Solve(status="given", gap=0.0, bound=0.0, solver="none", candidates=1),
         warnings=(),
+    )
+
+
+def piped(schedule: ScheduleKind = "1f1b", pp: int = 4, chunks: int = 1, batch: int = 128) -> Plan:
+    """Llama over `pp` pipeline ranks with tp 2: the first rank is the fullest, the last the slowest."""
+    plan = llama()
+    names = [name for name, _ in plan.layers()]
+    virtual = pp * chunks
+    cuts = [round(k * len(names) / virtual) for k in range(1, virtual)]
+    stages = tuple(
+        StagePrediction(
+            forward=tuple(0.020 / chunks * (1.1 if s == pp - 1 else 1.0) for _ in range(chunks)),
+            backward=tuple(0.041 / chunks * (1.1 if s == pp - 1 else 1.0) for _ in range(chunks)),
+            memory=replace(
+                plan.prediction.memory, activations=(40 * (pp - s) / pp + 4) * GIB, pipeline=(0.25 if s else 0.125) * GIB
+            ),
+        )
+        for s in range(pp)
+    )
+    candidates = (
+        Candidate(
+            mesh=Mesh(pp=pp, tp=2),
+            micro_batch=1,
+            schedule=schedule,
+            status="chosen",
+            reason="the fastest",
+            step_time=9.0,
+            memory=stages[0].memory.total,
+        ),
+        *plan.candidates[1:],
+    )
+    time = TimeBreakdown(
+        forward=2.6, backward=5.2, tp_communication=0.8, dp_communication=0.02, pp_communication=0.06, bubble=0.3, optimizer=0.01
+    )
+    return replace(
+        plan,
+        mesh=Mesh(pp=pp, tp=2),
+        micro_batch=1,
+        workload=Workload(global_batch=batch),
+        pipeline=Pipeline(schedule=schedule, chunks=chunks, split_before=tuple(names[cut] for cut in cuts)),
+        prediction=Prediction(
+            step_time=time.total,
+            time=time,
+            memory=stages[0].memory,
+            hidden_communication=0.1,
+            tokens_per_second=batch * 8192 / time.total,
+            hop=0.0006,
+            stages=stages,
+            simulated=time.total * 0.997,
+            mfu=0.41,
+        ),
+        candidates=candidates,
     )
 
 

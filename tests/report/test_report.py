@@ -18,10 +18,10 @@ from autoplan.report.page import page
 from autoplan.report.terminal import summary
 from autoplan.strategy import GATHERED, PARTIAL, Sharding, shard
 
-from .plans import EVIL, hostile, llama, single
+from .plans import EVIL, hostile, llama, piped, single
 
 GOLDEN = Path(__file__).parent / "golden"
-PLANS = {"llama": llama, "single": single, "hostile": hostile}
+PLANS = {"llama": llama, "single": single, "piped": piped, "hostile": hostile}
 
 
 def plain(what: RenderableType, width: int = 80) -> str:
@@ -58,7 +58,7 @@ class Reader(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.words))
 
 
-@pytest.mark.parametrize("name", ["llama", "single"])
+@pytest.mark.parametrize("name", ["llama", "single", "piped"])
 def test_the_terminal_shows_what_it_showed(name: str) -> None:
     """Set AUTOPLAN_UPDATE_GOLDEN=1 to accept a new look."""
     text, golden = plain(summary(PLANS[name]())), GOLDEN / f"{name}.txt"
@@ -111,7 +111,8 @@ def test_without_javascript_everything_is_there(name: str) -> None:
     plan = PLANS[name]()
     text = Reader(page(plan)).text.replace("\N{MULTIPLICATION SIGN}", "x")
     for row in facts.candidates(plan):
-        assert f"{row.mesh} {row.micro_batch} {row.step_time} {row.memory}" in re.sub(r"\s+", " ", text)
+        schedule = f"{row.schedule or '-'} " if plan.pipeline else ""
+        assert f"{row.mesh} {schedule}{row.micro_batch} {row.step_time} {row.memory}" in re.sub(r"\s+", " ", text)
     for part in (*facts.time_parts(plan), *facts.memory_parts(plan)):
         assert part.label in text
         assert part.text in text
