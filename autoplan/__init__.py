@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 _FACE = (
     "apply",
+    "compare",
     "estimate",
     "explain",
+    "frame",
     "hardware_names",
     "inspect",
     "load_hardware",

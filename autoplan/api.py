@@ -10,7 +10,7 @@ torch and the solver are imported where they are used, so that `import autoplan`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -25,16 +25,20 @@ from autoplan.profile.catalog import DEFAULT_HARDWARE, find_hardware, hardware_n
 from autoplan.workload import DType, OptimizerName, Workload
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import nn
 
     from autoplan.apply import ParallelModel
     from autoplan.capture import LoadedModel
+    from autoplan.report.rows import Table
     from autoplan.search.planner import Progress
 
 __all__ = [
     "apply",
+    "compare",
     "estimate",
     "explain",
+    "frame",
     "hardware_names",
     "inspect",
     "load_hardware",
@@ -185,6 +189,33 @@ def report(plan: Plan) -> str:
     from autoplan.report.page import page
 
     return page(plan)
+
+
+def compare(plans: Sequence[tuple[str, Plan]]) -> str:
+    """Two to five plans, each with the name of its column, side by side on one self-contained HTML page."""
+    from autoplan.report.page import comparison
+
+    return comparison(plans)
+
+
+def frame(plan: Plan, table: Table = "candidates") -> pd.DataFrame:
+    """A table of the plan as a pandas DataFrame, in bytes and seconds: "candidates", "layers" or "ranks" (of the pipeline).
+
+    Raises `UsageError` when pandas is not installed.
+    """
+    from autoplan.report.rows import frame as make
+
+    return make(plan, table)
+
+
+def _notebook(plan: Plan) -> str:
+    """What a notebook shows of a plan."""
+    from autoplan.report.notebook import card
+
+    return card(plan)
+
+
+Plan._repr_html_ = _notebook  # type: ignore[attr-defined]  # the noun stands below the room that draws it
 
 
 def apply(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,9 @@ class FakeApi(ModuleType):
 
     def report(self, plan: Any) -> str:
         return "<!doctype html>"
+
+    def compare(self, plans: Any) -> str:
+        return f"<!doctype html>{len(plans)}"
 
 
 @pytest.fixture
@@ -129,6 +134,11 @@ def test_a_failing_report_leaves_the_old_files(api: FakeApi, monkeypatch: pytest
         ["plan", "model.py", "--gpus", "8", "-o", "nowhere/plan.yaml"],
         ["plan", "model.py", "--gpus", "8", "-o", "report.html"],
         ["report", "plan.yaml", "--format", "pdf"],
+        ["report", "plan.yaml", "-o", "plan.pdf"],
+        ["report", "plan.yaml", "--format", "csv", "--open"],
+        ["compare", "plan.yaml"],
+        ["compare", *["plan.yaml"] * 6],
+        ["compare", "plan.yaml", "plan.yaml", "--open"],
     ],
 )
 def test_bad_usage_is_2(api: FakeApi, arguments: list[str]) -> None:
@@ -141,6 +151,119 @@ def test_report_writes_a_page_or_prints(api: FakeApi, capsys: pytest.CaptureFixt
     assert Path("page.html").exists()
     assert cli.main(["report", "plan.yaml", "--format", "terminal"]) == 0
     assert "gpt2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("a.html", "<!doctype"),
+        ("a.csv", "kind"),
+        ("a.json", "{"),
+        ("a.trace.json", '{"displayTimeUnit"'),
+        ("a.txt", "Train gpt2"),
+    ],
+)
+def test_the_ending_of_a_name_tells_the_format(api: FakeApi, name: str, start: str) -> None:
+    assert cli.main(["report", "plan.yaml", "-o", name]) == 0
+    assert Path(name).read_text().startswith(start)
+    assert cli.main(["report", "plan.yaml", "-o", name]) == 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "trace", "terminal"])
+def test_data_goes_to_stdout(api: FakeApi, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    assert cli.main(["report", "plan.yaml", "--format", kind]) == 0
+    out, err = capsys.readouterr()
+    assert out
+    assert err == ""
+    assert list(Path().iterdir()) == []
+
+
+def test_compare_prints_or_writes(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", "a.yaml", "b.yaml"]) == 0
+    assert "as fast as b.yaml" in capsys.readouterr().out
+    assert cli.main(["compare", "a.yaml", "b.yaml", "c.yaml", "-o", "c.html"]) == 0
+    assert Path("c.html").read_text() == "<!doctype html>3"
+    assert capsys.readouterr().out == ""
+    assert cli.main(["compare", "a.yaml", "b.yaml", "--json"]) == 0
+    assert [row["file"] for row in json.loads(capsys.readouterr().out)] == ["a.yaml", "b.yaml"]
+
+
+def test_open_opens_the_page(api: FakeApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: not opened.append(url))
+    assert cli.main(["report", "plan.yaml", "--open"]) == 0
+    assert cli.main(["plan", "model.py", "--gpus", "8", "--open", "--force"]) == 0
+    assert opened == [Path("report.html").resolve().as_uri()] * 2
+    monkeypatch.setattr("webbrowser.open", lambda url: False)
+    assert cli.main(["report", "plan.yaml", "--open", "--force"]) == 0
+    assert "no browser was found" in capsys.readouterr().err
+
+
+def test_quiet_says_nothing_but_errors(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    for asked in (["-q", "plan", "model.py", "--gpus", "8"], ["plan", "model.py", "--gpus", "8", "--force", "--quiet"]):
+        assert cli.main(asked) == 0
+        assert capsys.readouterr().err == ""
+    assert cli.main(["-q", "plan", "model.py", "--gpus", "8"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert cli.main(["plan", "model.py", "--gpus", "8", "--force"]) == 0
+    assert "wrote" in capsys.readouterr().err, "the next run is not quiet"
+
+
+def test_verbose_says_more(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "model.py", "--gpus", "8", "-v"]) == 0
+    assert "took: " in capsys.readouterr().err
+    api.error = RuntimeError("oh")
+    assert cli.main(["plan", "model.py", "--gpus", "8", "--force", "--verbose"]) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_slip_of_the_finger_gets_a_suggestion(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["raport", "plan.yaml"]) == 2
+    assert "Did you mean 'report'?" in capsys.readouterr().err
+    assert cli.main(["plan", "model.py", "--gpu", "8"]) == 2
+    assert "--gpus" in capsys.readouterr().err
+
+
+def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("autoplan", "python", "torch", "HiGHS solves", "GPUs"))
+    assert cli.main(["doctor", "--json"]) == 0
+    assert all(check["ok"] for check in json.loads(capsys.readouterr().out))
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    assert cli.main(["doctor"]) == 1
+    assert "pip install 'highspy" in capsys.readouterr().out
+
+
+def test_colours_are_left_out_when_nobody_wants_them(tmp_path: Path) -> None:
+    program = "import sys; from autoplan.cli import main; sys.exit(main(['hardware']))"
+    for told in ({"NO_COLOR": "1", "FORCE_COLOR": "1"}, {}):
+        asked = {"PATH": os.environ["PATH"], "COLUMNS": "40", **told}
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=asked, cwd=tmp_path
+        )
+        assert done.returncode == 0
+        assert "\x1b[3" not in done.stdout
+        plain = re.sub("\x1b\\[[0-9;]*m", "", done.stdout)
+        assert max(map(len, plain.splitlines())) <= 40
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes(shell: str, tmp_path: Path) -> None:
+    words = {"bash": ("autoplan plan m.py --hardware h100", "4"), "zsh": ("autoplan plan m.py --hardware h100", ""),
+             "fish": ("autoplan plan m.py --hardware h100", "")}[shell]  # fmt: skip
+    env = {
+        "PATH": os.environ["PATH"],
+        "_AUTOPLAN_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": words[0],
+        "COMP_CWORD": words[1],
+        "_TYPER_COMPLETE_ARGS": words[0],
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "autoplan"], capture_output=True, text=True, timeout=60, env=env, cwd=tmp_path, check=False
+    )
+    assert "h100-sxm-8x" in done.stdout, done.stderr
 
 
 def test_help_and_version_load_neither_torch_nor_the_solver() -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from autoplan.plan import Plan
-from autoplan.report import charts, facts, gantt, layers, pipeline, words
+from autoplan.report import charts, facts, gantt, layers, pipeline, versus, words
 from autoplan.units import BYTE
 
 MAX_CANDIDATES = 300
@@ -64,11 +66,9 @@ class Stage:
 
 def page(plan: Plan) -> str:
     """The whole report. A pure function: the same plan gives the same bytes."""
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     candidates = facts.candidates(plan)
     film = pipeline.film(plan)
-    return _template().render(
+    return _template("page.html.j2").render(
         plan=plan,
         head=facts.headline(plan),
         speedups=facts.speedups(plan),
@@ -102,14 +102,53 @@ def page(plan: Plan) -> str:
         hardware=facts.hardware(plan),
         warnings=facts.warnings(plan),
         commands=facts.commands(plan),
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        policy=_POLICY.format(digest=digest),
+        **_trusted(),
     )
 
 
+def comparison(plans: versus.Named) -> str:
+    """Two to five plans side by side, as a page of its own."""
+    names = versus.names(plans)
+    slowest = max(plan.prediction.step_time for _, plan in plans)
+    fullest = max(max(plan.prediction.memory.total, plan.memory_limit) for _, plan in plans)
+    return _template("compare.html.j2").render(
+        names=names,
+        verdict=versus.verdict(plans),
+        caution=versus.caution(plans),
+        costs=versus.costs(plans),
+        choices=versus.choices(plans),
+        time=versus.parts(plans, facts.time_parts),
+        memory=versus.parts(plans, facts.memory_parts),
+        time_keys=_used(plans, facts.time_parts),
+        memory_keys=_used(plans, facts.memory_parts),
+        time_bars=[
+            (name, Markup(charts.stacked_bar(facts.time_parts(plan), f"Step of {name}", longest=slowest)), head.step_time)
+            for name, (_, plan) in zip(names, plans, strict=True)
+            for head in [facts.headline(plan)]
+        ],
+        memory_bars=[
+            (name, Markup(memory_bar(plan, fullest)), facts.headline(plan).memory)
+            for name, (_, plan) in zip(names, plans, strict=True)
+        ],
+        **_trusted(),
+    )
+
+
+def _used(plans: versus.Named, of: Callable[[Plan], tuple[facts.Part, ...]]) -> list[facts.Part]:
+    """The parts that are not zero in every plan: what the bars' legend names."""
+    return [row[0] for row in zip(*(of(plan) for _, plan in plans), strict=True) if any(part.value for part in row)]
+
+
+def _trusted() -> dict[str, Any]:
+    """The style and the script of a page, and the policy that allows these and nothing else."""
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style = Markup((_HERE / "page.css").read_text(encoding="utf-8"))
+    return {"style": style, "script": Markup(script), "policy": _POLICY.format(digest=digest)}
+
+
 @cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -117,7 +156,7 @@ def _template() -> Template:
     environment.filters["factors"] = lambda text: re.sub(r"(?<=\d)x\b", _TIMES, str(text))
     environment.filters["glued"] = lambda text: _UNIT.sub("\N{NO-BREAK SPACE}", str(text))
     environment.filters["percent"] = words.percent
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
 def mesh_stages(plan: Plan) -> tuple[Stage, ...]:
@@ -174,11 +213,11 @@ def rank_bars(plan: Plan) -> tuple[tuple[pipeline.RankRow, Markup], ...]:
     )
 
 
-def memory_bar(plan: Plan) -> str:
+def memory_bar(plan: Plan, longest: float = 0.0) -> str:
     """The peak by category against the limit."""
     head = facts.headline(plan)
     label = f"Peak memory {head.memory} of {head.limit} by category"
-    return charts.stacked_bar(facts.memory_parts(plan), label, plan.memory_limit, f"limit: {head.limit}")
+    return charts.stacked_bar(facts.memory_parts(plan), label, plan.memory_limit, f"limit: {head.limit}", longest)
 
 
 def scatter(plan: Plan) -> str:

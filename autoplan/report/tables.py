@@ -1,17 +1,38 @@
-"""The look of everything that is printed in a terminal: tables without lines, titles in one colour."""
+"""The look of everything that is printed in a terminal: tables without lines, titles in one colour.
+
+On a terminal too narrow for columns a table becomes a list: the first cell of a row, and under it the others with their names.
+"""
 
 from __future__ import annotations
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+NARROW = 56
+"""Columns of a terminal below which a table is a list."""
+
+
+class _Table(Table):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width >= NARROW or len(self.columns) < 3:
+            yield from super().__rich_console__(console, options)
+            return
+        for cells, row in zip(zip(*(column.cells for column in self.columns), strict=True), self.rows, strict=True):
+            for n, (column, cell) in enumerate(zip(self.columns, cells, strict=True)):
+                text = cell if isinstance(cell, Text) else Text(str(cell))
+                if n == 0 and text.plain:
+                    yield Text.assemble(text, style=row.style or "bold")
+                elif n and text.plain:
+                    name = f"{column.header}: " if column.header else ""
+                    yield Padding(Text.assemble((name, "dim"), text, style=row.style or ""), (0, 0, 0, 2))
+
 
 def table(*columns: tuple[str, str]) -> Table:
     """An empty table; the sign before a column's name says where it stands: "<" left, ">" right."""
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    made = _Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for side, name in columns:
         made.add_column(name, justify="right" if side == ">" else "left", overflow="fold", no_wrap=side == ">")
     return made

@@ -5,7 +5,9 @@ Texts are `rich.text.Text`, never markup: a layer may be called "[red]".
 
 from __future__ import annotations
 
-from rich.console import Group, RenderableType
+import io
+
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -37,6 +39,13 @@ def summary(plan: Plan, path: str = "plan.yaml") -> RenderableType:
     sections += [Text(f"warning: {warning}", style="yellow") for warning in facts.warnings(plan)]
     sections.append(titled("Next", _commands(plan, path)))
     return Group(*sections)
+
+
+def plain_text(plan: Plan, path: str = "plan.yaml", width: int = 80) -> str:
+    """The summary as text without colours, for a file."""
+    out = io.StringIO()
+    Console(file=out, width=width, no_color=True, highlight=False).print(summary(plan, path))
+    return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
 
 
 def _answer(plan: Plan) -> RenderableType:

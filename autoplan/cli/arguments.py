@@ -1,0 +1,58 @@
+"""Arguments that several commands take, and how their text is read."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autoplan.errors import UsageError
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="model.py with build_model() and example_inputs(), model.py:factory, or a Hugging Face config.json or folder.",
+    ),
+]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="A plan that `autoplan plan` wrote.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Keyword argument of build_model; may be repeated.")
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
+Open = Annotated[bool, typer.Option("--open", help="Show the page in a browser.")]
+
+
+def hardware_completions(incomplete: str) -> list[str]:
+    """Names of profiles that begin so, for the shell."""
+    from autoplan.profile.catalog import hardware_names
+
+    return [name for name in hardware_names() if name.startswith(incomplete)]
+
+
+def share(text: str) -> float:
+    """ "10%" or "0.1" as a number from 0 to below 1."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", text)
+    number = float(match.group(1)) / (100 if match.group(2) else 1) if match else 1.0
+    if not 0 <= number < 1:
+        raise UsageError(f"'{text}' is no share of the memory.", "Write a percentage such as 10%, or a number below 1.")
+    return number
+
+
+def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """`["size=70B", "layers=4"]` as keyword arguments; what reads as a Python value becomes one, the rest stays text."""
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"--set '{pair}' is no setting.", "Write --set name=value.")
+        try:
+            found[key] = {"true": True, "false": False}[value] if value in ("true", "false") else ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found

@@ -1,0 +1,1 @@
+"""Commands that carry a plan elsewhere: schema."""

@@ -1,0 +1,134 @@
+"""Commands that think: plan, estimate, explain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import typer
+
+from autoplan.cli import arguments, outputs, talk
+from autoplan.cli.app import app
+from autoplan.cli.arguments import Force, Json, Model, Open, PlanFile, Settings
+from autoplan.errors import UsageError
+
+
+@app.command(
+    epilog="Examples:\n\nautoplan plan model.py --gpus 8\n\n"
+    "autoplan plan model.py --gpus 64 --hardware h100-sxm-8x --global-batch 512\n\n"
+    "autoplan plan model.py --set size=70B --gpus 256 --tp 8 -o plan-70b.yaml --report plan-70b.html"
+)
+def plan(
+    model: Model,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Number of devices.")],
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="A profile of `autoplan hardware`, or a YAML file.",
+            autocompletion=arguments.hardware_completions,
+        ),
+    ] = None,
+    global_batch: Annotated[int | None, typer.Option(min=1, help="Samples of one optimizer step, over all devices.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh; 1: no pipeline.")] = None,
+    dp_replicate: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
+    dp_shard: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
+    memory_headroom: Annotated[
+        str, typer.Option(metavar="SHARE", help="Share of each device's memory to keep free: 10%.")
+    ] = "0%",
+    gap: Annotated[float, typer.Option(help="Distance from the optimum at which to stop.")] = 1e-4,
+    time_limit: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Stop then with the best so far.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.yaml"),
+    report: Annotated[Path, typer.Option("--report", help="Where the HTML report goes.")] = Path("report.html"),
+    settings: Settings = None,
+    as_json: Json = False,
+    force: Force = False,
+    open_page: Open = False,
+) -> None:
+    """Find the fastest way to train MODEL on so many GPUs; write the plan and its report. Needs no GPU."""
+    headroom, model_kwargs = arguments.share(memory_headroom), arguments.settings(settings)
+    outputs.check((output, report), force)
+    from autoplan import api
+
+    axes = {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
+    wishes: dict[str, Any] = {"hardware": hardware} if hardware is not None else {}
+    started = perf_counter()
+    with talk.progress() as on_progress:
+        found = api.plan(
+            model,
+            gpus=gpus,
+            global_batch=global_batch,
+            fixed={axis: size for axis, size in axes.items() if size is not None},
+            headroom=headroom,
+            gap=gap,
+            model_kwargs=model_kwargs,
+            time_limit=time_limit,
+            on_progress=on_progress,
+            **wishes,
+        )
+    talk.add("took", f"{perf_counter() - started:.1f} s")
+    with outputs.atomically(output) as plan_file, outputs.atomically(report) as page_file:
+        api.save_plan(found, plan_file)
+        page_file.write_text(api.report(found), encoding="utf-8")
+    if hardware is None:
+        talk.say("hardware", f"{found.hardware} (--hardware names another one)")
+    if global_batch is None:
+        talk.say("global batch", f"{found.workload.global_batch} samples (--global-batch sets it)")
+    if as_json:
+        typer.echo(api.plan_json(found))
+    else:
+        from autoplan.report.terminal import summary
+
+        talk.show(summary(found, str(output)))
+    talk.say("wrote", f"{output} and {report}")
+    if open_page:
+        outputs.open_in_browser(report)
+    if found.solve.stopped == "interrupted":
+        raise typer.Exit(130)
+
+
+@app.command(
+    epilog="Examples:\n\nautoplan estimate plan.yaml\n\nautoplan estimate edited.yaml --model examples/llama.py\n\n"
+    "autoplan estimate plan.yaml --json"
+)
+def estimate(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="A plan, perhaps edited by hand.")],
+    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Default: the model that the plan names.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Price a plan anew, as it is written: after an edit, or to check what it says."""
+    from dataclasses import replace
+
+    from autoplan import api
+
+    written = api.load_plan(plan_file)
+    priced = replace(written, prediction=api.estimate(written, model))
+    if as_json:
+        typer.echo(api.plan_json(priced))
+    else:
+        from autoplan.report.compare import repriced
+
+        talk.show(repriced(written, priced))
+
+
+@app.command(
+    epilog="Examples:\n\nautoplan explain plan.yaml tp=2\n\nautoplan explain plan.yaml dp_shard=4 tp=2\n\n"
+    "autoplan explain plan.yaml tp=3"
+)
+def explain(
+    plan_file: PlanFile,
+    wishes: Annotated[list[str], typer.Argument(metavar="AXIS=SIZE...", help="Axes of the mesh: tp=2 dp_shard=4.")],
+) -> None:
+    """Answer "why not tp=2?": the best plan with that wish beside the given one, or why there is none."""
+    from autoplan import api
+    from autoplan.report.compare import answer
+
+    fixed = arguments.settings(wishes)
+    for axis, size in fixed.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise UsageError(f"'{axis}={size}' is no size of an axis.", "Write a whole number: tp=2.")
+    plan = api.load_plan(plan_file)
+    told = api.explain(plan, fixed)
+    talk.show(answer(plan, told.fixed, told.plan, told.reason))
