@@ -17,7 +17,7 @@ exact timeline of the schedule. The breakdown is that of the slowest stage; the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -28,13 +28,13 @@ from autoplan.cost.outer import OuterParts
 from autoplan.cost.prices import LayerModel
 from autoplan.cost.rank import Held, Rank, breakdown, memory, simulated, stage_predictions
 from autoplan.cost.rank import seconds as rank_seconds
-from autoplan.cost.step import LayerStep, layer_step
+from autoplan.cost.step import DataParallel, LayerStep, data_parallel, ideal_data_parallel, layer_step
 from autoplan.errors import UsageError
 from autoplan.graph import Graph, Value
 from autoplan.hardware import HardwareProfile
 from autoplan.plan import Plan, Prediction
 from autoplan.schedule import ScheduleKind, additive_seconds, exposed_hops, in_flight_by_chunk, slots
-from autoplan.strategy import Layout, Mesh, Sharding, Strategy
+from autoplan.strategy import Layout, Mesh, Sharding, Strategy, Zero
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import Workload
 
@@ -60,6 +60,7 @@ class CostModel:
         self._models: dict[tuple[int, int, int], LayerModel] = {}
         self._costs: dict[tuple[int, int, int, Sharding], LayerCost] = {}
         self._parts: dict[tuple[tuple[int, ...], int, int, Sharding], LayerCost] = {}
+        self._dp: dict[Hashable, DataParallel] = {}
         self._passed: dict[tuple[int, int], Bytes] = {}
         self.outer = OuterParts(graph)
 
@@ -104,21 +105,46 @@ class CostModel:
 
     def layer_step(self, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int) -> LayerStep:
         """One layer's share of a step; OUTER: all that stands outside the layers."""
+        key = (body, mesh.tp, micro_batch, strategy.sharding)
         cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch)
-        return self._step(cost, strategy, mesh, micro_batch, outer=body == OUTER)
+        return self._step(key, cost, strategy, mesh, micro_batch, outer=body == OUTER)
 
     def outer_step(self, regions: tuple[int, ...], strategy: Strategy, mesh: Mesh, micro_batch: int) -> LayerStep:
         """The share of some regions of the outer body, see cost.outer."""
         if len(regions) == len(self.outer.busy):
             return self.layer_step(OUTER, strategy, mesh, micro_batch)
         key = (regions, mesh.tp, micro_batch, strategy.sharding)
-        if key not in self._parts:
-            self._parts[key] = self.outer.cost(self.layer_model(OUTER, mesh.tp, micro_batch), strategy.sharding, regions)
-        return self._step(self._parts[key], strategy, mesh, micro_batch, outer=True)
+        return self._step(
+            key, self._part(regions, strategy.sharding, mesh.tp, micro_batch), strategy, mesh, micro_batch, outer=True
+        )
 
-    def _step(self, cost: LayerCost, strategy: Strategy, mesh: Mesh, micro_batch: int, *, outer: bool) -> LayerStep:
+    def _part(self, regions: tuple[int, ...], sharding: Sharding, tp: int, micro_batch: int) -> LayerCost:
+        key = (regions, tp, micro_batch, sharding)
+        if key not in self._parts:
+            self._parts[key] = self.outer.cost(self.layer_model(OUTER, tp, micro_batch), sharding, regions)
+        return self._parts[key]
+
+    def ideal_step(
+        self, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int, regions: tuple[int, ...] | None = None
+    ) -> LayerStep:
+        """`layer_step`, or `outer_step` of some regions, with dp axes that cost nothing (cost.step.ideal_data_parallel)."""
+        if regions is None or len(regions) == len(self.outer.busy):
+            cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch)
+        else:
+            cost = self._part(regions, strategy.sharding, mesh.tp, micro_batch)
+        dp, again = ideal_data_parallel(cost, mesh), strategy.recompute == "full"
+        return layer_step(cost, dp, 3, again, 1, self.hardware, self.workload, outer=body == OUTER)
+
+    def _step(
+        self, key: Hashable, cost: LayerCost, strategy: Strategy, mesh: Mesh, micro_batch: int, *, outer: bool
+    ) -> LayerStep:
+        of = (key, mesh.dp_replicate, mesh.dp_shard)
+        if of not in self._dp:
+            self._dp[of] = data_parallel(cost, mesh, self.hardware, self.workload)
+        zero: Zero = strategy.zero if mesh.dp_shard > 1 else 3
+        again = strategy.recompute == "full"
         m = self.micro_batches(mesh, micro_batch)
-        return layer_step(cost, strategy, mesh, m, self.hardware, self.workload, outer=outer)
+        return layer_step(cost, self._dp[of], zero, again, m, self.hardware, self.workload, outer=outer)
 
     def passed(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Bytes:
         """Most bytes that a rank passes on to the next stage for one micro-batch, at any cut."""

@@ -28,7 +28,7 @@ from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import optimizer_time
 from autoplan.cost.layer import LayerCost, layer_cost
 from autoplan.cost.model import OUTER, CostModel
-from autoplan.cost.step import dp_collectives
+from autoplan.cost.step import data_parallel
 from autoplan.cost.walk import Step, walk
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES
@@ -224,8 +224,8 @@ class Pipeline:
     def _collectives(self, cost: LayerCost, at: Arrangement) -> tuple[Seconds, Seconds, Seconds]:
         mesh = Mesh(dp_shard=at.dp, tp=at.tp) if at.zero == 3 else Mesh(dp_replicate=at.dp, tp=at.tp)
         slower = self._slower(at.dp * at.tp)
-        gather, reduce, final = dp_collectives(cost, mesh, self.costs.hardware, self.costs.workload)
-        return slower * gather, slower * reduce, slower * final
+        dp = data_parallel(cost, mesh, self.costs.hardware, self.costs.workload)
+        return slower * dp.gather, slower * dp.reduce, slower * dp.final
 
     def _hop(self, at: Arrangement) -> Seconds:
         """Seconds of passing one micro-batch's activations on; under tp every rank of a stage sends its share."""

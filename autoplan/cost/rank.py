@@ -33,8 +33,7 @@ def seconds(rank: Rank, slots: float) -> Seconds:
 
 def memory(rank: Rank, in_flight: Sequence[int], received: Bytes) -> MemoryBreakdown:
     """Peak bytes; `in_flight`: micro-batches whose activations each chunk holds at once."""
-    parts = _weighted((held.step.states.items(), held.number) for held in rank)
-    parts["activations"] += sum(held.step.kept * held.number * in_flight[held.chunk] for held in rank)
+    parts = _weighted((held.step.memory(in_flight[held.chunk]).items(), held.number) for held in rank)
     parts["pipeline"] += received
     fullest = max((held.step for held in rank), key=lambda step: step.peak)
     return MemoryBreakdown(**_weighted([(parts.items(), 1), (fullest.moment.items(), 1)]))
@@ -43,8 +42,7 @@ def memory(rank: Rank, in_flight: Sequence[int], received: Bytes) -> MemoryBreak
 def breakdown(rank: Rank, micro_batches: int, slots: float, step: Seconds, passing: Seconds) -> TimeBreakdown:
     """Where the `step` seconds of the slowest rank go: its own work, `passing` activations on, and the bubble."""
     spread = micro_batches / slots  # the rest of what happens once falls into the bubble's slots
-    parts = _weighted((held.step.slot.items(), held.number * micro_batches) for held in rank)
-    parts = _weighted([(parts.items(), 1), *((held.step.once.items(), held.number * spread) for held in rank)])
+    parts = _weighted((held.step.time(micro_batches, spread).items(), held.number) for held in rank)
     parts["pp_communication"] = passing
     parts["bubble"] = max(0.0, step - sum(parts.values())) if slots > micro_batches else 0.0
     return TimeBreakdown(**parts)
@@ -54,7 +52,7 @@ def chunk_seconds(rank: Rank, chunks: int) -> tuple[tuple[Seconds, ...], tuple[S
     """Seconds of (the forward, the backward pass) of one micro-batch in every chunk."""
     forward, both = [0.0] * chunks, [0.0] * chunks
     for held in rank:
-        forward[held.chunk] += held.step.forward * held.number
+        forward[held.chunk] += held.step.forward_slot * held.number
         both[held.chunk] += held.step.slot_seconds * held.number
     return tuple(forward), tuple(b - f for b, f in zip(both, forward, strict=True))
 

@@ -28,8 +28,8 @@ neighbour, its unreduced gradients and its largest temporary: of these moments o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import memory_time, optimizer_time
@@ -37,135 +37,182 @@ from autoplan.cost.layer import LayerCost
 from autoplan.graph import DTYPE_BYTES
 from autoplan.hardware import HardwareProfile
 from autoplan.plan import MemoryBreakdown, TimeBreakdown
-from autoplan.strategy import Mesh, Strategy
+from autoplan.strategy import Mesh, Zero
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES, Workload
 
 
-@dataclass(frozen=True)
-class LayerStep:
-    """One layer's share of a step. All but `moment` adds up over the layers of a stage; of `moment` the largest counts."""
+class LayerStep(NamedTuple):
+    """One layer's share of a step. All but the moment adds up over the layers of a stage; of the moments the largest counts.
 
-    slot: TimeBreakdown
-    """Seconds of every micro-batch."""
-    once: TimeBreakdown
-    """Seconds once a step."""
+    A tuple of numbers rather than breakdowns: the search makes tens of thousands of them.
+    """
+
     forward: Seconds
-    """What of `slot` is the forward pass, with the gather that it does not hide."""
+    """Of every micro-batch, as all up to `dp`."""
+    backward: Seconds
+    recompute: Seconds
+    tp: Seconds
+    dp: Seconds
+    dp_once: Seconds
+    """Once a step, as the optimizer."""
+    optimizer_seconds: Seconds
+    forward_slot: Seconds
+    """What of every micro-batch's seconds is the forward pass, with the gather that it does not hide."""
     hidden: tuple[Seconds, Seconds]
     """Communication under computation, of every micro-batch and once a step."""
-    states: MemoryBreakdown
-    """Bytes whatever the number of micro-batches in flight."""
+    parameters: Bytes
+    gradients: Bytes
+    optimizer: Bytes
+    buffers: Bytes
+    unsharded: Bytes
     kept: Bytes
     """Bytes saved for the backward pass of one micro-batch."""
-    moment: MemoryBreakdown
-    """Bytes while its backward pass runs."""
-
-    @cached_property
-    def slot_seconds(self) -> Seconds:
-        return self.slot.total
-
-    @cached_property
-    def once_seconds(self) -> Seconds:
-        return self.once.total
-
-    @cached_property
-    def state_bytes(self) -> Bytes:
-        return self.states.total
-
-    @cached_property
-    def peak(self) -> Bytes:
-        return self.moment.total
+    moment_unsharded: Bytes
+    """While its backward pass runs, as the two below."""
+    moment_recompute: Bytes
+    temporary: Bytes
+    slot_seconds: Seconds
+    once_seconds: Seconds
+    state_bytes: Bytes
+    """Whatever the number of micro-batches in flight."""
+    peak: Bytes
 
     def seconds(self, slots: float) -> Seconds:
         """Seconds of one slot of a step of `slots` slots (`schedule.slots`): what happens once is spread over them."""
         return self.slot_seconds + self.once_seconds / slots
 
     def bytes(self, in_flight: int) -> Bytes:
+        """Bytes that stay, with so many micro-batches in flight."""
         return self.state_bytes + in_flight * self.kept
+
+    def time(self, slots: float, once: float) -> TimeBreakdown:
+        """Where the seconds go, of `slots` micro-batches and `once` times what happens once."""
+        return TimeBreakdown(
+            forward=slots * self.forward,
+            backward=slots * self.backward,
+            recompute=slots * self.recompute,
+            tp_communication=slots * self.tp,
+            dp_communication=slots * self.dp + once * self.dp_once,
+            optimizer=once * self.optimizer_seconds,
+        )
+
+    def memory(self, in_flight: int) -> MemoryBreakdown:
+        """What the bytes are that add up."""
+        return MemoryBreakdown(
+            parameters=self.parameters,
+            gradients=self.gradients,
+            optimizer=self.optimizer,
+            buffers=self.buffers,
+            unsharded=self.unsharded,
+            activations=in_flight * self.kept,
+        )
+
+    @property
+    def moment(self) -> MemoryBreakdown:
+        """What the bytes are while its backward pass runs."""
+        return MemoryBreakdown(unsharded=self.moment_unsharded, recompute=self.moment_recompute, temporary=self.temporary)
+
+
+class DataParallel(NamedTuple):
+    """What a layer's parameters cost on the dp axes of a mesh, whatever the strategy."""
+
+    gather: Seconds
+    reduce: Seconds
+    final: Seconds
+    optimizer: Seconds
+    numel: float
+    """On one rank, cut by tp and dp_shard; `trainable` ones among them."""
+    trainable: float
+    whole: float
+    """Cut by tp alone; `whole_trainable` ones among them."""
+    whole_trainable: float
+
+
+def data_parallel(cost: LayerCost, mesh: Mesh, hardware: HardwareProfile, load: Workload) -> DataParallel:
+    """Seconds of gathering parameters and reducing gradients over dp_shard, of all-reducing their shards over dp_replicate,
+    and of the optimizer."""
+    whole = sum(p.numel(1) for p in cost.parameters)
+    whole_trainable = sum(p.numel(1) for p in cost.parameters if p.trainable)
+    numel = sum(p.numel(mesh.dp_shard) for p in cost.parameters)
+    trainable = sum(p.numel(mesh.dp_shard) for p in cost.parameters if p.trainable)
+    reduced = whole_trainable * DTYPE_BYTES[load.reduce_dtype]
+    return DataParallel(
+        collective_time("all_gather", whole * DTYPE_BYTES[load.compute_dtype], mesh.dp_shard, mesh.tp, hardware),
+        collective_time("reduce_scatter", reduced, mesh.dp_shard, mesh.tp, hardware),
+        collective_time("all_reduce", reduced / mesh.dp_shard, mesh.dp_replicate, mesh.tp * mesh.dp_shard, hardware),
+        optimizer_time(trainable * DTYPE_BYTES[load.param_dtype], OPTIMIZER_STATES[load.optimizer], hardware.device),
+        numel,
+        trainable,
+        whole,
+        whole_trainable,
+    )
+
+
+def ideal_data_parallel(cost: LayerCost, mesh: Mesh) -> DataParallel:
+    """No dp axes are better: they take no time, and cut all states; gathered parameters take no room."""
+    numel = sum(p.numel(mesh.dp) for p in cost.parameters)
+    trainable = sum(p.numel(mesh.dp) for p in cost.parameters if p.trainable)
+    return DataParallel(0.0, 0.0, 0.0, 0.0, numel, trainable, 0.0, 0.0)
 
 
 def layer_step(
-    cost: LayerCost, strategy: Strategy, mesh: Mesh, micro_batches: int, hardware: HardwareProfile, load: Workload, *, outer: bool
-) -> LayerStep:
-    """Price of a layer's share of a step of `micro_batches` micro-batches; `outer`: nothing hides its communication."""
-    zero = strategy.zero if mesh.dp_shard > 1 else 3
-    again = strategy.recompute == "full"
-    gather, reduce, final = dp_collectives(cost, mesh, hardware, load)
+    cost: LayerCost, dp: DataParallel, zero: Zero, again: bool, micro_batches: int, hardware: HardwareProfile, load: Workload,
+    *, outer: bool,
+) -> LayerStep:  # fmt: skip
+    """Price of a layer's share of a step of `micro_batches` micro-batches; `again`: its forward is recomputed; `outer`: nothing
+    hides its communication."""
     forward = cost.forward + cost.tp_forward
     rerun = forward if again else 0.0
     backward = cost.backward + cost.tp_backward + rerun
-    adding = _adding_up(cost, mesh, zero, hardware, load) if micro_batches > 1 else 0.0
     under_f, under_b = (0.0, 0.0) if outer else (forward, backward)
-    sent = reduce + (gather if zero == 3 else 0.0)  # in the backward pass
-    f, f_hidden = _beside(under_f, gather, hardware)
+    sent = dp.reduce + (dp.gather if zero == 3 else 0.0)  # in the backward pass
+    f, f_hidden = _beside(under_f, dp.gather, hardware)
     b, b_hidden = _beside(under_b, sent, hardware)
-    last, last_hidden = _beside(under_b, sent + final, hardware)
-    if zero == 1:
-        every, every_hidden = (0.0, 0.0), (0.0, 0.0)
-        once, once_hidden = f + last, f_hidden + last_hidden
-    else:
-        every, every_hidden = (f, b), (f_hidden, b_hidden)
-        once, once_hidden = last - b, last_hidden - b_hidden
-    slot = TimeBreakdown(
-        forward=cost.forward,
-        backward=cost.backward + adding,
-        recompute=rerun,
-        tp_communication=cost.tp_forward + cost.tp_backward,
-        dp_communication=sum(every),
+    last, last_hidden = _beside(under_b, sent + dp.final, hardware)
+    every, every_hidden = (0.0, 0.0) if zero == 1 else (f + b, f_hidden + b_hidden)
+    once, once_hidden = (f + last, f_hidden + last_hidden) if zero == 1 else (last - b, last_hidden - b_hidden)
+    size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
+    gathered = dp.whole * compute
+    stays = zero < 3 or outer  # FSDP's root stays gathered for the whole backward pass
+    adding = 0.0
+    if micro_batches > 1:  # a micro-batch's gradients and those of the others are read, the sum is written
+        held = dp.whole_trainable if zero == 1 else dp.trainable
+        adding = memory_time(3 * held * reduce, hardware.device)
+    states = (dp.numel * size, dp.trainable * size, dp.trainable * size * OPTIMIZER_STATES[load.optimizer], cost.buffers)
+    unsharded = (gathered if stays else 0.0) + (dp.whole_trainable * reduce if zero == 1 else 0.0)
+    moment = (
+        dp.whole_trainable * (compute + reduce) + (0.0 if stays else 2 * gathered),
+        cost.saved if again else 0.0,
+        cost.temporary,
     )
-    step = TimeBreakdown(dp_communication=once, optimizer=_optimizer(cost, mesh, hardware, load))
-    states, kept, moment = _memory(cost, again, zero, mesh, load, outer=outer)
-    return LayerStep(slot, step, forward + every[0], (sum(every_hidden), once_hidden), states, kept, moment)
+    return LayerStep(
+        cost.forward,
+        cost.backward + adding,
+        rerun,
+        cost.tp_forward + cost.tp_backward,
+        every,
+        once,
+        dp.optimizer,
+        forward + (0.0 if zero == 1 else f),
+        (every_hidden, once_hidden),
+        *states,
+        unsharded,
+        cost.inputs if again else cost.saved,
+        *moment,
+        forward + backward + adding + every,
+        once + dp.optimizer,
+        sum(states) + unsharded,
+        sum(moment),
+    )
+
+
+def best_of(steps: Sequence[LayerStep]) -> LayerStep:
+    """No one of these is better in any respect."""
+    return LayerStep._make(min(values) for values in zip(*steps, strict=True))
 
 
 def _beside(cover: Seconds, sent: Seconds, hardware: HardwareProfile) -> tuple[Seconds, Seconds]:
     """e(c, q), and what is hidden."""
     hidden = min(cover, sent)
     return sent - hidden + hardware.overlap * hidden, hidden
-
-
-def dp_collectives(cost: LayerCost, mesh: Mesh, hardware: HardwareProfile, load: Workload) -> tuple[Seconds, Seconds, Seconds]:
-    """Seconds of (gathering parameters, reducing gradients over dp_shard, all-reducing their shards over dp_replicate)."""
-    whole = sum(p.numel(1) for p in cost.parameters)
-    trainable = sum(p.numel(1) for p in cost.parameters if p.trainable)
-    reduced = trainable * DTYPE_BYTES[load.reduce_dtype]
-    gather = collective_time("all_gather", whole * DTYPE_BYTES[load.compute_dtype], mesh.dp_shard, mesh.tp, hardware)
-    reduce = collective_time("reduce_scatter", reduced, mesh.dp_shard, mesh.tp, hardware)
-    final = collective_time("all_reduce", reduced / mesh.dp_shard, mesh.dp_replicate, mesh.tp * mesh.dp_shard, hardware)
-    return gather, reduce, final
-
-
-def _adding_up(cost: LayerCost, mesh: Mesh, zero: int, hardware: HardwareProfile, load: Workload) -> Seconds:
-    """Seconds of adding one micro-batch's gradients to those of the others: both are read, the sum is written."""
-    held = sum(p.numel(1 if zero == 1 else mesh.dp_shard) for p in cost.parameters if p.trainable)
-    return memory_time(3 * held * DTYPE_BYTES[load.reduce_dtype], hardware.device)
-
-
-def _optimizer(cost: LayerCost, mesh: Mesh, hardware: HardwareProfile, load: Workload) -> Seconds:
-    numel = sum(p.numel(mesh.dp_shard) for p in cost.parameters if p.trainable)
-    return optimizer_time(numel * DTYPE_BYTES[load.param_dtype], OPTIMIZER_STATES[load.optimizer], hardware.device)
-
-
-def _memory(
-    cost: LayerCost, again: bool, zero: int, mesh: Mesh, load: Workload, *, outer: bool
-) -> tuple[MemoryBreakdown, Bytes, MemoryBreakdown]:
-    numel = sum(p.numel(mesh.dp_shard) for p in cost.parameters)
-    trainable = sum(p.numel(mesh.dp_shard) for p in cost.parameters if p.trainable)
-    size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
-    gathered = sum(p.numel(1) for p in cost.parameters) * compute
-    whole = sum(p.numel(1) for p in cost.parameters if p.trainable)
-    stays = zero < 3 or outer  # FSDP's root stays gathered for the whole backward pass
-    states = MemoryBreakdown(
-        parameters=numel * size,
-        gradients=trainable * size,
-        optimizer=trainable * size * OPTIMIZER_STATES[load.optimizer],
-        buffers=cost.buffers,
-        unsharded=(gathered if stays else 0.0) + (whole * reduce if zero == 1 else 0.0),
-    )
-    moment = MemoryBreakdown(
-        unsharded=whole * (compute + reduce) + (0.0 if stays else 2 * gathered),
-        recompute=cost.saved if again else 0.0,
-        temporary=cost.temporary,
-    )
-    return states, cost.inputs if again else cost.saved, moment

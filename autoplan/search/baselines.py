@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autoplan.plan import Baseline
@@ -16,8 +16,8 @@ from autoplan.units import BYTE, Bytes, show
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A baseline: every layer gets the same strategy, all recomputed or none, at the best micro-batch. Of several meshes
-    the first that fits is taken: people add stages until it fits."""
+    """A baseline: every layer gets the same strategy, all recomputed or none, at the best micro-batch, of several meshes on
+    the best."""
 
     name: str
     meshes: tuple[Mesh, ...]
@@ -36,7 +36,7 @@ def recipes(gpus: int, node: int) -> Iterator[Recipe]:
     if within > 1 and gpus % within == 0:
         outside = gpus // within
         yield Recipe(f"tp {within} x FSDP2", (Mesh(dp_shard=outside, tp=within),))
-        stages = [pp for pp in divisors(outside) if 1 < pp <= 64]
+        stages = [pp for pp in divisors(outside) if 1 < pp <= 16]
         if stages:
             yield Recipe(f"Megatron 3D: tp {within}, pp, ZeRO-1", tuple(Mesh(pp, 1, outside // pp, within) for pp in stages), 1)
 
@@ -49,27 +49,28 @@ def baselines(tables: Tables, gpus: int, limit: Bytes) -> list[Baseline]:
 
 def _price(tables: Tables, recipe: Recipe, limit: Bytes) -> Baseline:
     least: Bytes | None = None
+    best: tuple[Solution, Mesh, int, Recompute] | None = None
     for mesh in recipe.meshes:
-        if unstageable(mesh, tables.graph, tables.costs.outer.order):
+        if unstageable(mesh, tables.graph, tables.costs.outer.order) or tables.least_states(mesh) > limit:
             continue
-        best: tuple[Solution, int, Recompute] | None = None
         for micro_batch, recompute, staging in _stagings(tables, mesh, recipe.zero, limit):
             found = staging.solve(1e-4)
             if not isinstance(found, Solution):
                 least = staging.least_memory if least is None else min(least, staging.least_memory)
             elif best is None or found.seconds < best[0].seconds:
-                best = found, micro_batch, recompute
-        if best is not None:
-            solution, micro_batch, recompute = best
-            return Baseline(
-                name=recipe.name,
-                mesh=mesh,
-                micro_batch=micro_batch,
-                recompute=recompute,
-                step_time=solution.seconds,
-                memory=solution.memory,
-                note="",
-            )
+                best = found, mesh, micro_batch, recompute
+    if best is not None:
+        solution, mesh, micro_batch, recompute = best
+        return Baseline(
+            name=recipe.name,
+            mesh=mesh,
+            micro_batch=micro_batch,
+            recompute=recompute,
+            step_time=solution.seconds,
+            memory=solution.memory,
+            note="",
+        )
+    least = least or min((needed for mesh in recipe.meshes if (needed := tables.least_states(mesh)) > limit), default=None)
     if least is None:
         note = "illegal: the batch or the layers do not divide"
     else:
@@ -81,25 +82,29 @@ def _price(tables: Tables, recipe: Recipe, limit: Bytes) -> Baseline:
 
 def _stagings(tables: Tables, mesh: Mesh, zero: Zero, limit: Bytes) -> Iterator[tuple[int, Recompute, Staging]]:
     for micro_batch in micro_batches(mesh, tables.costs.workload):
-        for recompute in ALL_RECOMPUTES:
-            for stream in tables.streams(mesh.tp):
-                priced = tables.priced(mesh, micro_batch, stream, (recompute,))
-                if priced is not None:
-                    one, outer = uniform(priced, zero)
-                    yield micro_batch, recompute, Staging(tables, one, outer, "1f1b", 1, limit)
+        if tables.least_moment(mesh.tp, micro_batch) > limit and micro_batch > 1:
+            return
+        for stream in tables.streams(mesh.tp):
+            priced = tables.priced(mesh, micro_batch, stream)
+            if priced is None:
+                continue
+            for recompute in ALL_RECOMPUTES:
+                one, outer = uniform(priced, zero, recompute)
+                yield micro_batch, recompute, Staging(tables, one, outer, "1f1b", 1, limit)
 
 
-def uniform(priced: Priced, zero: Zero) -> tuple[Priced, Outer | None]:
-    """Every class of layers at its fastest strategy of a ZeRO level, or the nearest there is."""
+def uniform(priced: Priced, zero: Zero, recompute: Recompute) -> tuple[Priced, Outer | None]:
+    """Every class of layers at its fastest strategy of a ZeRO level, all recomputed or none, or the nearest there is."""
 
-    def fastest(columns: list[Column]) -> Column:
-        nearest = min(abs(c.strategy.zero - zero) for c in columns)
-        return min(
-            (c for c in columns if abs(c.strategy.zero - zero) == nearest),
-            key=lambda c: (c.step.slot_seconds + c.step.once_seconds, c.costs),
-        )
+    def fastest(columns: Sequence[Column]) -> Column:
+        def distance(column: Column) -> tuple[bool, int]:
+            return column.strategy.recompute != recompute, abs(column.strategy.zero - zero)
+
+        nearest = min(map(distance, columns))
+        usual = [column for column in columns if distance(column) == nearest]
+        return min(usual, key=lambda c: (c.step.slot_seconds + c.step.once_seconds, c.costs))
 
     columns = {g: [fastest(found)] for g, found in priced.columns.items()}
-    outers = [(o, Column(o.strategy, step)) for o in priced.outers for step in [next(iter(o.parts.values()))]]
+    outers = [(o, Column(o.strategy, next(iter(o.parts.values())))) for o in priced.outers]
     chosen = fastest([column for _, column in outers]) if outers else None
     return replace(priced, columns=columns), next((o for o, column in outers if column is chosen), None)

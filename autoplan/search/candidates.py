@@ -33,15 +33,20 @@ def slower(staging: Staging, seconds: Seconds, *, bound: bool) -> Candidate:
 
 def too_big(staging: Staging, limit: Bytes) -> Candidate:
     """It does not fit."""
-    needed = staging.least_memory
+    priced = staging.priced
+    return out_of_memory(priced.mesh, priced.micro_batch, _schedule_words(staging), staging.least_memory, limit)
+
+
+def out_of_memory(mesh: Mesh, micro_batch: int, schedule: str, needed: Bytes, limit: Bytes) -> Candidate:
+    """It needs at least so many bytes; where that's within the limit, its parts don't fit together."""
     if needed > limit:
         reason = f"needs at least {show(needed, BYTE)} of {show(limit, BYTE)}"
     else:
         reason = f"no choice of strategies fits {show(limit, BYTE)}"
     return Candidate(
-        mesh=staging.priced.mesh,
-        micro_batch=staging.priced.micro_batch,
-        schedule=_schedule_words(staging),
+        mesh=mesh,
+        micro_batch=micro_batch,
+        schedule=schedule,
         status="out of memory",
         reason=reason,
         memory=max(needed, limit),
@@ -59,8 +64,8 @@ def best_of_each(*verdicts: Iterable[Candidate]) -> dict[tuple[Mesh, int], Candi
 
 
 def rank(candidate: Candidate) -> tuple[int, float]:
-    """The order of the list: what fits by its seconds, then what does not by its bytes."""
-    order = {"chosen": 0, "slower": 1, "out of memory": 2, "illegal": 3}[candidate.status]
+    """The order of the list: what was solved by its seconds, then bounds, then what does not fit by its bytes."""
+    order = {"chosen": 0, "slower": 1, "out of memory": 3, "illegal": 4}[candidate.status] + candidate.bound
     return order, candidate.step_time if candidate.step_time is not None else candidate.memory or 0.0
 
 
@@ -68,6 +73,6 @@ def told(candidate: Candidate, best: Seconds) -> Candidate:
     """With the reason in words."""
     if candidate.status != "slower" or candidate.step_time is None:
         return candidate
-    more = 100 * (candidate.step_time / best - 1)
+    more = max(0.0, 100 * (candidate.step_time / best - 1))
     least = "at least " if candidate.bound else ""
     return replace(candidate, reason=f"{least}{show(candidate.step_time, SECOND)}, {least}{more:.2g} % slower")

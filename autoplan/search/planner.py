@@ -55,7 +55,7 @@ def search(
             raise
         stopped = "interrupted"
     if run.best is None:
-        raise nothing_fits(run.tables, run.stagings, run.refused, run.limit, gpus)
+        raise nothing_fits(run.tables, run.misses(), run.refused, run.limit, gpus)
     staging, solution = run.best
     candidates, covered = run.candidates()
     proof = replace(_proof(solution.seconds, run.proven_bound(), gap, covered), stopped=stopped)

@@ -102,6 +102,11 @@ class _Frontier:
         for index, op in reversed(list(enumerate(self.body.ops))):
             for i in op.inputs:
                 self.last_use.setdefault(i, index)
+        self.used_outside = {i for op in self.body.ops if op.kind not in ("call", "enter") for i in op.inputs}
+        """Values that something other than a block uses."""
+        calls = [op for op in self.body.ops if op.kind == "call"]
+        self.from_blocks = {i for op in calls for i in op.outputs} - self.used_outside
+        """Values that only pass from block to block, in the stream's layout."""
         self.cache: dict[tuple[int, tuple[Layout | None, ...]], list[Choice]] = {}
         self.viable = self._viable()
 
@@ -142,13 +147,38 @@ class _Frontier:
         arriving = {i: stream_layout(body.values[i], self.stream) for i in body.inputs}
         live = {i: Live(layout, i, self.model.local_bytes(body.values[i], layout)) for i, layout in arriving.items()}
         frontier: dict[State, list[Label]] = {self._state(live, frozenset(), -1): [Label(0.0, 0.0, 0.0, 0.0, 0.0, None)]}
-        for index in range(len(body.ops)):
-            frontier = self._advance(index, frontier)
+        index = 0
+        while index < len(body.ops):
+            end = self._settled(index)
+            frontier = self._pass_on(index, end, frontier) if end > index else self._advance(index, frontier)
+            index = max(end, index + 1)
         finals: list[Label] = []
         for (live_items, _), labels in frontier.items():
             if self._leaves_right(dict(live_items)):
                 finals.extend(labels)
         return self.prune(finals) if finals else []
+
+    def _settled(self, index: int) -> int:
+        """The end of the run of calls from `index` on at which nothing is decided: blocks that take the outputs of blocks."""
+        body, end = self.body, index
+        while end < len(body.ops) and body.ops[end].kind == "call":
+            op = body.ops[end]
+            if any(i in self.used_outside for i in op.outputs):
+                break
+            if not all(i in self.from_blocks or (self.viable[i] <= {REPLICATE, None} and not body.values[i].requires_grad)
+                       for i in op.inputs):  # fmt: skip
+                break
+            end += 1
+        return end
+
+    def _pass_on(self, index: int, end: int, frontier: dict[State, list[Label]]) -> dict[State, list[Label]]:
+        """The frontier after the calls `index ... end - 1`, at which nothing is decided."""
+        made = [i for op in self.body.ops[index:end] for i in op.outputs]
+        grown: dict[State, list[Label]] = {}
+        for (live_items, counted), labels in frontier.items():
+            live = dict(live_items) | {i: self._fresh(i, stream_layout(self.body.values[i], self.stream)) for i in made}
+            grown.setdefault(self._state(live, counted, end - 1), []).extend(labels)
+        return {state: self.prune(labels) for state, labels in grown.items()}
 
     def _leaves_right(self, live: dict[int, Live]) -> bool:
         return all(
@@ -230,8 +260,7 @@ class _Frontier:
         options = []
         for i in op.outputs:
             source = stream_layout(body.values[i], self.stream)
-            used_outside = any(o.kind != "call" and o.kind != "enter" and i in o.inputs for o in body.ops)
-            options.append(list(conversions(body.values[i], source, model.tp)) if used_outside else [source])
+            options.append(list(conversions(body.values[i], source, model.tp)) if i in self.used_outside else [source])
         inputs = tuple(layout or REPLICATE for layout in arriving)
         for outputs in product(*options):
             yield Outcome(inputs, outputs, False)

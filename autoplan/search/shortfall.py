@@ -53,7 +53,7 @@ def _hints(tables: Tables, limit: Bytes, gpus: int, nearest: Staging) -> list[st
     if enough is not None:
         hints.append(f"It fits from {enough} GPUs on (--gpus {enough}).")
     states = sum(
-        group.number * (step.states.parameters + step.states.gradients + step.states.optimizer)
+        group.number * (step.parameters + step.gradients + step.optimizer)
         for group, option in _leanest(nearest.fullest[1])
         for step in [option.column.step]
     )
@@ -78,7 +78,7 @@ def _enough_gpus(tables: Tables, limit: Bytes, gpus: int) -> int | None:
 def _fits(tables: Tables, mesh: Mesh, limit: Bytes) -> bool:
     scaled = tables.with_batch(mesh.dp)
     for stream in scaled.streams(mesh.tp):
-        priced = scaled.priced(mesh, 1, stream, ("full",))
+        priced = scaled.priced(mesh, 1, stream)
         if priced is not None and Staging(scaled, priced, None, "1f1b", 1, limit).fits:
             return True
     return False

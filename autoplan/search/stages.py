@@ -64,7 +64,6 @@ class Staging:
         self.limits = [limit - size for size in self.received]
         self.order = [block.body for block in tables.graph.blocks]
         self.layers = len(self.order)
-        self._options: dict[tuple[int, int], Options] = {}
         self._groups: dict[Hashable, list[Group]] = {}
         self._relaxed: dict[Hashable, Seconds] = {}
         self._outer_stages: dict[int, tuple[Seconds, Bytes, Bytes]] = {}
@@ -120,26 +119,17 @@ class Staging:
         return in_flight_by_chunk(self.schedule, s, self.ranks, self.micro_batches, self.chunks)
 
     def _layer_options(self, g: int, in_flight: int) -> Options:
-        if (g, in_flight) not in self._options:
-            self._options[g, in_flight] = Options.of(self.priced.columns[g], self.slots, in_flight)
-        return self._options[g, in_flight]
+        return self.priced.options(g, self.slots, in_flight)
 
     def relaxed(self, s: int, i: int, j: int) -> Seconds:
         """No strategies of these layers are faster on this stage under its memory; infinite when none fits."""
         key = self._key(s, i, j)
         if key not in self._relaxed:
             if self._alike and self.chunks == 1 and self.ranks > 1:
-                self._relaxed[key] = self._relaxed_alike(s, j - i)
+                self._relaxed[key] = self._quick(s, i, j)  # then the bound is the relaxed price itself
             else:
                 self._relaxed[key] = relaxed_seconds(self.groups(s, i, j), self.limits[s])
         return self._relaxed[key]
-
-    def _relaxed_alike(self, s: int, layers: int) -> Seconds:
-        """`relaxed_seconds` of one group of equal layers beside its part of the outer body: a point of one hull."""
-        (g,) = self._counts
-        options = self._layer_options(g, self.flight(s)[0])
-        beside, size, peak = self._outer_at(s)
-        return beside + layers * options.at((self.limits[s] - size - max(peak, options.peak)) / layers)
 
     def _outer_at(self, s: int) -> tuple[Seconds, Bytes, Bytes]:
         """Seconds, bytes and largest moment of what a stage has of the outer body, when it depends on the stage alone."""
@@ -147,7 +137,7 @@ class Staging:
             first = 0 if s == 0 else self.layers - 1 if s == self.ranks - 1 else 1
             last = self.layers if s == self.ranks - 1 else first + 1
             steps = [self.outer.parts[regions] for _, regions in self._parts(s, first, last)] if self.outer else []
-            flight = self.flight(s)[0]
+            flight = min(self.flight(s))
             self._outer_stages[s] = (
                 sum(step.seconds(self.slots) for step in steps),
                 sum(step.bytes(flight) for step in steps),
@@ -202,11 +192,20 @@ class Staging:
         """Whether the bound with memory in it leaves room for a step of `most` seconds: cheaper than the bound itself."""
         if self.ranks == 1:
             return self.bound() <= most
-        room = most - self.hops - self.few * self.fastest
+        room = most - self.hops - self.few * self.fastest  # for the slowest stage
         if room < 0:
             return False
         slowest = room / self.many if self.many else inf
+        if self._alike and farthest(self.ranks, self.layers, self._quick, slowest, self.chunks) < self.layers:
+            return False
         return farthest(self.ranks, self.layers, self.relaxed, slowest, self.chunks) >= self.layers
+
+    def _quick(self, s: int, i: int, j: int) -> Seconds:
+        """A bound on a run that is cheap: all layers as if they were in the chunk with the fewest micro-batches in flight."""
+        (g,), layers = self._counts, j - i
+        options = self._layer_options(g, min(self.flight(s)))
+        beside, size, peak = self._outer_at(s)
+        return beside + layers * options.at((self.limits[s] - size - max(peak, options.peak)) / layers)
 
     @cached_property
     def least_memory(self) -> Bytes:

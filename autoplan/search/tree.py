@@ -8,7 +8,8 @@ has a lower bound on the step that is valid for everything in it:
                                                                    memory, bubble and the data-parallel axes ignored. m / pp is
                                                                    the same for all meshes. A family's is taken at its largest
                                                                    micro-batch: a sample is never dearer in a larger one
-    shape           the same with the bubble and the p2p of its schedule
+    shape           the same with the bubble and the p2p of its schedule; it is dropped where not even a dp axis that sends
+                    nothing and cuts all states makes it fit in time (`Tables.ideal`)
     staging         Staging.quick_bound                            every layer at its fastest strategy on this mesh
                     Staging.bound                                  ... under memory, strategies mixed in fractions
     solved          Staging.solve                                  exact, under memory
@@ -28,8 +29,8 @@ from time import monotonic
 from autoplan.plan import Baseline, Candidate
 from autoplan.schedule import ScheduleKind, exposed_hops
 from autoplan.search.baselines import baselines
-from autoplan.search.candidates import best_of_each, rank, slower, told, too_big
-from autoplan.search.columns import Priced, Tables
+from autoplan.search.candidates import best_of_each, out_of_memory, rank, slower, told, too_big
+from autoplan.search.columns import Tables
 from autoplan.search.ilp import UnsolvedError
 from autoplan.search.space import indivisible, meshes, micro_batches, schedules, unplaceable, unstageable
 from autoplan.search.stages import Solution, Staging
@@ -50,12 +51,16 @@ class Progress:
 
 Tell = Callable[[Progress], None]
 
+DIVE = 0.03
+"""A staging that may be faster than what is known by more than this is solved at once: a good plan early prunes the rest."""
 LISTED = 64
 """Candidates that a plan lists, the best first; the proof covers all of them."""
 REFUSED = 24
 """Of these, candidates at most that are out of memory or illegal."""
 RUNNERS_UP = 8
-"""Candidates that are solved after the proof, so that a reader sees what they would cost."""
+"""Other meshes that are solved after the proof, so that a reader sees what they would cost."""
+ATTEMPTS = 24
+"""Meshes that are tried for these."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,10 @@ class Tree:
         self.refused: list[Candidate] = []
         self.stagings: list[Staging] = []
         self.verdicts: list[Candidate] = []
+        self.crowded: set[tuple[Mesh, int]] = set()
+        """No room for parameters, gradients and optimizer states alone, or for one layer's activations."""
+        self.covered: set[tuple[Mesh, int]] = set()
+        """Proven to be no better than what was known, all meshes of a shape together."""
         self.pruned: list[Staging] = []
         """Proven to be no better than what was known; whether for want of memory or of speed is told of those that are listed."""
         self.best: tuple[Staging, Solution] | None = None
@@ -124,7 +133,7 @@ class Tree:
         self.bounds: list[Seconds] = []
         self.open: list[tuple[Seconds, int, _Node]] = []
         self.pushed = 0
-        self._priced: dict[tuple[Mesh, int, Layout], Priced | None] = {}
+        self._known_sizes: dict[tuple[int, int | None], list[int]] = {}
         load, order = tables.costs.workload, tables.costs.outer.order
         for mesh in meshes(gpus, fixed):
             refused = unstageable(mesh, tables.graph, order)
@@ -145,22 +154,33 @@ class Tree:
             if monotonic() > self.deadline:
                 return False
             self._open_next()
-        if self.best is not None:  # nothing faster is left: what follows only tells runners-up by their price, not by a bound
-            enough = len(self.verdicts) + RUNNERS_UP
-            while self.open and len(self.verdicts) < enough and monotonic() < self.deadline:
-                self._open_next()
+        if self.best is not None:
+            self._runners_up()
         return True
+
+    def _runners_up(self) -> None:
+        """Tell the most promising other meshes by their price, not by a bound: nothing faster is left."""
+        nodes = [node.staging if isinstance(node, _Bounded) else node for _, _, node in self.open]
+        stagings = [node for node in nodes if isinstance(node, Staging)] + self.pruned
+        by_mesh: dict[Mesh, Staging] = {}
+        for staging in sorted(stagings, key=lambda each: each.quick_bound):
+            if not staging.hopeless:
+                by_mesh.setdefault(staging.priced.mesh, staging)
+        solved = 0
+        for staging in list(by_mesh.values())[:ATTEMPTS]:
+            if solved == RUNNERS_UP or monotonic() > self.deadline:
+                return
+            if staging.fits and self.best is not None and staging.priced.mesh != self.best[0].priced.mesh:
+                self._solve(staging, staging.quick_bound, inf)
+                solved += 1
 
     def _sizes(self, tp: int, pp: int | None = None) -> list[int]:
         """Micro-batches that some mesh of this tp (and pp) can run."""
-        load = self.tables.costs.workload
-        found = {
-            size
-            for at, some in self.meshes.items()
-            if at[0] == tp and pp in (None, at[1])
-            for size in micro_batches(some[0], load)
-        }
-        return sorted(found)
+        if (tp, pp) not in self._known_sizes:
+            load = self.tables.costs.workload
+            some = [meshes[0] for at, meshes in self.meshes.items() if at[0] == tp and pp in (None, at[1])]
+            self._known_sizes[tp, pp] = sorted({size for mesh in some for size in micro_batches(mesh, load)})
+        return self._known_sizes[tp, pp]
 
     def _open_next(self) -> None:
         bound, number, node = heappop(self.open)
@@ -174,6 +194,9 @@ class Tree:
         self._report(bound, node)
         if isinstance(node, _Family):
             for size in self._sizes(node.tp):
+                if self.tables.least_moment(node.tp, size) > self.limit:
+                    self._crowd(node.tp, size)
+                    continue
                 self._push(self._least_seconds(node.tp, node.stream, size), _Group(node.tp, node.stream, size))
         elif isinstance(node, _Group):
             self._shapes(node, bound)
@@ -182,7 +205,12 @@ class Tree:
         elif isinstance(node, Staging):
             self._bound(node, bound)
         else:
-            self._solve(node.staging, bound)
+            self._solve(node.staging, bound, self.known)
+
+    def _crowd(self, tp: int, micro_batch: int) -> None:
+        for (at, pp), some in self.meshes.items():
+            if at == tp and micro_batch in self._sizes(tp, pp):
+                self.crowded.update((mesh, micro_batch) for mesh in some)
 
     def _push(self, bound: Seconds | None, node: _Node) -> None:
         if bound is not None:
@@ -214,11 +242,21 @@ class Tree:
                 self._push(max(bound, work), shape)
 
     def _split(self, shape: _Shape, bound: Seconds) -> None:
+        some = self.meshes[shape.tp, shape.pp]
+        ideal = self.tables.ideal(some[0], shape.micro_batch, shape.stream)
+        if ideal is None:
+            self.refused += [unplaceable(mesh, shape.micro_batch) for mesh in some]
+            return
+        best_case = Staging(self.tables, ideal, next(iter(ideal.outers), None), shape.schedule, shape.chunks, self.limit)
+        if best_case.hopeless or not best_case.can_beat(self.known):
+            self.pruned.append(best_case)
+            self.covered.update((mesh, shape.micro_batch) for mesh in some)
+            return
         for mesh in self.meshes[shape.tp, shape.pp]:
-            key = (mesh, shape.micro_batch, shape.stream)
-            if key not in self._priced:
-                self._priced[key] = self.tables.priced(*key)
-            priced = self._priced[key]
+            if self.tables.least_states(mesh) > self.limit:
+                self.crowded.add((mesh, shape.micro_batch))
+                continue
+            priced = self.tables.priced(mesh, shape.micro_batch, shape.stream)
             if priced is None:
                 self.refused.append(unplaceable(mesh, shape.micro_batch))
                 continue
@@ -237,11 +275,15 @@ class Tree:
         if staging.hopeless or not staging.can_beat(self.known):
             self.pruned.append(staging)
             return
-        self._push(max(bound, staging.bound()), _Bounded(staging))
+        bound = max(bound, staging.bound())
+        if bound < (1 - DIVE) * self.known:
+            self._solve(staging, bound, self.known)
+        else:
+            self._push(bound, _Bounded(staging))
 
-    def _solve(self, staging: Staging, bound: Seconds) -> None:
+    def _solve(self, staging: Staging, bound: Seconds, most: Seconds) -> None:
         try:
-            solution = staging.solve(self.gap, self.known)
+            solution = staging.solve(self.gap, most)
         except UnsolvedError:
             self.bounds.append(bound)
             self.verdicts.append(slower(staging, bound, bound=True))
@@ -276,17 +318,35 @@ class Tree:
         chosen = staging.priced.mesh, staging.priced.micro_batch
         found = best_of_each(self.verdicts, self._unopened())
         found[chosen] = slower(staging, solution.seconds, bound=False)
+        crowded = [self._crowded(*key) for key in sorted(self.crowded)]
         pruned = {(p.priced.mesh, p.priced.micro_batch): p for p in self.pruned}
-        covered = {**pruned, **found, **{(c.mesh, c.micro_batch): c for c in self.refused}}
+        refused = {(c.mesh, c.micro_batch): c for c in [*crowded, *self.refused]}
+        covered = self.covered | pruned.keys() | found.keys() | refused.keys()
         listed = [
             replace(candidate, status="chosen", reason="the fastest") if key == chosen else told(candidate, solution.seconds)
             for key, candidate in found.items()
         ]
         listed.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
-        refused = [self._verdict(p, solution.seconds) for key, p in sorted(pruned.items())[:LISTED] if key not in found]
-        refused += [c for c in self.refused[:LISTED] if (c.mesh, c.micro_batch) not in found | pruned]
-        refused.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
-        return [*listed[: LISTED - len(refused[:REFUSED])], *refused[:REFUSED]], len(covered)
+        rest = [self._verdict(p, solution.seconds) for key, p in sorted(pruned.items())[:LISTED] if key not in found]
+        rest += [c for key, c in list(refused.items())[:LISTED] if key not in found and key not in pruned]
+        rest.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
+        return [*listed[: LISTED - len(rest[:REFUSED])], *rest[:REFUSED]], len(covered)
+
+    def misses(self) -> list[Staging]:
+        """When nothing fits: what came near, or at least the mesh with the smallest states."""
+        if self.stagings or self.pruned or not self.crowded:
+            return self.stagings + self.pruned
+        mesh, micro_batch = min(self.crowded, key=lambda key: (self.tables.least_states(key[0]), key[1], key[0]))
+        found = []
+        for stream in self.tables.streams(mesh.tp):
+            priced = self.tables.priced(mesh, micro_batch, stream)
+            if priced is not None:
+                found.append(Staging(self.tables, priced, next(iter(priced.outers), None), "1f1b", 1, self.limit))
+        return found
+
+    def _crowded(self, mesh: Mesh, micro_batch: int) -> Candidate:
+        needed = max(self.tables.least_states(mesh), self.tables.least_moment(mesh.tp, micro_batch))
+        return out_of_memory(mesh, micro_batch, "", needed, self.limit)
 
     def _verdict(self, staging: Staging, best: Seconds) -> Candidate:
         if staging.fits:

@@ -28,6 +28,7 @@ def every_cut(stages: int, layers: int, least: int) -> list[tuple[int, ...]]:
     return [edges for edges in cuts if all(j - i >= least for i, j in pairwise(edges))]
 
 
+@settings(deadline=None)
 @given(rows, st.data())
 def test_the_bottleneck_of_equal_stages_is_found(layers: list[float], data: st.DataObject) -> None:
     stages = data.draw(st.integers(1, len(layers)))

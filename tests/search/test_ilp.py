@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoplan.cost.step import LayerStep
-from autoplan.plan import MemoryBreakdown, TimeBreakdown
 from autoplan.search.ilp import choose, memory
 from autoplan.search.options import Column, Group, Option, Options, least_bytes, least_seconds, relaxed_seconds, unbeaten_columns
 from autoplan.strategy import Strategy
@@ -18,15 +17,8 @@ MIB = 2.0**20
 
 
 def column(seconds: float, mib: float, moment: float, once: float = 0.0, kept: float = 0.0) -> Column:
-    step = LayerStep(
-        TimeBreakdown(forward=seconds),
-        TimeBreakdown(optimizer=once),
-        seconds,
-        (0.0, 0.0),
-        MemoryBreakdown(parameters=mib * MIB),
-        kept * MIB,
-        MemoryBreakdown(temporary=moment * MIB),
-    )
+    nothing = LayerStep(*[0.0] * 8, (0.0, 0.0), *[0.0] * 13)
+    step = nothing._replace(slot_seconds=seconds, once_seconds=once, state_bytes=mib * MIB, kept=kept * MIB, peak=moment * MIB)
     return Column(Strategy(), step)
 
 
@@ -81,6 +73,7 @@ def test_bounds_hold(problem: tuple[list[tuple[int, list[Column]]], int]) -> Non
         assert least_bytes(groups) <= limit * MIB
 
 
+@settings(deadline=None)
 @given(st.lists(st.builds(column, *[st.floats(0.1, 9)] * 5), min_size=1, max_size=12), st.floats(1, 20), st.integers(1, 9))
 def test_unbeaten_columns_lose_nothing(options: list[Column], slots: float, in_flight: int) -> None:
     kept = unbeaten_columns(options)
@@ -90,6 +83,7 @@ def test_unbeaten_columns_lose_nothing(options: list[Column], slots: float, in_f
     assert [o[:3] for o in everything] == [o[:3] for o in few]
 
 
+@settings(deadline=None)
 @given(st.lists(columns, min_size=1, max_size=8), st.integers(1, 6), st.floats(0, 400))
 def test_a_point_of_the_hull_is_the_relaxed_mix(options: list[Column], number: int, limit: float) -> None:
     group = Group(0, 0, number, Options.of(options, 1.0, 1))

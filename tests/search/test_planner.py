@@ -12,16 +12,17 @@ import pytest
 
 from autoplan.cost.model import OUTER, CostModel, Cut
 from autoplan.cost.rank import Held, memory, seconds
+from autoplan.cost.step import LayerStep
 from autoplan.errors import NothingFits, UsageError
 from autoplan.files.plan import dump_plan
 from autoplan.graph import Parameter
 from autoplan.schedule import additive_seconds, in_flight_by_chunk, slots
 from autoplan.search import planner, tree
-from autoplan.search.columns import ALL_RECOMPUTES, Priced, Tables
+from autoplan.search.columns import Priced, Tables
 from autoplan.search.planner import Progress, search
 from autoplan.search.space import meshes, micro_batches, schedules, unstageable
 from autoplan.search.stages import chunk_sizes
-from autoplan.strategy import Layout, Mesh, Recompute
+from autoplan.strategy import Layout, Mesh
 from autoplan.workload import Workload
 from tests.bodies import model
 from tests.hardware import machine
@@ -34,10 +35,8 @@ LOAD = Workload(global_batch=8)
 class ThinTables(Tables):
     """A few of the columns, so that everything can be tried."""
 
-    def priced(
-        self, mesh: Mesh, micro_batch: int, stream: Layout, recompute: Sequence[Recompute] = ALL_RECOMPUTES
-    ) -> Priced | None:
-        found = super().priced(mesh, micro_batch, stream, recompute)
+    def priced(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Priced | None:
+        found = super().priced(mesh, micro_batch, stream)
         if found is None:
             return None
         return replace(found, columns={g: thin(c, 3) for g, c in found.columns.items()}, outers=tuple(thin(found.outers, 2)))
@@ -65,14 +64,16 @@ def brute_force(tables: Tables, gpus: int) -> float:
                 if priced is None:
                     continue
                 hop = costs.hop(mesh, micro_batch, stream)
-                outers = [o.parts for o in priced.outers] or [{costs.outer.busy: c.step} for c in priced.columns[OUTER]]
+                outers: list[dict[tuple[int, ...], LayerStep]] = [o.parts for o in priced.outers] or [
+                    {costs.outer.busy: c.step} for c in priced.columns[OUTER]
+                ]
                 choices = [[c.step for c in priced.columns[body]] for body in bodies]
                 for kind, chunks in schedules(mesh, m, graph):
                     flight = [in_flight_by_chunk(kind, s, mesh.pp, m, chunks) for s in range(mesh.pp)]
                     received = costs.received(mesh, micro_batch, stream, Cut(kind, chunks))
                     for starts in all_starts(len(bodies), mesh.pp, chunks):
                         edges = list(pairwise((0, *starts, len(bodies))))
-                        for outer, *steps in product(outers, *choices):
+                        for outer, steps in product(outers, product(*choices)):
                             ranks: list[list[Held]] = [[] for _ in range(mesh.pp)]
                             for k, (first, last) in enumerate(edges):
                                 ranks[k % mesh.pp] += [Held(step, 1, k // mesh.pp) for step in steps[first:last]]
