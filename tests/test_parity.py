@@ -1,8 +1,9 @@
-"""The four examples under the planner's own plans on real ranks: loss, gradients and parameters equal the single process."""
+"""The four examples under the planner's shardings on real ranks: loss, gradients and parameters equal the single process."""
 
 from __future__ import annotations
 
 import traceback
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ import autoplan
 from autoplan.apply import ParallelModel, apply
 from autoplan.apply.checkpoint import full
 from autoplan.cost.model import OUTER, CostModel
-from autoplan.plan import Plan, Solve
+from autoplan.plan import Plan
+from autoplan.schedule import ScheduleKind
 from autoplan.search.columns import Tables
-from autoplan.search.ilp import Column
-from autoplan.search.naming import named
-from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, shard
+from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Zero, shard
 from autoplan.workload import Workload
+from tests.apply.plans import make
 from tests.apply.ranks import run
 
 pytestmark = pytest.mark.gloo
@@ -32,72 +33,103 @@ MODELS: dict[str, dict[str, Any]] = {
     "hf_llama": {**TINY, "kv_heads": 2, "size": "1B"},
     "transformer": {**TINY, "dropout": 0.0},
 }
+DEEP = {name: {**changes, "layers": 2 if name == "transformer" else 4} for name, changes in MODELS.items()}
+"""For pipelines, which want four layers: an encoder-decoder has them at depth two."""
 # Hugging Face's Llama computes norms, rotations and the loss in float32 whatever the model's format
 TOLERANCE = {"llama": 1e-10, "gpt": 1e-10, "transformer": 1e-10, "hf_llama": 1e-4}
 BATCH, STEPS = 8, 3
 SEQUENCE = shard(1)
 
-Case = tuple[Mesh, Layout, Recompute, int]
+
+@dataclass(frozen=True)
+class Case:
+    mesh: Mesh
+    micro_batch: int
+    stream: Layout = REPLICATE
+    recompute: Recompute = "none"
+    zero: Zero = 3
+    schedule: ScheduleKind = "1f1b"
+    chunks: int = 1
+    cuts: tuple[int, ...] | None = None
+
+
 CASES: dict[int, dict[str, Case]] = {
     2: {
-        "dp only": (Mesh(dp_replicate=2), REPLICATE, "none", 4),
-        "fsdp": (Mesh(dp_shard=2), REPLICATE, "none", 4),
-        "fsdp, accumulation, recompute": (Mesh(dp_shard=2), REPLICATE, "full", 2),
-        "tp": (Mesh(tp=2), REPLICATE, "none", 8),
-        "tp + sp": (Mesh(tp=2), SEQUENCE, "none", 8),
-        "tp + sp, recompute": (Mesh(tp=2), SEQUENCE, "full", 4),
+        "dp only": Case(Mesh(dp_replicate=2), 4),
+        "fsdp": Case(Mesh(dp_shard=2), 4),
+        "fsdp, accumulation, recompute": Case(Mesh(dp_shard=2), 2, recompute="full"),
+        "zero 2, accumulation": Case(Mesh(dp_shard=2), 2, zero=2),
+        "zero 1, accumulation": Case(Mesh(dp_shard=2), 1, zero=1),
+        "tp": Case(Mesh(tp=2), 8),
+        "tp + sp": Case(Mesh(tp=2), 8, SEQUENCE),
+        "tp + sp, recompute": Case(Mesh(tp=2), 4, SEQUENCE, "full"),
     },
     4: {
-        "hsdp": (Mesh(dp_replicate=2, dp_shard=2), REPLICATE, "none", 2),
-        "tp x fsdp": (Mesh(dp_shard=2, tp=2), REPLICATE, "none", 4),
-        "tp + sp x fsdp, recompute": (Mesh(dp_shard=2, tp=2), SEQUENCE, "full", 2),
-        "tp + sp x dp": (Mesh(dp_replicate=2, tp=2), SEQUENCE, "none", 4),
+        "hsdp": Case(Mesh(dp_replicate=2, dp_shard=2), 2),
+        "hsdp, zero 1, recompute": Case(Mesh(dp_replicate=2, dp_shard=2), 1, recompute="full", zero=1),
+        "tp x fsdp": Case(Mesh(dp_shard=2, tp=2), 4),
+        "tp + sp x fsdp, recompute": Case(Mesh(dp_shard=2, tp=2), 2, SEQUENCE, "full"),
+        "tp + sp x dp": Case(Mesh(dp_replicate=2, tp=2), 4, SEQUENCE),
+    },
+}
+PIPELINES: dict[int, dict[str, Case]] = {
+    2: {
+        "gpipe": Case(Mesh(pp=2), 2, schedule="gpipe"),
+        "1f1b, cut unevenly": Case(Mesh(pp=2), 1, cuts=(1,)),
+        "1f1b, recompute, one micro-batch": Case(Mesh(pp=2), 8, recompute="full", cuts=(3,)),
+        "interleaved": Case(Mesh(pp=2), 2, schedule="interleaved-1f1b", chunks=2),
+    },
+    4: {
+        "deep": Case(Mesh(pp=4), 1),
+        "deep, fewer micro-batches": Case(Mesh(pp=4), 4),
+        "deep, fewer micro-batches, gpipe": Case(Mesh(pp=4), 4, schedule="gpipe"),
+        "fsdp": Case(Mesh(pp=2, dp_shard=2), 1),
+        "zero 1": Case(Mesh(pp=2, dp_shard=2), 1, zero=1),
+        "zero 2, gpipe, recompute": Case(Mesh(pp=2, dp_shard=2), 2, recompute="full", zero=2, schedule="gpipe"),
+        "zero 1, interleaved": Case(Mesh(pp=2, dp_shard=2), 1, zero=1, schedule="interleaved-1f1b", chunks=2),
+        "fsdp, interleaved, recompute": Case(Mesh(pp=2, dp_shard=2), 1, REPLICATE, "full", 3, "interleaved-1f1b", 2),
+        "dp": Case(Mesh(pp=2, dp_replicate=2), 1),
+        "tp": Case(Mesh(pp=2, tp=2), 2),
+        "tp + sp": Case(Mesh(pp=2, tp=2), 2, SEQUENCE),
+        "tp + sp, interleaved, recompute": Case(Mesh(pp=2, tp=2), 2, SEQUENCE, "full", 3, "interleaved-1f1b", 2),
     },
 }
 
 
-def load(name: str) -> Any:
-    return autoplan.load_model(str(EXAMPLES / f"{name}.py"), **MODELS[name])
+def load(name: str, deep: bool = False) -> Any:
+    return autoplan.load_model(str(EXAMPLES / f"{name}.py"), **(DEEP if deep else MODELS)[name])
 
 
 @cache
-def tables(name: str) -> Tables:
-    graph = autoplan.inspect(load(name), compute_dtype="float64")
+def tables(name: str, deep: bool) -> Tables:
+    graph = autoplan.inspect(load(name, deep), compute_dtype="float64")
     workload = Workload(global_batch=BATCH, param_dtype="float64", compute_dtype="float64", reduce_dtype="float64")
     return Tables(CostModel(graph, autoplan.load_hardware("cpu-gloo"), workload))
 
 
 def plan_of(name: str, case: Case) -> Plan:
-    """The plan of one mesh in which every layer takes the strategy that shards most of its parameters, the fastest of those."""
-    mesh, stream, recompute, micro_batch = case
-    entry = tables(name).entry(mesh, micro_batch, stream, (recompute,))
-    assert entry is not None, "the planner has no plan for this"
-
-    def eagerness(column: Column) -> tuple[int, float]:
-        sharded = sum(layout.sharded for _, layout in column.strategy.sharding.parameters)
-        return -sharded, column.step.seconds
-
-    counts = {g: [(min(columns, key=eagerness), entry.classes[g])] for g, columns in entry.columns.items()}
-    costs, graph = tables(name).costs, tables(name).graph
-    strategies, outer, runs = named(graph, counts, mesh)
-    by_name = dict(strategies)
-    bodies = {block.name: block.body for block in graph.blocks}
-    layers = [(bodies[layer], by_name[run_.strategy]) for run_ in runs for layer in run_.layers]
-    prediction = costs.predict(mesh, micro_batch, by_name[outer], layers)
-    if mesh.tp > 1:
-        assert any(layout.sharded for _, layout in counts[0][0][0].strategy.sharding.parameters), "nothing is sharded"
-        assert counts[OUTER][0][0].strategy.sharding.stream == stream
-    return Plan(
-        model=graph.model, graph=graph.fingerprint, hardware="cpu-gloo", hardware_fingerprint="", workload=costs.workload,
-        tokens=graph.tokens, mesh=mesh, micro_batch=micro_batch, strategies=strategies, outer=outer, runs=runs, tied=graph.tied,
-        prediction=prediction, memory_limit=1e12, solve=Solve(status="given", gap=0.0, bound=0.0, solver="", candidates=0),
+    """A plan in which every layer takes the planner's sharding that shards most of its parameters."""
+    known = tables(name, case.mesh.pp > 1)
+    chosen = {}
+    for g in known.classes:
+        shardings = known.shardings(g, case.mesh.tp, case.micro_batch, case.stream)
+        assert shardings, "the planner has no plan for this"
+        chosen[g] = max(shardings, key=lambda sharding: sum(layout.sharded for _, layout in sharding.parameters))
+        assert chosen[g].stream == case.stream
+        assert case.mesh.tp == 1 or any(layout.sharded for _, layout in chosen[g].parameters), "nothing is sharded"
+    layers = {block.name: chosen[block.body] for block in known.graph.blocks}
+    plan = make(
+        layers, chosen[OUTER], case.mesh, micro_batch=case.micro_batch, batch=BATCH, recompute=case.recompute, zero=case.zero,
+        schedule=case.schedule, chunks=case.chunks, cuts=case.cuts,
     )  # fmt: skip
+    return replace(plan, tied=known.graph.tied)
 
 
 def optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-6, weight_decay=0.1)
 
 
+@cache
 def batches(name: str) -> list[dict[str, torch.Tensor]]:
     torch.manual_seed(1)
     return [load(name).example_inputs(BATCH) for _ in range(STEPS)]
@@ -111,11 +143,12 @@ def in_float64() -> None:
 Result = tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
-def reference(name: str) -> Result:
+@cache
+def reference(name: str, deep: bool) -> Result:
     """Losses, first gradients and final parameters of three steps in one process."""
     in_float64()
     torch.manual_seed(3)
-    model = load(name).build().double()
+    model = load(name, deep).build().double()
     opt, losses, gradients = optimizer(model.parameters()), [], {}
     for batch in batches(name):
         output = model(**batch)
@@ -129,7 +162,10 @@ def reference(name: str) -> Result:
 
 
 def parallel_run(name: str, plan: Plan) -> Result:
-    parallel: ParallelModel = apply(lambda: load(name).build().double(), plan, device="cpu", seed=3)
+    loaded = load(name, plan.mesh.pp > 1)
+    parallel: ParallelModel = apply(
+        lambda: loaded.build().double(), plan, device="cpu", seed=3, inputs=loaded.example_inputs if plan.pipeline else None
+    )
     opt, losses, gradients = optimizer(parallel.parameters()), [], {}
     for batch in batches(name):
         share = {key: value.chunk(parallel.dp_size)[parallel.dp_rank] for key, value in batch.items()}
@@ -151,22 +187,33 @@ def differences(expected: Result, found: Result) -> dict[str, float]:
 
 
 def on_rank(name: str, plans: dict[str, Plan]) -> list[str]:
-    expected = reference(name)
+    in_float64()
     wrong = []
     for title, plan in plans.items():
         try:
-            errors = differences(expected, parallel_run(name, plan))
+            errors = differences(reference(name, plan.mesh.pp > 1), parallel_run(name, plan))
             where = max(errors, key=errors.__getitem__)
             if not errors[where] < TOLERANCE[name]:
                 wrong.append(f"{title}: {where} differs by {errors[where]:.1e}")
         except Exception:
             wrong.append(f"{title}: {traceback.format_exc()}")
+            break  # the other ranks may wait for this one
     return wrong
+
+
+def check(name: str, world: int, cases: dict[str, Case]) -> None:
+    plans = {title: plan_of(name, case) for title, case in cases.items()}
+    for wrong in run(world, on_rank, name, plans):
+        assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("world", list(CASES))
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_parallel_model_computes_the_same(name: str, world: int) -> None:
-    plans = {title: plan_of(name, case) for title, case in CASES[world].items()}
-    for wrong in run(world, on_rank, name, plans):
-        assert not wrong, "\n".join(wrong)
+    check(name, world, CASES[world])
+
+
+@pytest.mark.parametrize("world", list(PIPELINES))
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_pipeline_computes_the_same(name: str, world: int) -> None:
+    check(name, world, PIPELINES[world])

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
 # The store of a process group of one. `torch.distributed` has it, but does not export it to type checkers.
 from torch._C._distributed_c10d import HashStore
+
+# The stages and schedules of a pipeline, of which `LeanStage` and `Short1F1B` change a little.
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 # The placement of a packed weight (q, k and v in one): every rank holds its share of each part. It has no public name.
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
@@ -11,4 +22,93 @@ from torch.distributed.tensor.placement_types import _StridedShard as StridedSha
 # Tensors in Python containers (arguments, outputs); torch keeps its pytree private although everybody uses it.
 from torch.utils._pytree import tree_any, tree_flatten, tree_leaves, tree_map, tree_map_only
 
-__all__ = ["HashStore", "StridedShard", "tree_any", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only"]
+
+def replace_call(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Have `module(...)` call `call`, before any hook: the place that `Module.compile` uses. A class has its `__call__`,
+    an object has nothing public."""
+    module._compiled_call_impl = call
+
+
+def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What `module(...)` does without `replace_call`: hooks and forward."""
+    return module._call_impl(*args, **kwargs)
+
+
+class LeanStage(PipelineStage):
+    """A stage of `torch.distributed.pipelining` that holds buffers only for the micro-batches in flight.
+
+    PyTorch allocates a buffer for every tensor of every micro-batch, forward and backward, before the first step. Here
+    they are on meta until a receive is due, and let go of when the pass that uses them has run.
+    """
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._on_meta():
+            return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._on_meta():
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    @contextmanager
+    def _on_meta(self) -> Iterator[None]:
+        device, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = device
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        self._allocate(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        if self.has_backward and not self.is_last:
+            self._allocate(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        self._release(self.args_recv_info[fwd_chunk_id])  # what the backward pass needs, the forward cache has
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.submod.before_backward(bwd_chunk_id)  # type: ignore[operator]
+        result = super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        if not self.is_last:
+            self._release(self.grad_recv_info[bwd_chunk_id])
+        return result
+
+    def _allocate(self, infos: Any) -> None:
+        for info in infos:
+            if getattr(info, "buffer", None) is not None:
+                info.buffer = torch.empty_like(info.buffer, device=self.device)
+
+    def _release(self, infos: Any) -> None:
+        for info in infos:
+            if getattr(info, "buffer", None) is not None:
+                info.buffer = torch.empty_like(info.buffer, device="meta")
+
+
+class Short1F1B(Schedule1F1B):
+    """1F1B with fewer micro-batches than stages: PyTorch refuses it in the constructor, its loop runs it."""
+
+    def __init__(self, stage: PipelineStage, n_microbatches: int, **options: Any) -> None:
+        PipelineScheduleSingle.__init__(self, stage, n_microbatches, **options)
+
+    def _get_pipeline_order(self) -> None:
+        return None
+
+
+__all__ = [
+    "HashStore",
+    "LeanStage",
+    "Short1F1B",
+    "StridedShard",
+    "call_module",
+    "replace_call",
+    "tree_any",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+]

@@ -11,15 +11,22 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autoplan.apply import data_parallel, tensor_parallel
+from autoplan.apply import data_parallel, stages, tensor_parallel
 from autoplan.apply._torch import HashStore
-from autoplan.apply.check import check_world, parameter_shards
-from autoplan.apply.materialize import materialize, source
+from autoplan.apply.check import check_pipeline, check_world, parameter_shards
+from autoplan.apply.loss import LossFn, loss_of
+from autoplan.apply.materialize import Source, materialize, source
 from autoplan.apply.model import ParallelModel
-from autoplan.apply.shards import Coordinate
+from autoplan.apply.outside import watch
+from autoplan.apply.pipeline import Pipeline
+from autoplan.apply.runner import Doubles
+from autoplan.apply.shards import Coordinate, ParameterShards
+from autoplan.apply.tracer import shadow, trace
+from autoplan.errors import UsageError
 from autoplan.plan import Plan
+from autoplan.strategy import AXES
 
-LossFn = Callable[[Any, dict[str, Any]], torch.Tensor]
+Inputs = dict[str, Any] | Callable[[int], dict[str, Any]]
 
 
 def apply(
@@ -29,6 +36,7 @@ def apply(
     device: torch.device | str | None = None,
     seed: int = 0,
     loss_fn: LossFn | None = None,
+    inputs: Inputs | None = None,
 ) -> ParallelModel:
     """Make `model` run in parallel as `plan` says, in place: names, `state_dict` keys and `isinstance` stay.
 
@@ -37,11 +45,14 @@ def apply(
     weights equal those of `torch.manual_seed(seed); model()` on one device, bit for bit.
 
     `loss_fn(output, batch)` turns the output of a model that returns no loss into one, for `ParallelModel.step`.
+    `inputs` are keyword arguments of the model's forward, or a function that makes them for a number of samples: a plan
+    with a pipeline is cut by the order in which the forward pass of such a batch calls things.
     Make the optimizer afterwards, from `ParallelModel.parameters`; the default random generator is seeded anew.
     Raises `UsageError` on every rank when the launch or the model isn't the plan's.
     """
     device = _device(device)
     check_world(plan, _start(device))
+    check_pipeline(plan)
     if isinstance(model, nn.Module):
         parameter_shards(model, plan)  # a misfit is told while the module still has its weights
     found = source(model, data_parallel.dtype(plan.workload.param_dtype), seed)
@@ -51,19 +62,74 @@ def apply(
 
         adapt(module)
     shards = parameter_shards(module, plan)
-    mesh = init_device_mesh(
-        device.type, (plan.mesh.dp_replicate, plan.mesh.dp_shard, plan.mesh.tp), mesh_dim_names=("dp_replicate", "dp_shard", "tp")
-    )
+    mesh = _mesh(plan, device)
     tp = mesh["tp"] if plan.mesh.tp > 1 else None
+    at = _coordinate(mesh)
     if tp is not None:
         tensor_parallel.parallelize(module, plan, shards, tp)
-    data_parallel.recompute(module, plan, tp)
-    data_parallel.shard(module, plan, shards, mesh)
-    at = _coordinate(mesh)
-    materialize(found, shards, at, device)
-    parallel = ParallelModel(module, plan, mesh, shards, at, loss_fn)
-    torch.manual_seed(seed + parallel.dp_rank)  # dropout: alike within a tp group, different between dp ranks
+    if plan.pipeline is None:
+        _whole(found, plan, shards, mesh, at, device)
+        pipeline = None
+    else:
+        pipeline = _staged(found, plan, shards, mesh, at, device, loss_fn, inputs)
+    parallel = ParallelModel(module, plan, mesh, shards, at, loss_fn, pipeline)
+    # dropout: alike within a tp group, different between dp ranks and between stages
+    torch.manual_seed(seed + parallel.dp_rank + (pipeline.rank * parallel.dp_size if pipeline else 0))
     return parallel
+
+
+def _whole(
+    found: Source, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh, at: Coordinate, device: torch.device
+) -> None:
+    """Every rank has its share of the whole model."""
+    tp = mesh["tp"] if plan.mesh.tp > 1 else None
+    if tp is not None:
+        tensor_parallel.wrap_forward(found.model, tp)
+    data_parallel.recompute(found.model, plan, tp)
+    data_parallel.shard(found.model, plan, shards, mesh)
+    found.model.to_empty(device=device)
+    materialize(found, shards, at, device)
+
+
+def _staged(
+    found: Source, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh, at: Coordinate, device: torch.device,
+    loss_fn: LossFn | None, inputs: Inputs | None,
+) -> Pipeline:  # fmt: skip
+    """Every rank has its share of its stages; the rest stays on meta."""
+    if inputs is None:
+        raise UsageError(
+            "apply needs to know what the model is called with, to cut it into pipeline stages.",
+            "Pass inputs=example_inputs, or a batch, to autoplan.apply.",
+        )
+    module = found.model
+    tp = mesh["tp"] if plan.mesh.tp > 1 else None
+    compute = data_parallel.mixed_precision(plan.workload).param_dtype
+    copied = shadow(module, compute)
+    for each in (module, copied):
+        for name, _ in plan.layers():
+            watch(each.get_submodule(name), name)
+        if tp is not None:
+            tensor_parallel.wrap_forward(each, tp)
+
+    def loss(model: nn.Module, arguments: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
+        return loss_of(model, arguments, batch, loss_fn, tp)
+
+    example = inputs(plan.micro_batch) if callable(inputs) else inputs
+    example = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in example.items()}
+    pipeline = Pipeline(plan, mesh, device, lambda batch: trace(copied, plan, batch, loss, tp, compute), example)
+    data_parallel.recompute(module, plan, tp)
+    root, ignored = stages.build(module, plan, pipeline.program, pipeline.rank, pipeline.run)
+    units = data_parallel.shard_stages(root, module, ignored, plan, shards, mesh)
+    present = stages.present(module, plan, pipeline.program, pipeline.rank)
+    stages.allocate(root, module, present, device)
+    materialize(found, shards, at, device, present)
+    pipeline.attach(root, units, Doubles(module, copied), lambda arguments, batch: loss(module, arguments, batch))
+    return pipeline
+
+
+def _mesh(plan: Plan, device: torch.device) -> DeviceMesh:
+    axes = [axis for axis in AXES if axis != "pp" or plan.mesh.pp > 1]
+    return init_device_mesh(device.type, tuple(getattr(plan.mesh, axis) for axis in axes), mesh_dim_names=tuple(axes))
 
 
 def _device(device: torch.device | str | None) -> torch.device:

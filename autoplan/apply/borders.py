@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from autoplan.apply.outside import running
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
 from autoplan.strategy import Border, Layout
@@ -47,6 +48,13 @@ class _Redistribute(torch.autograd.Function):
 
 def redistribute(tensor: torch.Tensor, source: Layout, target: Layout, mesh: DeviceMesh) -> torch.Tensor:
     """`tensor` with the layout `target`; a plain tensor counts as replicated."""
+    mode = running()
+    arguments = tensor, source, target, mesh
+    found: torch.Tensor = _redistribute(*arguments) if mode is None or mode.paused else mode.one_call(_redistribute, *arguments)
+    return found
+
+
+def _redistribute(tensor: torch.Tensor, source: Layout, target: Layout, mesh: DeviceMesh) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         tensor = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
     moved: torch.Tensor = _Redistribute.apply(tensor, value_placement(target), gradient_placement(source))

@@ -9,6 +9,7 @@ from torch import nn
 from autoplan.apply.shards import ParameterShards
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
+from autoplan.schedule import order
 from autoplan.strategy import REPLICATE, Layout, Sharding
 
 _REPLAN = "The plan was made for another model: plan this one."
@@ -22,6 +23,28 @@ def check_world(plan: Plan, world: int) -> None:
             f"the plan wants {wanted} device{'s' if wanted > 1 else ''} ({plan.mesh}), torchrun started {world}.",
             f"Start torchrun with {wanted} processes, or make a plan for {world}.",
         )
+
+
+def check_pipeline(plan: Plan) -> None:
+    """Raise `UsageError` unless the pipeline fits the mesh and its schedule the micro-batches."""
+    pipeline = plan.pipeline
+    if (pipeline is None) != (plan.mesh.pp == 1):
+        raise UsageError(
+            f"the plan has pp {plan.mesh.pp} and {'no' if pipeline is None else 'a'} pipeline.", "A plan has both or neither."
+        )
+    if pipeline is None:
+        return
+    names = [name for name, _ in plan.layers()]
+    unknown = [name for name in pipeline.split_before if name not in names]
+    if unknown:
+        raise UsageError(f"the plan splits before '{unknown[0]}', which is no layer of it.", "Name layers of the plan.")
+    if len(plan.stages) != plan.mesh.pp * pipeline.chunks or not all(plan.stages):
+        raise UsageError(
+            f"the plan cuts the layers into {len(plan.stages)} stages, where pp {plan.mesh.pp} with {pipeline.chunks} "
+            f"chunk{'s' if pipeline.chunks > 1 else ''} a rank needs {plan.mesh.pp * pipeline.chunks}.",
+            "Split before as many layers as there are stages, less one.",
+        )
+    order(pipeline.schedule, 0, plan.mesh.pp, plan.micro_batches, pipeline.chunks)
 
 
 def parameter_shards(model: nn.Module, plan: Plan) -> dict[str, ParameterShards]:

@@ -77,7 +77,8 @@ def save(model: ParallelModel, path: Path, optimizer: torch.optim.Optimizer | No
     """Write to a folder beside `path`, then put it in its place."""
     states: dict[str, Any] = {_STEP: torch.tensor(step)}
     for name, tensor in model.module.state_dict().items():
-        states[name] = _pieces(model, name, tensor)
+        if not tensor.is_meta:  # else it is another pipeline stage's
+            states[name] = _pieces(model, name, tensor)
     if optimizer is not None:
         names = _names(model)
         for group in optimizer.param_groups:
@@ -111,7 +112,8 @@ def load(model: ParallelModel, path: Path, optimizer: torch.optim.Optimizer | No
     for name, tensor in model.module.state_dict().items():
         if name not in metadata.state_dict_metadata:
             raise UsageError(f"the checkpoint '{path}' has no '{name}'.", "It was saved from another model.")
-        states[name] = _pieces(model, name, tensor)
+        if not tensor.is_meta:
+            states[name] = _pieces(model, name, tensor)
     if optimizer is not None:
         states |= _empty_states(model, optimizer, metadata)
     read(states, checkpoint_id=path, no_dist=dist.get_world_size() == 1)
@@ -139,20 +141,28 @@ def _empty_states(model: ParallelModel, optimizer: torch.optim.Optimizer, metada
     return found
 
 
-def full(model: ParallelModel, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A whole parameter (or a state shaped like it) on the CPU of every rank."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().cpu()
-    shards, at = model._shards[name], model._at
-    local = tensor.to_local().detach()
-    whole = torch.zeros(shards.shape, dtype=local.dtype, device=local.device)
-    mesh = model.mesh
-    if at.tp == 0 or shards.layout.sharded:  # of equal copies only one may be summed
-        for piece in shards.pieces(at):
-            piece.of_full(whole).copy_(piece.of_local(local))
-    for axis in ("dp_shard", "tp"):
-        if mesh[axis].size() > 1:
-            dist.all_reduce(whole, group=mesh.get_group(axis))
+def full(model: ParallelModel, name: str, tensor: torch.Tensor | None) -> torch.Tensor:
+    """A whole parameter (or a state shaped like it) or buffer on the CPU of every rank.
+
+    All ranks must call this, in a pipeline also those that have it on meta, or its gradient not at all (None).
+    """
+    like = model.module.get_parameter(name) if tensor is None else tensor
+    whole = torch.zeros(like.shape, dtype=like.dtype, device=model._device)
+    answers = model._tied is None or model._tied.owner(name) == model._tied.rank
+    if isinstance(tensor, DTensor):
+        shards, at = model._shards[name], model._at
+        local = tensor.to_local().detach()
+        if answers and (at.tp == 0 or shards.layout.sharded):  # of equal copies only one may be summed
+            for piece in shards.pieces(at):
+                piece.of_full(whole).copy_(piece.of_local(local))
+    elif answers and tensor is not None:
+        whole.copy_(tensor.detach())
+    if name in model._shards:
+        for axis in ("dp_shard", "tp"):
+            if model.mesh[axis].size() > 1:
+                dist.all_reduce(whole, group=model.mesh.get_group(axis))
+    if model._tied is not None:
+        dist.all_reduce(whole, group=model._tied.group)
     return whole.cpu()
 
 

@@ -23,7 +23,7 @@ class _VocabParallel(torch.autograd.Function):
         group, classes = mesh.get_group(), logits.shape[1]
         wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         top = wide.amax(1)
-        dist.all_reduce(top, dist.ReduceOp.MAX, group)
+        _reduce(top, dist.ReduceOp.MAX, group)
         shifted = wide - top[:, None]
         local = target - mesh.get_local_rank() * classes
         elsewhere = (local < 0) | (local >= classes)
@@ -31,7 +31,7 @@ class _VocabParallel(torch.autograd.Function):
         chosen = shifted.gather(1, local[:, None])[:, 0].masked_fill(elsewhere, 0.0)
         softmax = shifted.exp_()
         sums = torch.stack([softmax.sum(1), chosen])
-        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+        _reduce(sums, dist.ReduceOp.SUM, group)
         ignored = target == ignore_index
         losses = (sums[0].log() - sums[1]).masked_fill(ignored, 0.0)
         scale = (~ignored).to(losses.dtype)
@@ -48,6 +48,11 @@ class _VocabParallel(torch.autograd.Function):
         onehot = (~elsewhere).to(softmax.dtype)[:, None]
         columns = softmax.clone().scatter_add_(1, local[:, None], -onehot)
         return columns.mul_((gradient * scale)[:, None]).to(ctx.dtype), None, None, None, None
+
+
+def _reduce(tensor: torch.Tensor, operation: Any, group: dist.ProcessGroup) -> None:
+    if not tensor.is_meta:  # else shapes alone are asked for
+        dist.all_reduce(tensor, operation, group)
 
 
 def vocab_parallel_cross_entropy(logits: DTensor, target: torch.Tensor, ignore_index: int, reduction: str) -> torch.Tensor:

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from autoplan.apply.local_ops import local_ops
 from autoplan.apply.shards import ParameterShards
+from autoplan.apply.stages import Rank, fsdp_units
+from autoplan.apply.zero import Unit, keeps
 from autoplan.plan import Plan
 from autoplan.workload import Workload
 
@@ -38,24 +40,46 @@ def _checkpointed(forward: Callable[..., Any], tp: DeviceMesh | None) -> Callabl
     return wrapped
 
 
-def shard(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> None:
-    """FSDP per layer and for the root, over `dp_shard`, replicated over `dp_replicate`.
+def shard(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> list[Unit]:
+    """FSDP per layer and for the root, over `dp_shard`, replicated over `dp_replicate`; returns what it manages.
 
     A mesh of size 1 goes the same way: FSDP then skips its collectives, and still casts parameters, brings gradients to
     their placements and keeps master weights, so there is one path. Resharding is free there, so it always happens.
     """
+    wrap = _wrapper(model, plan, shards, mesh)
+    for name, strategy in plan.layers():
+        wrap(model.get_submodule(name), reshard_after_forward=not keeps(strategy.zero, plan.mesh.dp_shard))
+    wrap(model, reshard_after_forward=not keeps(plan.outer_strategy.zero, plan.mesh.dp_shard))
+    units = [(model.get_submodule(name), strategy.zero) for name, strategy in plan.layers()]
+    return [*units, (model, plan.outer_strategy.zero)]  # type: ignore[list-item]
+
+
+def shard_stages(
+    root: Rank, model: nn.Module, ignored: dict[nn.Module, set[nn.Parameter]], plan: Plan,
+    shards: dict[str, ParameterShards], mesh: DeviceMesh,
+) -> dict[int, list[Unit]]:  # fmt: skip
+    """The same for a pipeline rank's virtual stages: `ignored` holds the parameters that are others'."""
+    wrap = _wrapper(model, plan, shards, mesh)
+    outer = not keeps(plan.outer_strategy.zero, plan.mesh.dp_shard)
+    units = fsdp_units(root, plan, model)
+    for number, stage in root.stages.items():
+        for layer, zero in units[int(number)][:-1]:
+            wrap(layer, reshard_after_forward=not keeps(zero, plan.mesh.dp_shard))
+        wrap(stage, reshard_after_forward=outer, ignored_params=ignored[stage])
+    wrap(root, reshard_after_forward=outer, ignored_params=ignored[root])
+    return units
+
+
+def _wrapper(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> Any:
+    """`fully_shard` with everything that is alike for all modules."""
     replicated = plan.mesh.dp_replicate > 1
     dims = {id(p): shards[name].fsdp_dim for name, p in model.named_parameters(remove_duplicate=False)}
-    wrap = partial(
+    return partial(
         fully_shard,
         mesh=mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"],
         mp_policy=mixed_precision(plan.workload),
         shard_placement_fn=lambda parameter: Shard(dims[id(parameter)]),
     )
-    alone = plan.mesh.dp_shard == 1
-    for name, strategy in plan.layers():
-        wrap(model.get_submodule(name), reshard_after_forward=strategy.zero == 3 or alone)
-    wrap(model, reshard_after_forward=plan.outer_strategy.zero == 3 or alone)
 
 
 def mixed_precision(workload: Workload) -> MixedPrecisionPolicy:

@@ -67,14 +67,17 @@ def _retype(model: nn.Module, param_dtype: torch.dtype) -> None:
         holder[last] = made[id(tensor)]  # type: ignore[assignment]
 
 
-def materialize(found: Source, shards: dict[str, ParameterShards], at: Coordinate, device: torch.device) -> None:
-    """Allocate the shards and buffers of `found.model` on `device` and fill them."""
+def materialize(
+    found: Source, shards: dict[str, ParameterShards], at: Coordinate, device: torch.device, present: set[str] | None = None
+) -> None:
+    """Fill the shards and buffers of `found.model`, which have been allocated; only those named, when `present` is given."""
     model = found.model
-    model.to_empty(device=device)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
 
     def emit(name: str, full: torch.Tensor) -> None:
+        if present is not None and name not in present:
+            return
         if name in parameters:
             fill(parameters[name], shards[name], at, full)
         elif name in buffers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,9 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from autoplan.apply import checkpoint
-from autoplan.apply.local_ops import local_ops
+from autoplan.apply.loss import LossFn, loss_of
+from autoplan.apply.pipeline import Pipeline
 from autoplan.apply.shards import Coordinate, ParameterShards
-from autoplan.apply.tensor_parallel import plain
+from autoplan.apply.tied import Tied
+from autoplan.apply.zero import Unit, before_backward, reshard
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
 
@@ -31,7 +33,8 @@ class ParallelModel:
         mesh: DeviceMesh,
         shards: dict[str, ParameterShards],
         at: Coordinate,
-        loss_fn: Callable[[Any, dict[str, Any]], torch.Tensor] | None,
+        loss_fn: LossFn | None,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self.module = module
         self.plan = plan
@@ -41,37 +44,58 @@ class ParallelModel:
         self._shards = shards
         self._at = at
         self._loss_fn = loss_fn
+        self._pipeline = pipeline
+        self._tied = Tied(module, pipeline, mesh) if pipeline is not None else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._pipeline is not None:
+            raise UsageError(
+                "a model that is cut into pipeline stages can't be called.", "Use ParallelModel.step, which runs whole steps."
+            )
         return self.module(*args, **kwargs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """This rank's shards, for the optimizer."""
-        return self.module.parameters()
+        """This rank's shards, for the optimizer; in a pipeline those of its stages alone."""
+        return (parameter for parameter in self.module.parameters() if not parameter.is_meta)
 
     def step(self, batch: dict[str, Any]) -> torch.Tensor:
         """Forward and backward of this dp rank's share of a batch, in micro-batches; returns the mean loss over all ranks.
 
         `batch` holds the keyword arguments of the module's forward, `plan.micro_batch * plan.micro_batches` samples of
-        each. Gradients are reduced and scattered over `dp_shard` in every micro-batch, so that no rank ever keeps whole
-        ones, and over `dp_replicate` once, in the last. The optimizer is the caller's.
+        each; every stage of a pipeline is given the same. What is reduced when is said in `zero`. The optimizer is the
+        caller's.
         """
-        root = cast(FSDPModule, self.module)
-        count = self.plan.micro_batches
-        total: torch.Tensor | None = None
-        for i, micro_batch in enumerate(self._micro_batches(batch, count)):
-            last = i == count - 1
-            root.set_is_last_backward(last)
-            root.set_requires_all_reduce(last)
-            loss = self._loss(micro_batch) / count
-            loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None
-        mean = total.clone()
+        micro_batches = list(self._micro_batches(batch, self.plan.micro_batches))
+        if self._pipeline is None:
+            total = self._accumulate(micro_batches)
+        else:
+            total = self._pipeline.step(micro_batches)
+            dist.all_reduce(total, group=self._pipeline.group)
+            assert self._tied is not None
+            self._tied.add_gradients()
         if self.dp_size > 1:
             for axis in ("dp_replicate", "dp_shard"):
-                dist.all_reduce(mean, group=self.mesh.get_group(axis))
-        return mean / self.dp_size
+                dist.all_reduce(total, group=self.mesh.get_group(axis))
+        return total / self.dp_size
+
+    def _accumulate(self, micro_batches: list[dict[str, Any]]) -> torch.Tensor:
+        root = cast(FSDPModule, self.module)
+        units, losses = self._units(), []
+        for i, micro_batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            root.set_is_last_backward(last)
+            before_backward(units, last, self.plan.mesh.dp_shard)
+            loss = self._loss(micro_batch) / len(micro_batches)
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _units(self) -> list[Unit]:
+        """Everything that FSDP manages."""
+        if self._pipeline is not None:
+            return self._pipeline.units
+        layers = [(self.module.get_submodule(name), strategy.zero) for name, strategy in self.plan.layers()]
+        return [*layers, (self.module, self.plan.outer_strategy.zero)]  # type: ignore[list-item]
 
     def _micro_batches(self, batch: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
         size = self.plan.micro_batch * count
@@ -87,44 +111,45 @@ class ParallelModel:
             yield {name: value[part] if name in samples else value for name, value in batch.items()}
 
     def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        output = self.module(**batch)
-        if self._loss_fn is not None:
-            with local_ops(self.mesh["tp"]):
-                output = self._loss_fn(output, batch)
-        loss = output if isinstance(output, torch.Tensor) else getattr(output, "loss", None)
-        if not isinstance(loss, torch.Tensor) or loss.ndim:
-            raise UsageError("the model returns no scalar loss.", "Pass loss_fn(output, batch) to autoplan.apply.")
-        return plain(loss) if isinstance(loss, DTensor) else loss
+        return loss_of(self.module, batch, batch, self._loss_fn, self.mesh["tp"])
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their 2-norm over the whole model is at most `max_norm`; returns the norm before."""
-        gradients = [cast(DTensor, p.grad) for p in self.parameters() if p.grad is not None]
-        locals_ = [gradient.to_local() for gradient in gradients]
-        norms = torch._foreach_norm(locals_)
-        copies = [_copies(gradient) for gradient in gradients]
-        squares = torch.stack([norm.double() ** 2 / n for norm, n in zip(norms, copies, strict=True)]).sum()
+        held = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        locals_ = [cast(DTensor, parameter.grad).to_local() for parameter in held]
+        norms = torch._foreach_norm(locals_) if locals_ else ()
+        parts = [norm.double() ** 2 / self._copies(parameter) for norm, parameter in zip(norms, held, strict=True)]
+        squares = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=self._device)
         dist.all_reduce(squares)
         norm = squares.sqrt()
-        torch._foreach_mul_(locals_, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(locals_[0].dtype))
+        if locals_:
+            torch._foreach_mul_(locals_, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(locals_[0].dtype))
         return norm
+
+    def _copies(self, parameter: nn.Parameter) -> int:
+        """How many ranks hold the same numbers of a parameter's gradient."""
+        gradient = cast(DTensor, parameter.grad)
+        copies = 1 if self._tied is None else self._tied.copies(parameter)
+        for axis, placement in enumerate(gradient.placements):
+            if placement.is_replicate():
+                copies *= gradient.device_mesh.size(axis)
+        return copies
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model's `state_dict` as plain CPU tensors, on every rank (all ranks must call it)."""
+        reshard(self._units())
         return {name: checkpoint.full(self, name, tensor) for name, tensor in self.module.state_dict().items()}
 
     def save(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None, step: int = 0) -> None:
         """Write a distributed checkpoint to the folder `path`; until it is complete, one that is there stays."""
+        reshard(self._units())
         checkpoint.save(self, Path(path), optimizer, step)
 
     def load(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Read a checkpoint of this model, saved under any plan; returns the step that it was saved at."""
+        reshard(self._units())
         return checkpoint.load(self, Path(path), optimizer)
-
-
-def _copies(gradient: DTensor) -> int:
-    """How many ranks of the gradient's mesh hold the same numbers."""
-    copies = 1
-    for axis, placement in enumerate(gradient.placements):
-        if placement.is_replicate():
-            copies *= gradient.device_mesh.size(axis)
-    return copies

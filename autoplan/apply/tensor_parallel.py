@@ -12,13 +12,14 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from autoplan.apply import borders
 from autoplan.apply._torch import StridedShard, tree_map_only
 from autoplan.apply.local_ops import local_ops
+from autoplan.apply.outside import running
 from autoplan.apply.shards import ParameterShards
 from autoplan.plan import Plan
 from autoplan.strategy import Layout
 
 
 def parallelize(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> None:
-    """Spread the (meta) parameters of `model` over `mesh`, hook the plan's borders, let the root's forward run on DTensors."""
+    """Spread the (meta) parameters of `model` over `mesh` and hook the plan's borders."""
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in made:
@@ -26,7 +27,6 @@ def parallelize(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards]
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._parameters[last] = made[id(parameter)]
     borders.install(model, plan, mesh)
-    _wrap_forward(model, mesh)
 
 
 def _distribute(parameter: nn.Parameter, shards: ParameterShards, mesh: DeviceMesh) -> nn.Parameter:
@@ -44,8 +44,8 @@ def parameter_placement(layout: Layout) -> Placement:
     return Shard(layout.dim) if layout.blocks == 1 else StridedShard(layout.dim, split_factor=layout.blocks)
 
 
-def _wrap_forward(model: nn.Module, mesh: DeviceMesh) -> None:
-    """The root's forward with `LocalOps` on; what it returns replicated, and the loss in any case, is a plain tensor."""
+def wrap_forward(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Run the root's forward with `LocalOps` on; what it returns replicated, and the loss in any case, is a plain tensor."""
     forward = model.forward
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -57,6 +57,12 @@ def _wrap_forward(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def plain(tensor: DTensor) -> torch.Tensor:
     """A local tensor for what every rank has whole, and for scalars; sharded logits stay sharded (for `loss_fn`)."""
+    mode = running()
+    found: torch.Tensor = _plain(tensor) if mode is None or mode.paused else mode.one_call(_plain, tensor)
+    return found
+
+
+def _plain(tensor: DTensor) -> torch.Tensor:
     if tensor.ndim > 0 and not tensor.placements[0].is_replicate():
         return tensor
     local: torch.Tensor = _Plain.apply(tensor.redistribute(placements=[Replicate()]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autoplan.plan import LayerRun, MemoryBreakdown, Plan, Prediction, Solve, TimeBreakdown
+from autoplan.plan import LayerRun, MemoryBreakdown, Pipeline, Plan, Prediction, Solve, TimeBreakdown
+from autoplan.schedule import ScheduleKind
 from autoplan.strategy import GATHERED, PARTIAL, REPLICATE, Border, Layout, Mesh, Sharding, Strategy, Zero, shard
 from autoplan.workload import Workload
 
@@ -22,8 +23,14 @@ def make(
     zero: Zero = 3,
     dtype: str = "float64",
     compute: str | None = None,
+    schedule: ScheduleKind = "1f1b",
+    chunks: int = 1,
+    cuts: tuple[int, ...] | None = None,
 ) -> Plan:
-    """A plan for `layers` (block name -> sharding); the micro-batch is the whole share unless given."""
+    """A plan for `layers` (block name -> sharding); the micro-batch is the whole share unless given.
+
+    With `mesh.pp` the layers are cut before those with the numbers `cuts`, else evenly.
+    """
     strategies = {name: Strategy(sharding, recompute, zero) for name, sharding in layers.items()}  # type: ignore[arg-type]
     return Plan(
         model="test",
@@ -39,9 +46,10 @@ def make(
         tokens=16,
         mesh=mesh,
         micro_batch=micro_batch or batch // mesh.dp,
-        strategies=(("outer", Strategy(outer, "none", False)), *strategies.items()),
+        strategies=(("outer", Strategy(outer, "none", zero)), *strategies.items()),
         outer="outer",
         runs=tuple(LayerRun(layers=(name,), strategy=name) for name in strategies),
+        pipeline=pipeline(list(layers), mesh.pp, schedule, chunks, cuts),
         prediction=Prediction(
             step_time=0.0,
             time=TimeBreakdown(),
@@ -53,6 +61,16 @@ def make(
         memory_limit=0.0,
         solve=Solve(status="given", gap=0.0, bound=0.0, solver="", candidates=0),
     )
+
+
+def pipeline(
+    layers: list[str], pp: int, schedule: ScheduleKind = "1f1b", chunks: int = 1, cuts: tuple[int, ...] | None = None
+) -> Pipeline | None:
+    if pp == 1:
+        return None
+    stages = pp * chunks
+    cuts = cuts or tuple(round(len(layers) * i / stages) for i in range(1, stages))
+    return Pipeline(schedule=schedule, chunks=chunks, split_before=tuple(layers[i] for i in cuts))
 
 
 def _around(module: str, leaf: str, stream: Layout, result: Layout = PARTIAL) -> tuple[Border, Border]:

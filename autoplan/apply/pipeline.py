@@ -1,0 +1,197 @@
+"""A step of a pipeline, on the schedules of `torch.distributed.pipelining`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+
+from autoplan.apply import stages, zero
+from autoplan.apply._torch import LeanStage, Short1F1B
+from autoplan.apply.local_ops import local_ops
+from autoplan.apply.outside import Finished
+from autoplan.apply.program import Program
+from autoplan.apply.runner import Doubles, Runner, arrive, leave, pass_on
+from autoplan.apply.stages import Unseen
+from autoplan.errors import UsageError
+from autoplan.plan import Plan
+
+Trace = Callable[[dict[str, Any]], Program]
+LossOf = Callable[[dict[str, Any], dict[str, Any]], torch.Tensor]
+
+
+class Chunk(nn.Module):
+    """A virtual stage as the schedule sees it: local tensors in, local tensors out, one micro-batch after another."""
+
+    def __init__(self, pipeline: Pipeline, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self._pipeline = pipeline
+        self._next = 0
+
+    def start(self) -> None:
+        self._next = 0
+
+    def forward(self, *received: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self._next += 1
+        return self._pipeline.forward(self.number, self._next - 1, received)
+
+    def before_backward(self, micro_batch: int) -> None:
+        self._pipeline.before_backward(self.number, micro_batch)
+
+
+class Pipeline:
+    """One rank's part of a pipeline."""
+
+    def __init__(self, plan: Plan, mesh: DeviceMesh, device: torch.device, trace: Trace, example: dict[str, Any]) -> None:
+        assert plan.pipeline is not None
+        self.plan = plan
+        self.device = device
+        self.group = mesh.get_group("pp")
+        self.rank: int = mesh.get_local_rank("pp")
+        self.tp = mesh["tp"] if plan.mesh.tp > 1 else None
+        self._trace = trace
+        self.program = trace(example)
+        self._programs = {_shapes(example): self.program}
+        self._schedules: dict[Program, tuple[Any, list[Chunk]]] = {}
+        self._loss_of: LossOf
+        self.root: stages.Rank
+        self._units: dict[int, list[zero.Unit]]
+        self._doubles: Doubles
+        self._micro_batches: list[dict[str, Any]] = []
+        self._losses: list[torch.Tensor] = []
+        self._error: BaseException | None = None
+        self._left = 0
+
+    def attach(self, root: stages.Rank, units: dict[int, list[zero.Unit]], doubles: Doubles, loss_of: LossOf) -> None:
+        """What runs the stages; `root` is built with `self.run`."""
+        self.root, self._units, self._doubles, self._loss_of = root, units, doubles, loss_of
+
+    @property
+    def units(self) -> list[zero.Unit]:
+        return [unit for units in self._units.values() for unit in units] + [(self.root, 3)]  # type: ignore[list-item]
+
+    def step(self, micro_batches: list[dict[str, Any]]) -> torch.Tensor:
+        """All micro-batches forward and backward; returns their mean loss on the last stage, zero on the others."""
+        self.program = self._program_of(micro_batches[0])
+        schedule, chunks = self._schedule(self.program, len(micro_batches))
+        self._micro_batches, self._losses, self._error = micro_batches, [], None
+        self._left = len(micro_batches) * len(chunks)
+        for chunk in chunks:
+            chunk.start()
+        options = {"target": torch.zeros(len(micro_batches))} if chunks[-1].number == len(self.plan.stages) - 1 else {}
+        if "return_outputs" in inspect.signature(schedule.step).parameters:
+            options["return_outputs"] = False  # type: ignore[assignment]
+        try:
+            schedule.step(**options)
+        except Exception:
+            if self._error is not None:
+                raise self._error from None  # the schedule wraps it into one that shows all inputs
+            raise
+        finally:
+            self._micro_batches = []
+        if self._losses:
+            return torch.stack(self._losses).sum()
+        return torch.zeros((), dtype=self.program.loss, device=self.device)
+
+    def forward(self, number: int, index: int, received: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        batch = self._micro_batches[index]
+        try:
+            output: tuple[torch.Tensor, ...] = self.root(number, received, batch, Unseen(batch))
+        except Exception as error:
+            self._error = error
+            raise
+        return output
+
+    def before_backward(self, number: int, index: int) -> None:
+        self._left -= 1
+        root: FSDPModule = self.root  # type: ignore[assignment]
+        root.set_is_last_backward(self._left == 0)
+        last = index == len(self._micro_batches) - 1
+        zero.before_backward(self._units[number], last, self.plan.mesh.dp_shard)
+        outer = [(root, self.plan.outer_strategy.zero)]
+        zero.before_backward(outer, self._left == 0, self.plan.mesh.dp_shard)
+
+    def run(
+        self, number: int, received: tuple[torch.Tensor, ...], inputs: dict[str, Any], batch: dict[str, Any]
+    ) -> tuple[torch.Tensor, ...]:
+        """One virtual stage's forward pass, inside those of FSDP."""
+        program = self.program
+        wires = program.incoming(number)
+        passing = {wire.site: local for wire, local in zip(wires, received, strict=True)}
+        tensors = {wire.site: arrive(passing[wire.site], wire, self.tp) for wire in wires}
+        runner = Runner(program, number, tensors, self.device, self._doubles)
+        loss = None
+        with local_ops(self.tp), suppress(Finished), runner:
+            loss = self._loss_of(inputs, batch)
+        if number == len(self.plan.stages) - 1:
+            assert loss is not None
+            loss = loss / self.plan.micro_batches
+            self._losses.append(loss.detach())
+            return (torch.stack([loss]),)
+        made = runner.collected
+        missing = [wire for wire in program.outgoing(number) if wire.site not in made and wire.site not in passing]
+        if missing:
+            raise UsageError(f"the forward pass did not make a tensor {list(missing[0].shape)} that it made before.")
+        return tuple(
+            leave(made[wire.site], wire) if wire.site in made else pass_on(passing[wire.site])
+            for wire in program.outgoing(number)
+        )
+
+    def _program_of(self, batch: dict[str, Any]) -> Program:
+        """The program for micro-batches of this shape."""
+        shapes = _shapes(batch)
+        if shapes not in self._programs:
+            found = self._trace(batch)
+            if found.readers != self.program.readers or found.layers != self.program.layers:
+                raise UsageError(
+                    "the forward pass takes another way for this batch than for the inputs given to apply.",
+                    "A pipeline runs models whose layers are called in one order.",
+                )
+            self._programs[shapes] = found
+        return self._programs[shapes]
+
+    def _schedule(self, program: Program, count: int) -> tuple[Any, list[Chunk]]:
+        if program not in self._schedules:
+            chunks = [Chunk(self, number) for number in stages.numbers(self.plan, self.rank)]
+            built = [self._stage(program, chunk) for chunk in chunks]
+            options: dict[str, Any] = {"loss_fn": lambda output, _: output[0].sum(), "scale_grads": False}
+            kind = self.plan.pipeline.schedule  # type: ignore[union-attr]
+            made: Any
+            if kind == "interleaved-1f1b":
+                made = ScheduleInterleaved1F1B(built, count, **options)  # type: ignore[arg-type]
+            elif kind == "gpipe":
+                made = ScheduleGPipe(built[0], count, **options)
+            else:
+                made = (Schedule1F1B if count >= len(self.plan.stages) else Short1F1B)(built[0], count, **options)
+            self._schedules[program] = made, chunks
+        return self._schedules[program]
+
+    def _stage(self, program: Program, chunk: Chunk) -> LeanStage:
+        last = chunk.number == len(self.plan.stages) - 1
+        outputs = tuple(wire.empty() for wire in program.outgoing(chunk.number))
+        loss = torch.empty(1, dtype=program.loss, device="meta", requires_grad=True)
+        return LeanStage(
+            chunk,
+            chunk.number,
+            len(self.plan.stages),
+            self.device,
+            input_args=tuple(wire.empty() for wire in program.incoming(chunk.number)),
+            output_args=(loss,) if last else outputs,
+            group=self.group,
+        )
+
+
+def _shapes(batch: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides the shapes inside the model."""
+    return tuple(
+        (name, tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else (name, repr(value))
+        for name, value in sorted(batch.items())
+    )

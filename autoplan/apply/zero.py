@@ -1,0 +1,35 @@
+"""What every micro-batch's backward pass does with gradients and gathered parameters, as the plan's ZeRO levels say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.distributed.fsdp import FSDPModule
+
+Unit = tuple[FSDPModule, int]
+"""A module that FSDP manages, and the ZeRO level of its own parameters."""
+
+
+def keeps(zero: int, dp_shard: int) -> bool:
+    """Do gathered parameters stay after the forward pass? On one device resharding is free, so it always happens."""
+    return zero < 3 and dp_shard > 1
+
+
+def before_backward(units: Iterable[Unit], last: bool, dp_shard: int) -> None:
+    """Set what FSDP does in the coming backward pass; `last`: it is the last of the step.
+
+    Under ZeRO 1 gradients stay whole, and parameters gathered, until the last. Else gradients are reduced and scattered
+    over `dp_shard` at once, so that no rank keeps whole ones; over `dp_replicate` they are reduced in the last alone.
+    """
+    for module, zero in units:
+        if zero == 1 and dp_shard > 1:
+            module.set_requires_gradient_sync(last, recurse=False)
+            module.set_reshard_after_backward(last, recurse=False)
+        else:
+            module.set_requires_all_reduce(last, recurse=False)
+
+
+def reshard(units: Iterable[Unit]) -> None:
+    """Free gathered parameters that a forward pass left behind: before parameters are read or written as shards."""
+    for module, _ in units:
+        module.reshard()
