@@ -113,10 +113,10 @@ class Outside(TorchFunctionMode):
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
-        if name == "__get__" and func in _PLACES and args[0].is_meta:
-            return _PLACES[func](self.device)
         site = Site(self.position, self.calls, 0)
         self.calls += 1
+        if name == "__get__" and func in _PLACES and args[0].is_meta:
+            return _PLACES[func](self.device)
         leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
         if self.mine():
             return self.run(site, name, func, args, kwargs)

@@ -126,6 +126,8 @@ class Pipeline:
         program = self.program
         wires = program.incoming(number)
         passing = {wire.site: local for wire, local in zip(wires, received, strict=True)}
+        kept = [local for wire, local in zip(wires, received, strict=True) if wire.last > number]
+        versions = [local._version for local in kept]
         tensors = {wire.site: arrive(passing[wire.site], wire, self.tp) for wire in wires}
         runner = Runner(program, number, tensors, self.device, self._doubles)
         loss = None
@@ -136,6 +138,10 @@ class Pipeline:
             loss = loss / self.plan.micro_batches
             self._losses.append(loss.detach())
             return (torch.stack([loss]),)
+        if versions != [local._version for local in kept]:
+            raise UsageError(
+                f"stage {number} writes into a tensor that it received and passes on.", "Write out of place: x = x * y, not x *= y."
+            )
         made = runner.collected
         missing = [wire for wire in program.outgoing(number) if wire.site not in made and wire.site not in passing]
         if missing:

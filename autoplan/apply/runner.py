@@ -110,7 +110,7 @@ class Runner(Outside):
 def arrive(local: torch.Tensor, wire: Wire, tp: DeviceMesh | None) -> torch.Tensor:
     """What was received, as the model knows it."""
     if wire.placements is None:
-        return local
+        return pass_on(local)
     assert tp is not None
     tensor: torch.Tensor = _Arrive.apply(local, wire, tp)
     return tensor
@@ -144,7 +144,7 @@ class _Arrive(torch.autograd.Function):
 
 
 def pass_on(local: torch.Tensor) -> torch.Tensor:
-    """What a stage receives for a later one. No view: FSDP warns of views, since writing into one would undo its hooks."""
+    """The same tensor, and no view to autograd: those of FSDP's own functions can't be written into."""
     passed: torch.Tensor = _PassOn.apply(local)
     return passed
 

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.gloo
 
 
 def build(mesh, seed):
-    parallel = apply(double("gpt"), gpt(mesh), device="cpu", seed=seed, loss_fn=gpt_loss)
+    plan = gpt(mesh, micro_batch=2)
+    parallel = apply(double("gpt"), plan, device="cpu", seed=seed, loss_fn=gpt_loss, inputs=batches("gpt")[0])
     return parallel, torch.optim.AdamW(parallel.parameters(), lr=1e-2)
 
 
@@ -32,9 +33,14 @@ def same(one, two):
         assert torch.equal(value, two[key]), key
 
 
-def save_and_load(folder):
+FIRST = Mesh(dp_shard=2, tp=2)
+OTHERS = (Mesh(dp_shard=4), Mesh(dp_replicate=2, tp=2), FIRST, Mesh(tp=4), Mesh(pp=2, tp=2))
+STAGED = Mesh(pp=2, tp=2)
+
+
+def save_and_load(folder, saved_under, others):
     first, second, third = batches("gpt")
-    parallel, optimizer = build(Mesh(dp_shard=2, tp=2), seed=0)
+    parallel, optimizer = build(saved_under, seed=0)
     train(parallel, optimizer, first)
     parallel.save(folder / "step", optimizer, step=1)
     train(parallel, optimizer, second)
@@ -43,7 +49,7 @@ def save_and_load(folder):
     expected = train(parallel, optimizer, third)
     after = parallel.full_state_dict()
     assert sorted(path.name for path in folder.iterdir()) == ["step"]
-    for mesh in (Mesh(dp_shard=4), Mesh(dp_replicate=2, tp=2), Mesh(dp_shard=2, tp=2), Mesh(tp=4)):
+    for mesh in others:
         other, its = build(mesh, seed=5)
         assert other.load(folder / "step", its) == 2
         same(saved, other.full_state_dict())
@@ -55,4 +61,8 @@ def save_and_load(folder):
 
 
 def test_any_plan_loads_what_another_saved(tmp_path):
-    run(4, save_and_load, tmp_path)
+    run(4, save_and_load, tmp_path, FIRST, OTHERS)
+
+
+def test_a_checkpoint_leaves_a_pipeline(tmp_path):
+    run(4, save_and_load, tmp_path, STAGED, (Mesh(dp_shard=4), STAGED, Mesh(pp=2, dp_shard=2)))
