@@ -1,9 +1,9 @@
 """The integer program: which sharding, recomputation and ZeRO level every layer of a stage gets, under one device's memory.
 
 For one stage of one mesh and micro-batch; without a pipeline there is one stage. Its layers fall into groups `g` of `N_g`
-equal layers (of one body, in one chunk of the stage; what stands outside the layers is a group of one), and every group has
-options `s` in `S_g`: a strategy with its seconds `t_gs` and bytes `b_gs`, which add up over layers, and bytes `p_gs` that it
-needs only while its backward pass runs, so that the largest of them counts.
+equal layers: of one body, in chunks with as many micro-batches in flight; what stands outside the layers is a group of one.
+Every group has options `s` in `S_g`: a strategy with its seconds `t_gs` and bytes `b_gs`, which add up over layers, and bytes
+`p_gs` that it needs only while its backward pass runs, so that the largest of them counts.
 
     minimise    sum_g sum_s t_gs x_gs
     subject to  sum_s x_gs = N_g                                      for every group g            (`_counts`)

@@ -83,7 +83,8 @@ class Options(tuple[Option, ...]):
 
 
 class Group(NamedTuple):
-    """`number` equal layers of a stage: of a body (or the outer part), in a chunk."""
+    """`number` equal layers of a stage: of a body (or the outer part), in a chunk, or in others with as many micro-batches in
+    flight."""
 
     body: int
     chunk: int

@@ -102,9 +102,12 @@ class Staging:
             found = []
             for g, counts in self._counts.items():
                 number = counts[j] - counts[i]
+                alike: dict[int, int] = {}  # layers of chunks with as many micro-batches in flight are interchangeable
                 for chunk, size in enumerate(chunk_sizes(number, self.chunks)):
-                    if size:
-                        found.append(Group(g, chunk, size, self._layer_options(g, flight[chunk])))
+                    alike[flight[chunk]] = alike.get(flight[chunk], 0) + size
+                found += [
+                    Group(g, flight.index(held), size, self._layer_options(g, held)) for held, size in alike.items() if size
+                ]
             if self.outer is None:
                 found.append(Group(OUTER, 0, 1, self._layer_options(OUTER, flight[0])))
             else:
@@ -265,16 +268,29 @@ class Staging:
         choices = [choice for run in runs if (choice := self._exact[self._key(*run)]) is not None]
         seconds = [choice.seconds for choice in choices]
         outer = self.outer.strategy if self.outer else choices[0].columns(OUTER, 0)[0][0].strategy
-        stages = tuple(
-            {g: used for g in self._counts if (used := choice.columns(g, chunk))}
-            for chunk in range(self.chunks)
-            for choice in choices
-        )
+        ranks = [self._dealt(choice, *run) for choice, run in zip(choices, runs, strict=True)]
+        stages = tuple(rank[chunk] for chunk in range(self.chunks) for rank in ranks)
         sizes = [sum(n for used in stage.values() for _, n in used) for stage in stages]
         cut = Cut(self.schedule, self.chunks, tuple(accumulate(sizes[:-1])))
         step = self.many * max(seconds) + self.few * sum(seconds) + self.hops
         size = max(memory(c.counts) + self.received[s] for s, c in enumerate(choices))
         return Solution(outer, cut, stages, step, min(bound, step), size)
+
+    def _dealt(self, choice: Choice, s: int, i: int, j: int) -> list[Assignment]:
+        """A rank's columns, dealt to its chunks."""
+        flight = self.flight(s)
+        chunks: list[Assignment] = [{} for _ in flight]
+        for g, counts in self._counts.items():
+            left = {held: choice.columns(g, flight.index(held)) for held in flight}
+            for chunk, size in enumerate(chunk_sizes(counts[j] - counts[i], self.chunks)):
+                while size:
+                    column, number = left[flight[chunk]].pop(0)
+                    taken = min(size, number)
+                    chunks[chunk].setdefault(g, []).append((column, taken))
+                    size -= taken
+                    if number > taken:
+                        left[flight[chunk]].insert(0, (column, number - taken))
+        return chunks
 
 
 def chunk_sizes(layers: int, chunks: int) -> list[int]:
