@@ -17,6 +17,7 @@ _FACE = (
     "compare",
     "estimate",
     "explain",
+    "export",
     "frame",
     "hardware_names",
     "inspect",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from autoplan.apply import ParallelModel
     from autoplan.capture import LoadedModel
+    from autoplan.export.exported import Exported
     from autoplan.report.rows import Table
     from autoplan.search.planner import Progress
 
@@ -38,6 +39,7 @@ __all__ = [
     "compare",
     "estimate",
     "explain",
+    "export",
     "frame",
     "hardware_names",
     "inspect",
@@ -196,6 +198,16 @@ def compare(plans: Sequence[tuple[str, Plan]]) -> str:
     from autoplan.report.page import comparison
 
     return comparison(plans)
+
+
+def export(plan: Plan, to: str) -> Exported:
+    """The plan as a configuration of another trainer: its `text`, and in `lost` what the trainer cannot express.
+
+    Raises `UsageError` when there is no export to `to`.
+    """
+    from autoplan.export.targets import export as make
+
+    return make(plan, to)
 
 
 def frame(plan: Plan, table: Table = "candidates") -> pd.DataFrame:

@@ -44,6 +44,11 @@ class FakeApi(ModuleType):
     def report(self, plan: Any) -> str:
         return "<!doctype html>"
 
+    def export(self, plan: Any, to: str) -> Any:
+        from autoplan.export.targets import export
+
+        return export(llama(), to)
+
     def compare(self, plans: Any) -> str:
         return f"<!doctype html>{len(plans)}"
 
@@ -188,6 +193,23 @@ def test_compare_prints_or_writes(api: FakeApi, capsys: pytest.CaptureFixture[st
     assert [row["file"] for row in json.loads(capsys.readouterr().out)] == ["a.yaml", "b.yaml"]
 
 
+def test_export_writes_data_to_stdout_and_talk_to_stderr(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "plan.yaml", "--to", "accelerate"]) == 0
+    out, err = capsys.readouterr()
+    assert "fsdp_version: 2" in out
+    assert "not expressed: the plan recomputes 12 of 32 layers" in err
+    assert cli.main(["export", "plan.yaml", "--to", "deepspeed", "-o", "ds.json"]) == 0
+    assert json.loads(Path("ds.json").read_text())["train_batch_size"] == 64
+    assert capsys.readouterr().out == ""
+    assert cli.main(["export", "plan.yaml", "--to", "deepspeed", "-o", "ds.json"]) == 2
+    assert cli.main(["export", "plan.yaml", "--to", "megatron", "--json", "-q"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["filename"] == "autoplan-megatron.sh"
+    assert told["not_expressed"]
+    assert cli.main(["export", "plan.yaml", "--to", "nanotron"]) == 2
+    assert "torchtitan, " in capsys.readouterr().err
+
+
 def test_open_opens_the_page(api: FakeApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda url: not opened.append(url))
@@ -218,8 +240,8 @@ def test_verbose_says_more(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_slip_of_the_finger_gets_a_suggestion(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["raport", "plan.yaml"]) == 2
-    assert "Did you mean 'report'?" in capsys.readouterr().err
+    assert cli.main(["hardwar"]) == 2
+    assert "Did you mean 'hardware'?" in capsys.readouterr().err
     assert cli.main(["plan", "model.py", "--gpu", "8"]) == 2
     assert "--gpus" in capsys.readouterr().err
 

@@ -1,6 +1,6 @@
 """plan.yaml <-> `Plan`: readable, editable, versioned, deterministic, keyed by module name, run-length coded.
 
-The file has a shape of its own (the `_...Document` classes: quantities as text, layouts as text, layers as ranges); the
+The file has a shape of its own (`autoplan.files.plan_document`: quantities as text, layouts as text, layers as ranges); the
 functions below carry it to the noun and back. What a reader may edit is everything; what does not hang together is
 refused with the place.
 """
@@ -11,33 +11,29 @@ import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
-from autoplan.errors import AutoplanError, UsageError
+from autoplan.errors import UsageError
 from autoplan.files.document import read_document, validate, write_text
+from autoplan.files.plan_document import PLAN, PipelineDocument, PlanDocument, StageDocument, StrategyDocument
 from autoplan.files.shorthand import border_text, parse_border, ranges, unfold
 from autoplan.plan import (
     PLAN_VERSION,
     Baseline,
     Candidate,
-    CandidateStatus,
     LayerRun,
     MemoryBreakdown,
     Pipeline,
     Plan,
     Prediction,
     Solve,
-    SolveStatus,
     StagePrediction,
     TimeBreakdown,
 )
-from autoplan.schedule import ScheduleKind
-from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy, Zero, parse_layout
-from autoplan.units import BYTE, SECOND, Unit, exact, parse
-from autoplan.workload import Workload
+from autoplan.strategy import REPLICATE, Mesh, Sharding, Strategy
+from autoplan.units import BYTE, SECOND, exact
 
 HEADER = f"""\
 # autoplan {version("autoplan-torch")} plan: `autoplan report` shows it, `autoplan.apply(model, plan)` runs it.
@@ -46,133 +42,10 @@ HEADER = f"""\
 """
 
 
-def _reader(unit: Unit) -> BeforeValidator:
-    def read(text: Any) -> float:
-        try:
-            return parse(text, unit)
-        except AutoplanError as error:
-            raise ValueError(str(error)) from None
-
-    return BeforeValidator(read)
-
-
-def _layout(text: Any) -> Layout:
-    try:
-        return parse_layout(str(text))
-    except AutoplanError as error:
-        raise ValueError(str(error)) from None
-
-
-_Seconds = Annotated[float, _reader(SECOND), Field(ge=0, allow_inf_nan=False)]
-_Bytes = Annotated[float, _reader(BYTE), Field(ge=0, allow_inf_nan=False)]
-_Count = Annotated[int, Field(ge=1, le=10**9, strict=True)]
-_Fraction = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_LayoutText = Annotated[Any, BeforeValidator(_layout)]
-
-
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _MeshDocument(_Document):
-    pp: _Count = 1
-    dp_replicate: _Count = 1
-    dp_shard: _Count = 1
-    tp: _Count = 1
-
-
-class _StrategyDocument(_Document):
-    recompute: Recompute = "none"
-    zero: Zero = 3
-    stream: _LayoutText = REPLICATE
-    parameters: dict[str, _LayoutText] = {}
-    borders: list[str] = []
-
-
-class _PipelineDocument(_Document):
-    schedule: ScheduleKind = "1f1b"
-    chunks: _Count = 1
-    split_before: list[str]
-
-
-class _StageDocument(_Document):
-    forward: list[_Seconds]
-    backward: list[_Seconds]
-    memory: dict[str, _Bytes]
-
-
-class _PredictionDocument(_Document):
-    step_time: _Seconds
-    simulated: _Seconds | None = None
-    hop: _Seconds = 0.0
-    stages: list[_StageDocument] = []
-    tokens_per_second: _Fraction
-    mfu: _Fraction
-    hidden_communication: _Seconds
-    time: dict[str, _Seconds]
-    memory: dict[str, _Bytes]
-
-
-class _BaselineDocument(_Document):
-    name: str
-    mesh: _MeshDocument
-    micro_batch: _Count
-    recompute: str
-    step_time: _Seconds | None = None
-    memory: _Bytes | None = None
-    note: str = ""
-
-
-class _CandidateDocument(_Document):
-    mesh: _MeshDocument
-    micro_batch: _Count
-    schedule: str = ""
-    status: CandidateStatus
-    reason: str
-    step_time: _Seconds | None = None
-    bound: bool = False
-    memory: _Bytes | None = None
-
-
-class _SolveDocument(_Document):
-    status: SolveStatus
-    gap: _Fraction
-    bound: _Seconds
-    solver: str
-    candidates: Annotated[int, Field(ge=0)]
-    stopped: Literal["", "interrupted", "time limit"] = ""
-
-
-class _PlanDocument(_Document):
-    version: Literal[1]
-    model: str
-    graph: str
-    hardware: str
-    hardware_fingerprint: str
-    workload: Workload
-    tokens: _Count
-    mesh: _MeshDocument
-    micro_batch: _Count
-    outer: str
-    pipeline: _PipelineDocument | None = None
-    layers: list[dict[str, str]]
-    strategies: dict[str, _StrategyDocument]
-    tied: list[list[str]] = []
-    memory_limit: _Bytes
-    prediction: _PredictionDocument
-    solve: _SolveDocument
-    baselines: list[_BaselineDocument] = []
-    candidates: list[_CandidateDocument] = []
-    warnings: list[str] = []
-
-
-_ADAPTER = TypeAdapter(_PlanDocument)
-
-
 def load_plan(path: str | Path) -> Plan:
     """Read a plan. Raises `UsageError` when the file is missing, malformed or does not hang together."""
     path = Path(path)
-    document = validate(_ADAPTER, read_document(path, "plan"), path, "plan")
+    document = validate(PLAN, read_document(path, "plan"), path, "plan")
     try:
         return _plan(document)
     except UsageError as error:
@@ -286,7 +159,7 @@ def _stages_document(prediction: Prediction) -> dict[str, Any]:
     return {**told, "hop": exact(prediction.hop, SECOND), "stages": stages}
 
 
-def _plan(data: _PlanDocument) -> Plan:
+def _plan(data: PlanDocument) -> Plan:
     strategies = tuple((name, _strategy(name, item)) for name, item in data.strategies.items())
     runs = tuple(LayerRun(layers=unfold(key), strategy=value) for item in data.layers for key, value in item.items())
     prediction = Prediction(
@@ -326,16 +199,16 @@ def _plan(data: _PlanDocument) -> Plan:
     return plan
 
 
-def _stage(i: int, data: _StageDocument) -> StagePrediction:
+def _stage(i: int, data: StageDocument) -> StagePrediction:
     memory = _parts(MemoryBreakdown, data.memory, f"prediction.stages.{i}.memory")
     return StagePrediction(forward=tuple(data.forward), backward=tuple(data.backward), memory=memory)
 
 
-def _pipeline(data: _PipelineDocument) -> Pipeline:
+def _pipeline(data: PipelineDocument) -> Pipeline:
     return Pipeline(schedule=data.schedule, chunks=data.chunks, split_before=tuple(data.split_before))
 
 
-def _strategy(name: str, data: _StrategyDocument) -> Strategy:
+def _strategy(name: str, data: StrategyDocument) -> Strategy:
     try:
         borders = tuple(parse_border(text) for text in data.borders)
     except UsageError as error:

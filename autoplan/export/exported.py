@@ -1,0 +1,135 @@
+"""What an export is, and what every one of them asks of a plan.
+
+A trainer's configuration is coarser than a plan: one recomputation, one level of ZeRO and one sharding for all layers. Where
+the plan mixes, the export recomputes all layers, so that what it writes fits, and takes the level and the sharding of most
+layers; `lost` says so, and whether that needs more memory.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from autoplan.plan import Plan
+from autoplan.strategy import Sharding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """The text of a configuration, and in sentences what of the plan is not in it."""
+
+    text: str
+    lost: tuple[str, ...]
+    filename: str
+    """What such a file is usually called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """The plan as far as one value for all layers goes, and what that loses."""
+
+    zero: int
+    """0 where nothing is sharded over `dp_shard`."""
+    recompute: bool
+    """In every layer."""
+    sequence_parallel: bool
+    sharding: Sharding
+    """Of most layers."""
+    lost: tuple[str, ...]
+
+
+Exporter = Callable[[Plan], Exported]
+
+
+def choices(plan: Plan) -> Choices:
+    """One value for all layers."""
+    lost: list[str] = []
+    zero, shardings = _zero(plan, lost), [strategy.sharding for _, strategy in plan.layers()]
+    full, layers = recomputed(plan), len(shardings)
+    if 0 < full < layers:
+        lost.append(f"the plan recomputes {full} of {layers} layers; here all are, which costs time and saves memory")
+    main = max(dict.fromkeys(shardings), key=shardings.count) if shardings else plan.outer_strategy.sharding
+    others = sum(sharding != main for sharding in shardings)
+    if others:
+        lost.append(f"{others} of {layers} layers are split over tp in another way than the rest; here all are alike")
+    if plan.mesh.tp > 1 and not by_the_book(main):
+        lost.append("the plan's split over tp is not the usual column-then-row one, which is what is used here")
+    return Choices(zero, full > 0, sequence_parallel(main), main, tuple(lost))
+
+
+def _zero(plan: Plan, lost: list[str]) -> int:
+    """The level of most layers."""
+    if plan.mesh.dp_shard == 1:
+        return 0
+    levels = [strategy.zero for _, strategy in plan.layers()] or [plan.outer_strategy.zero]
+    main = max(dict.fromkeys(levels), key=levels.count)
+    for level in sorted(set(levels) - {main}):
+        effect = "needs more memory: leave room with --memory-headroom" if level > main else "sends more and saves memory"
+        lost.append(f"{levels.count(level)} of {len(levels)} layers are ZeRO-{level}; here all are ZeRO-{main}, which {effect}")
+    return main
+
+
+def recomputed(plan: Plan) -> int:
+    """How many layers run their forward pass again."""
+    return sum(strategy.recompute == "full" for _, strategy in plan.layers())
+
+
+def sequence_parallel(sharding: Sharding) -> bool:
+    """Whether activations between the tensor-parallel modules are split along the sequence."""
+    return sharding.stream.sharded or any(
+        border.source.kind == "partial" and border.target.sharded and border.target.dim < 2 for border in sharding.borders
+    )
+
+
+def by_the_book(sharding: Sharding) -> bool:
+    """Whether a layer is split as Megatron does: into each pair of matrices once gathered, out of it once summed."""
+    if any(layout.sharded and layout.dim > 1 for _, layout in sharding.parameters):
+        return False
+    return all(
+        (border.side == "in" and border.target.kind == "gathered")
+        or (border.side == "out" and border.source.kind == "partial" and not (border.target.sharded and border.target.dim > 1))
+        for border in sharding.borders
+    )
+
+
+def stage_sizes(plan: Plan) -> tuple[int, ...]:
+    """Layers of every virtual stage."""
+    return tuple(map(len, plan.stages))
+
+
+def no_pipeline(plan: Plan, target: str) -> list[str]:
+    """What a trainer without pipelines loses."""
+    if plan.mesh.pp == 1:
+        return []
+    return [
+        f"{target} has no pipelines: without the plan's {plan.mesh.pp} stages each device holds more than the plan says; "
+        "plan anew with --pp 1"
+    ]
+
+
+def clean(text: str) -> str:
+    """`text` on one line and without control characters: names come from strangers and end up in comments."""
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
+
+
+def header(plan: Plan, lost: Sequence[str], sign: str = "#") -> str:
+    """Comment lines: where this comes from, what it should cost, and what is missing."""
+    lines = [
+        f"{clean(plan.model)}: {plan.mesh} over {plan.mesh.size} devices, exported by autoplan",
+        f"predicted: {plan.prediction.step_time:.4g} s a step, {plan.prediction.memory.total / 2**30:.4g} GiB a device",
+    ]
+    lines += [f"not expressed: {sentence}" for sentence in lost]
+    return "".join(f"{sign} {line}\n" for line in lines)
+
+
+def nodes(devices: int) -> tuple[int, int]:
+    """(nodes, devices of each), eight a node."""
+    return -(-devices // 8), min(devices, 8)
+
+
+def wildcard(names: Sequence[str]) -> str | None:
+    """ "model.layers.*" for `model.layers.0`, `model.layers.1` ...; None where the names do not count up like that."""
+    patterns = {re.sub(r"\.\d+$", ".*", name) for name in names}
+    return patterns.pop() if len(patterns) == 1 and names[0] != next(iter(patterns), "") else None
