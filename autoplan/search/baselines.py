@@ -53,12 +53,18 @@ def _price(tables: Tables, recipe: Recipe, limit: Bytes) -> Baseline:
     for mesh in recipe.meshes:
         if unstageable(mesh, tables.graph, tables.costs.outer.order) or tables.least_states(mesh) > limit:
             continue
-        for micro_batch, recompute, staging in _stagings(tables, mesh, recipe.zero, limit):
-            found = staging.solve(1e-4)
-            if not isinstance(found, Solution):
-                least = staging.least_memory if least is None else min(least, staging.least_memory)
-            elif best is None or found.seconds < best[0].seconds:
-                best = found, mesh, micro_batch, recompute
+        for micro_batch in micro_batches(mesh, tables.costs.workload):
+            fits = False
+            for recompute, staging in _stagings(tables, mesh, micro_batch, recipe.zero, limit):
+                found = staging.solve(1e-4)
+                if not isinstance(found, Solution):
+                    least = staging.least_memory if least is None else min(least, staging.least_memory)
+                    continue
+                fits = True
+                if best is None or found.seconds < best[0].seconds:
+                    best = found, mesh, micro_batch, recompute
+            if not fits:
+                break  # a larger micro-batch needs more
     if best is not None:
         solution, mesh, micro_batch, recompute = best
         return Baseline(
@@ -80,17 +86,14 @@ def _price(tables: Tables, recipe: Recipe, limit: Bytes) -> Baseline:
     )
 
 
-def _stagings(tables: Tables, mesh: Mesh, zero: Zero, limit: Bytes) -> Iterator[tuple[int, Recompute, Staging]]:
-    for micro_batch in micro_batches(mesh, tables.costs.workload):
-        if tables.least_moment(mesh.tp, micro_batch) > limit and micro_batch > 1:
-            return
-        for stream in tables.streams(mesh.tp):
-            priced = tables.priced(mesh, micro_batch, stream)
-            if priced is None:
-                continue
-            for recompute in ALL_RECOMPUTES:
-                one, outer = uniform(priced, zero, recompute)
-                yield micro_batch, recompute, Staging(tables, one, outer, "1f1b", 1, limit)
+def _stagings(tables: Tables, mesh: Mesh, micro_batch: int, zero: Zero, limit: Bytes) -> Iterator[tuple[Recompute, Staging]]:
+    for stream in tables.streams(mesh.tp):
+        priced = tables.priced(mesh, micro_batch, stream)
+        if priced is None:
+            continue
+        for recompute in ALL_RECOMPUTES:
+            one, outer = uniform(priced, zero, recompute)
+            yield recompute, Staging(tables, one, outer, "1f1b", 1, limit)
 
 
 def uniform(priced: Priced, zero: Zero, recompute: Recompute) -> tuple[Priced, Outer | None]:
