@@ -165,12 +165,13 @@ def _best_speedup(plan: Plan) -> tuple[str, str]:
 def speedups(plan: Plan) -> str:
     """The speed-up over every baseline in one clause, the strongest baseline first; empty when none can run."""
     running = sorted((row for row in baselines(plan) if row.speedup is not None), key=lambda row: row.speedup or 0.0)
-    return "; ".join(_faster(row) for row in running)
+    said = "; ".join(_faster(row) for row in running)
+    return said[:1].upper() + said[1:]
 
 
 def _faster(row: BaselineRow) -> str:
     same = words.factor(row.speedup or 0.0) == words.factor(1.0)
-    return f"As fast as {row.name}" if same else f"{row.verdict} the speed of {row.name}"
+    return f"as fast as {row.name}" if same else f"{row.verdict} the speed of {row.name}"
 
 
 def time_parts(plan: Plan) -> tuple[Part, ...]:
