@@ -94,6 +94,11 @@ PIPELINES: dict[int, dict[str, Case]] = {
         "tp + sp, interleaved, recompute": Case(Mesh(pp=2, tp=2), 2, SEQUENCE, "full", 3, "interleaved-1f1b", 2),
     },
 }
+FEWER = {
+    "llama": ("zero 1", "tp + sp", "fsdp, interleaved, recompute"),
+    "hf_llama": ("deep", "zero 1, interleaved", "tp"),
+}
+"""Decoders differ little to a pipeline: of four ranks GPT, which ties its embeddings, and the encoder-decoder try all."""
 
 
 def load(name: str, deep: bool = False) -> Any:
@@ -216,4 +221,5 @@ def test_the_parallel_model_computes_the_same(name: str, world: int) -> None:
 @pytest.mark.parametrize("world", list(PIPELINES))
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_pipeline_computes_the_same(name: str, world: int) -> None:
-    check(name, world, PIPELINES[world])
+    cases = PIPELINES[world]
+    check(name, world, {title: cases[title] for title in FEWER[name]} if world == 4 and name in FEWER else cases)

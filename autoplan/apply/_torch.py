@@ -66,6 +66,15 @@ class LeanStage(PipelineStage):
             self._allocate(self.grad_recv_info[bwd_chunk_id])
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
+        if not hasattr(self, "_stage_meta") and not self.is_first:
+            # before 2.13 a received tensor that gets no gradient ends in an error; since then zeros are sent
+            found = zip(self.bwd_cache[bwd_chunk_id], self.args_recv_info[bwd_chunk_id], strict=True)
+            self.bwd_cache[bwd_chunk_id] = tuple(
+                torch.zeros_like(info.buffer, device=self.device) if gradient is None else gradient for gradient, info in found
+            )
+        return super().get_bwd_send_ops(bwd_chunk_id)
+
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         self._release(self.args_recv_info[fwd_chunk_id])  # what the backward pass needs, the forward cache has
@@ -81,12 +90,13 @@ class LeanStage(PipelineStage):
     def _allocate(self, infos: Any) -> None:
         for info in infos:
             if getattr(info, "buffer", None) is not None:
-                info.buffer = torch.empty_like(info.buffer, device=self.device)
+                needed = info.buffer.requires_grad  # set once and for all before 2.13
+                info.buffer = torch.empty_like(info.buffer, device=self.device).requires_grad_(needed)
 
     def _release(self, infos: Any) -> None:
         for info in infos:
             if getattr(info, "buffer", None) is not None:
-                info.buffer = torch.empty_like(info.buffer, device="meta")
+                info.buffer = torch.empty_like(info.buffer, device="meta").requires_grad_(info.buffer.requires_grad)
 
 
 class Short1F1B(Schedule1F1B):

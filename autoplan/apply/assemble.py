@@ -45,8 +45,8 @@ def apply(
     weights equal those of `torch.manual_seed(seed); model()` on one device, bit for bit.
 
     `loss_fn(output, batch)` turns the output of a model that returns no loss into one, for `ParallelModel.step`.
-    `inputs` are keyword arguments of the model's forward, or a function that makes them for a number of samples: a plan
-    with a pipeline is cut by the order in which the forward pass of such a batch calls things.
+    `inputs` are keyword arguments of the model's forward, or a function that makes them for a number of samples. A plan
+    with a pipeline needs them, to be cut in the order of the forward pass; `build` of a loaded model brings its own.
     Make the optimizer afterwards, from `ParallelModel.parameters`; the default random generator is seeded anew.
     Raises `UsageError` on every rank when the launch or the model isn't the plan's.
     """
@@ -71,6 +71,8 @@ def apply(
         _whole(found, plan, shards, mesh, at, device)
         pipeline = None
     else:
+        if inputs is None:  # `build` of a loaded model: its file tells
+            inputs = getattr(getattr(model, "__self__", None), "example_inputs", None)
         pipeline = _staged(found, plan, shards, mesh, at, device, loss_fn, inputs)
     parallel = ParallelModel(module, plan, mesh, shards, at, loss_fn, pipeline)
     # dropout: alike within a tp group, different between dp ranks and between stages

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
@@ -67,7 +67,19 @@ def shard_stages(
             wrap(layer, reshard_after_forward=not keeps(zero, plan.mesh.dp_shard))
         wrap(stage, reshard_after_forward=outer, ignored_params=ignored[stage])
     wrap(root, reshard_after_forward=outer, ignored_params=ignored[root])
+    for each in units.values():
+        _prefetch_within([module for module, _ in each])
     return units
+
+
+def _prefetch_within(stage: list[FSDPModule]) -> None:
+    """In the backward pass gather the layer before, as FSDP does, but none of another stage or micro-batch.
+
+    FSDP would go on to what ran before the stage's first layer; that is needed much later, if at all. An empty list
+    means that it decides, so the first layer names itself.
+    """
+    for before, module in zip([stage[0], *stage], stage, strict=False):
+        module.set_modules_to_backward_prefetch([before])
 
 
 def _wrapper(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> Any:

@@ -114,6 +114,9 @@ class Pipeline:
         self._left -= 1
         root: FSDPModule = self.root  # type: ignore[assignment]
         root.set_is_last_backward(self._left == 0)
+        for other, units in self._units.items():
+            if other != number:
+                zero.spare(units)
         last = index == len(self._micro_batches) - 1
         zero.before_backward(self._units[number], last, self.plan.mesh.dp_shard)
         outer = [(root, self.plan.outer_strategy.zero)]
@@ -140,7 +143,8 @@ class Pipeline:
             return (torch.stack([loss]),)
         if versions != [local._version for local in kept]:
             raise UsageError(
-                f"stage {number} writes into a tensor that it received and passes on.", "Write out of place: x = x * y, not x *= y."
+                f"stage {number} writes into a tensor that it received and passes on.",
+                "Write out of place: x = x * y, not x *= y.",
             )
         made = runner.collected
         missing = [wire for wire in program.outgoing(number) if wire.site not in made and wire.site not in passing]

@@ -38,14 +38,18 @@ class Tied:
         self._copies = {parameter: len(self.holders[name]) for name, parameter in model.named_parameters()}
 
     def _groups(self, mesh: DeviceMesh) -> dict[tuple[int, ...], Any]:
-        """A process group for each set of ranks that share a parameter."""
+        """A process group for each set of ranks that share a parameter: those of all pipelines, since all ranks must ask."""
         found: dict[tuple[int, ...], Any] = {}
-        line = dist.get_process_group_ranks(self.group)
+        pipelines = mesh.mesh.reshape(mesh["pp"].size(), -1).T.tolist()
         for ranks in sorted(set(self.holders.values())):
-            if len(ranks) == len(line):
+            if len(ranks) == mesh["pp"].size():
                 found[ranks] = self.group
-            elif len(ranks) > 1 and self.rank in ranks:
-                found[ranks] = dist.new_group([line[rank] for rank in ranks], use_local_synchronization=True)
+            elif len(ranks) > 1:
+                for pipeline in pipelines:
+                    members = [pipeline[rank] for rank in ranks]
+                    group = dist.new_group(members)
+                    if dist.get_rank() in members:
+                        found[ranks] = group
         return found
 
     def copies(self, parameter: nn.Parameter) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.overrides import TorchFunctionMode
 
 from autoplan.apply._torch import tree_flatten, tree_map_only
 from autoplan.apply.deferred import named_tensors
@@ -132,7 +133,7 @@ class Tracer(Outside):
         self._read([(leaf, self.site(leaf)) for leaf in _tensors((args, kwargs))])
         self.layers.append(name)
         args, kwargs = tree_map_only(torch.Tensor, self._entering, (args, kwargs))
-        with self.pause(), self._meta:
+        with self.pause(), self._meta, Inside(self, name, (args, kwargs)):
             output = self._shapes(name, call, args, kwargs)
             kept = tree_map_only(torch.Tensor, torch.Tensor.detach, output)
         self.outputs.append(kept)
@@ -159,6 +160,27 @@ class Tracer(Outside):
     def _entering(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = self.absent(tensor)
         return tensor.to(self.cast) if self.cast is not None and tensor.is_floating_point() else tensor
+
+
+class Inside(TorchFunctionMode):
+    """In a layer all is on meta: so are the tensors that reach it otherwise than as arguments, if every rank has them."""
+
+    def __init__(self, tracer: Tracer, name: str, arguments: Any) -> None:
+        super().__init__()
+        self.tracer, self.name = tracer, name
+        self.passed = {id(leaf) for leaf in _tensors(arguments)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(torch.Tensor, self._known, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _known(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in self.passed and self.tracer.site(tensor) is not None:
+            raise UsageError(
+                f"a tensor reaches layer '{self.name}' that is no argument of its call, so that no stage can send it.",
+                "Pass it to the layer's forward.",
+            )
+        return self.tracer.absent(tensor)
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

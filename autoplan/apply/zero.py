@@ -27,6 +27,16 @@ def before_backward(units: Iterable[Unit], last: bool, dp_shard: int) -> None:
             module.set_reshard_after_backward(last, recurse=False)
         else:
             module.set_requires_all_reduce(last, recurse=False)
+            module.set_reshard_after_backward(True, recurse=False)
+
+
+def spare(units: Iterable[Unit]) -> None:
+    """Let the coming backward pass, which is another virtual stage's, leave alone what these have gathered.
+
+    FSDP ends each backward pass with all modules of its tree, whether or not they took part.
+    """
+    for module, _ in units:
+        module.set_reshard_after_backward(False, recurse=False)
 
 
 def reshard(units: Iterable[Unit]) -> None:
