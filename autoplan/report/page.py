@@ -41,6 +41,9 @@ _GIB = dict(BYTE.prefixes)["GiB"]
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
 
 
+MAX_COLUMNS = 8
+"""Pipeline ranks whose memory stands side by side in a table; of more only the fullest is told by category."""
+
 MAX_STAGES = 8
 """Pipeline ranks that the mesh's picture has."""
 
@@ -79,6 +82,7 @@ def page(plan: Plan) -> str:
         runs=layers.runs(plan),
         cards=layers.cards(plan),
         max_cells=MAX_CELLS,
+        max_columns=MAX_COLUMNS,
         matrix=lambda style: Markup(charts.matrix(style, plan.mesh.tp)),
         ranks=pipeline.ranks(plan),
         rank_bars=rank_bars(plan),

@@ -15,6 +15,7 @@ from autoplan.report.page import mesh_stages, page
 from autoplan.schedule import ScheduleKind, timeline
 
 from .plans import llama, piped
+from .test_report import Reader
 
 KINDS: list[tuple[ScheduleKind, int, int]] = [("1f1b", 4, 1), ("gpipe", 4, 1), ("interleaved-1f1b", 4, 2), ("1f1b", 2, 1)]
 
@@ -107,6 +108,14 @@ def test_a_plan_that_does_not_say_its_stages_is_still_shown() -> None:
     assert pipeline.film(crooked) is None
     assert 'id="pipeline"' in page(crooked)
     assert pipeline.film(replace(plan, prediction=replace(plan.prediction, stages=plan.prediction.stages[:1]))) is None
+
+
+def test_every_rank_tells_its_memory_by_category() -> None:
+    plan = piped()
+    text = Reader(page(plan)).text
+    row = " ".join(part.text for rank in pipeline.ranks(plan) for part in rank.parts if part.key == "activations")
+    assert f"micro-batches in flight {row}" in text
+    assert "Category, fullest rank" in page(piped(pp=16))
 
 
 def test_ranks_count_up_along_the_mesh() -> None:
