@@ -89,7 +89,8 @@ def inspect(model: str | LoadedModel, *, compute_dtype: str = "bfloat16", **kwar
 def plan(
     model: str | LoadedModel | Graph,
     *,
-    gpus: int,
+    gpus: int | tuple[int, int],
+    step_time: float | None = None,
     hardware: str | HardwareProfile = DEFAULT_HARDWARE,
     global_batch: int | None = None,
     compute_dtype: DType | None = None,
@@ -104,15 +105,19 @@ def plan(
 ) -> Plan:
     """The fastest plan for `gpus` devices, proven within a relative `gap` for the cost model.
 
+    With a range of `gpus`, (8, 64), it is the plan for the fewest that fit, and take at most `step_time` seconds a step; the
+    global batch is then one for all numbers, by default that of the largest.
     What is not given here is taken from the file's `workload`, else from `Workload`'s defaults. `fixed` holds axes of the
     mesh that the user has decided, {"tp": 8}; `headroom` is a fraction of each device's memory to keep free. A search that
     `time_limit` seconds or Ctrl-C ends gives the best plan so far, see `Solve.stopped`.
     Raises `NothingFits` when no plan fits into memory and `UsageError` for a wish or a model that cannot be met.
     """
+    from autoplan.search.numbers import counts, fewest
     from autoplan.search.planner import search
 
-    if gpus < 1:
-        raise UsageError(f"{gpus} GPUs are too few.", "Ask for at least one.")
+    first, last = (gpus, gpus) if isinstance(gpus, int) else gpus
+    if first < 1:
+        raise UsageError(f"{first} GPUs are too few.", "Ask for at least one.")
     if not 0 <= headroom < 1:
         raise UsageError(f"a memory head-room of {headroom} is no fraction.", "Give a number from 0 to below 1.")
     if not 0 < gap < 1:
@@ -125,19 +130,25 @@ def plan(
         "param_dtype": param_dtype,
         "optimizer": optimizer,
     }
-    load = workload({} if isinstance(loaded, Graph) else loaded.workload, wishes, gpus)
+    load = workload({} if isinstance(loaded, Graph) else loaded.workload, wishes, last)
     graph = loaded if isinstance(loaded, Graph) else inspect(loaded, compute_dtype=load.compute_dtype)
-    return search(
-        graph,
-        profile,
-        load,
-        gpus=gpus,
-        fixed=fixed,
-        headroom=headroom,
-        gap=gap,
-        time_limit=inf if time_limit is None else time_limit,
-        tell=on_progress,
-    )
+
+    def plan_for(number: int) -> Plan:
+        return search(
+            graph,
+            profile,
+            load,
+            gpus=number,
+            fixed=fixed,
+            headroom=headroom,
+            gap=gap,
+            time_limit=inf if time_limit is None else time_limit,
+            tell=on_progress,
+        )
+
+    if first == last and step_time is None:
+        return plan_for(first)
+    return fewest(counts(first, last, profile), plan_for, step_time)
 
 
 def workload(from_file: Mapping[str, Any], wishes: Mapping[str, Any], gpus: int) -> Workload:
