@@ -69,7 +69,8 @@ class LeanStage(PipelineStage):
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
         if not hasattr(self, "_stage_meta") and not self.is_first:
             # before 2.13 a received tensor that gets no gradient ends in an error; since then zeros are sent
-            found = zip(self.bwd_cache[bwd_chunk_id], self.args_recv_info[bwd_chunk_id], strict=True)
+            infos: Any = self.args_recv_info[bwd_chunk_id]
+            found = zip(self.bwd_cache[bwd_chunk_id], infos, strict=True)
             self.bwd_cache[bwd_chunk_id] = tuple(
                 torch.zeros_like(info.buffer, device=self.device) if gradient is None else gradient for gradient, info in found
             )

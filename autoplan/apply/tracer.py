@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from autoplan.apply._torch import tree_flatten, tree_map_only
@@ -169,6 +170,7 @@ class Inside(TorchFunctionMode):
         super().__init__()
         self.tracer, self.name = tracer, name
         self.passed = {id(leaf) for leaf in _tensors(arguments)}
+        self.passed |= {id(leaf._local_tensor) for leaf in _tensors(arguments) if isinstance(leaf, DTensor)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(torch.Tensor, self._known, (args, kwargs or {}))

@@ -174,6 +174,18 @@ class Chain(nn.Module):
         return x.square().mean()
 
 
+class Unseen(Chain):
+    """Hands a layer a tensor behind its back."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks[3].register_forward_pre_hook(lambda module, args: (args[0] + Unseen.seen,))
+
+    def forward(self, x):
+        Unseen.seen = self.blocks[0].weight.mean() + x
+        return super().forward(x)
+
+
 def chain_inputs(samples):
     return {"x": torch.randn(samples, 8)}
 
@@ -210,6 +222,7 @@ def refused():
     refuses("layer 'blocks.1' is called twice", lambda: Chain(order=(0, 1, 1, 2, 3)))
     refuses("doesn't call layer 'blocks.2'", lambda: Chain(order=(0, 1, 3)))
     refuses("calls 'blocks.1' of stage 0 after 'blocks.2' of stage 1", lambda: Chain(order=(0, 2, 1, 3)))
+    refuses("a tensor reaches layer 'blocks.3' that is no argument", Unseen)
     parallel = apply(Chain, plan, device="cpu", inputs=chain_inputs)
     with pytest.raises(UsageError, match="cut into pipeline stages can't be called"):
         parallel(**chain_inputs(2))
