@@ -46,7 +46,7 @@ def apply(
 
     `loss_fn(output, batch)` turns the output of a model that returns no loss into one, for `ParallelModel.step`.
     `inputs` are keyword arguments of the model's forward, or a function that makes them for a number of samples. A plan
-    with a pipeline needs them, to be cut in the order of the forward pass; `build` of a loaded model brings its own.
+    with a pipeline needs them, to be cut in the order of the forward pass.
     Make the optimizer afterwards, from `ParallelModel.parameters`; the default random generator is seeded anew.
     Raises `UsageError` on every rank when the launch or the model isn't the plan's.
     """
@@ -71,8 +71,6 @@ def apply(
         _whole(found, plan, shards, mesh, at, device)
         pipeline = None
     else:
-        if inputs is None:  # `build` of a loaded model: its file tells
-            inputs = getattr(getattr(model, "__self__", None), "example_inputs", None)
         pipeline = _staged(found, plan, shards, mesh, at, device, loss_fn, inputs)
     parallel = ParallelModel(module, plan, mesh, shards, at, loss_fn, pipeline)
     # dropout: alike within a tp group, different between dp ranks and between stages
