@@ -44,6 +44,14 @@ def share(text: str) -> float:
     return number
 
 
+def numbers(text: str) -> tuple[int, int]:
+    """ "8" or "8..64" as (first, last)."""
+    match = re.fullmatch(r"\s*(\d{1,7})\s*(?:\.\.\s*(\d{1,7})\s*)?", text)
+    if match is None or int(match.group(1)) < 1:
+        raise UsageError(f"--gpus '{text}' is no number of devices.", "Write a number such as 8, or a range such as 8..64.")
+    return int(match.group(1)), int(match.group(2) or match.group(1))
+
+
 def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
     """`["size=70B", "layers=4"]` as keyword arguments; what reads as a Python value becomes one, the rest stays text."""
     found: dict[str, Any] = {}

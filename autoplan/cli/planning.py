@@ -12,16 +12,24 @@ from autoplan.cli import arguments, outputs, talk
 from autoplan.cli.app import app
 from autoplan.cli.arguments import Force, Json, Model, Open, PlanFile, Settings
 from autoplan.errors import UsageError
+from autoplan.units import SECOND, parse
 
 
 @app.command(
     epilog="Examples:\n\nautoplan plan model.py --gpus 8\n\n"
     "autoplan plan model.py --gpus 64 --hardware h100-sxm-8x --global-batch 512\n\n"
-    "autoplan plan model.py --set size=70B --gpus 256 --tp 8 -o plan-70b.yaml --report plan-70b.html"
+    "autoplan plan model.py --set size=70B --gpus 256 --tp 8 -o plan-70b.yaml --report plan-70b.html\n\n"
+    "autoplan plan model.py --gpus 8..64 --global-batch 256 --step-time '2.5 s'"
 )
 def plan(
     model: Model,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Number of devices.")],
+    gpus: Annotated[
+        str,
+        typer.Option("--gpus", metavar="N|N..N", help="Devices; of a range the fewest that fit and are fast enough."),
+    ],
+    step_time: Annotated[
+        str | None, typer.Option(metavar="TIME", help="With a range of --gpus: a step may take so long, such as 2.5 s.")
+    ] = None,
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -58,7 +66,8 @@ def plan(
     with talk.progress() as on_progress:
         found = api.plan(
             model,
-            gpus=gpus,
+            gpus=arguments.numbers(gpus),
+            step_time=None if step_time is None else parse(step_time, SECOND),
             global_batch=global_batch,
             fixed={axis: size for axis, size in axes.items() if size is not None},
             headroom=headroom,

@@ -163,11 +163,17 @@ class CostModel:
         size = self.passed(mesh, micro_batch, stream)
         return collective_time("send_recv", size, 2, mesh.dp * mesh.tp, self.hardware) if mesh.pp > 1 else 0.0
 
-    def received(self, mesh: Mesh, micro_batch: int, stream: Layout, schedule: Cut) -> tuple[Bytes, ...]:
-        """Bytes of the buffers for what neighbours send, by pipeline rank: PyTorch's stages have one for every micro-batch."""
-        size = self.micro_batches(mesh, micro_batch) * self.passed(mesh, micro_batch, stream)
-        ends = [2 * schedule.chunks - (rank == 0) - (rank == mesh.pp - 1) for rank in range(mesh.pp)]
-        return tuple(size * sides for sides in ends)
+    def received(self, mesh: Mesh, micro_batch: int, stream: Layout, cut: Cut) -> tuple[Bytes, ...]:
+        """Bytes for what passes between stages, by pipeline rank: of every virtual stage but the last what it has sent, until
+        its backward pass; and one buffer each for what comes next from either side (`apply._torch.LeanStage`)."""
+        size, m = self.passed(mesh, micro_batch, stream), self.micro_batches(mesh, micro_batch)
+        last = mesh.pp * cut.chunks - 1
+        held = [0] * mesh.pp
+        for rank in range(mesh.pp if mesh.pp > 1 else 0):
+            for chunk, flight in enumerate(in_flight_by_chunk(cut.schedule, rank, mesh.pp, m, cut.chunks)):
+                stage = chunk * mesh.pp + rank
+                held[rank] += (stage > 0) + (flight + 1) * (stage < last)
+        return tuple(size * number for number in held)
 
     def predict(
         self, mesh: Mesh, micro_batch: int, outer: Strategy, layers: Sequence[tuple[int, Strategy]], cut: Cut = Cut()

@@ -74,5 +74,6 @@ def told(candidate: Candidate, best: Seconds) -> Candidate:
     if candidate.status != "slower" or candidate.step_time is None:
         return candidate
     more = max(0.0, 100 * (candidate.step_time / best - 1))
+    slower_by = f"{more:.0f} % slower" if more >= 10 else f"{more:.1f} % slower" if more >= 0.05 else "not faster"
     least = "at least " if candidate.bound else ""
-    return replace(candidate, reason=f"{least}{show(candidate.step_time, SECOND)}, {least}{more:.2g} % slower")
+    return replace(candidate, reason=f"{least}{show(candidate.step_time, SECOND)}, {least if more >= 0.05 else ''}{slower_by}")
