@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from autoplan.capture.failures import line_of, said
 from autoplan.capture.private import FakeTensorMode
+from autoplan.errors import UsageError
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full)
 _SMALL = 1 << 16
+_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 _FILLS = frozenset(
@@ -26,16 +31,34 @@ _FILLS = frozenset(
 )
 
 
-class _NoFill(TorchFunctionMode):
-    """Leaves out the initial values of tensors that have no memory: there is nothing to fill."""
+class _NoMemory(TorchFunctionMode):
+    """Leaves out the initial values of tensors that have no memory, and moves none of them to a device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _FILLS:
+        name = getattr(func, "__name__", "")
+        if name in _FILLS:
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 return tensor
+        if name == "cuda" or (name == "cpu" and args[0].is_meta):
+            return args[0]
+        if name == "to":
+            args, kwargs = _staying(args, kwargs)
+        elif str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
+
+
+def _staying(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `Tensor.to` without the device, where there is nothing to move."""
+    here = args[0].device
+    stay = lambda where: here if _is_device(where) and (here.type == "meta" or "cuda" in str(where)) else where  # noqa: E731
+    return tuple(stay(arg) for arg in args), {key: stay(value) if key == "device" else value for key, value in kwargs.items()}
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, str | torch.device)
 
 
 class _BigOnMeta(TorchFunctionMode):
@@ -53,13 +76,19 @@ class _BigOnMeta(TorchFunctionMode):
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     """The module, without memory for its weights."""
     try:
-        with torch.device("meta"), _NoFill():
+        with torch.device("meta"), _NoMemory():
             return build()
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError) as error:
         if "meta" not in str(error):
             raise
-    with _BigOnMeta(), _NoFill():
-        return build()
+    try:
+        with _BigOnMeta(), _NoMemory():
+            return build()
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(
+            f"build_model needs the values of a big tensor, and capture makes none: {said(error)}{line_of(error)}.",
+            "Compute the table from a small tensor, or fill it after build_model.",
+        ) from error
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
@@ -68,7 +97,21 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn
     for tensor in _tensors_of(module):
         if id(tensor) not in memo:
             memo[id(tensor)] = _fake(tensor, mode, dtype if isinstance(tensor, nn.Parameter) else tensor.dtype)
-    return copy.deepcopy(module, memo)
+    try:
+        return copy.deepcopy(module, dict(memo))
+    except Exception:
+        return copy.deepcopy(module, memo | {id(value): value for value in _unique(module, memo)})
+
+
+def _unique(module: nn.Module, memo: Mapping[int, Any]) -> Iterator[Any]:
+    """What modules hold that can't be copied (locks, files, iterators): it is shared."""
+    for part in module.modules():
+        for key, value in vars(part).items():
+            if key not in _TABLES:
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except Exception:
+                    yield value
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
@@ -84,6 +127,18 @@ def _fake(tensor: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:
     return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
+@contextmanager
+def own_buffers(root: nn.Module) -> Iterator[None]:
+    """Buffers that are replaced in the context (`self.mean = 0.9 * self.mean + ...`) are the old ones after it."""
+    before = [(part._buffers, dict(part._buffers)) for part in root.modules() if part._buffers]
+    try:
+        yield
+    finally:
+        for table, kept in before:
+            table.clear()
+            table.update(kept)
+
+
 def fake_inputs(inputs: Mapping[str, Any], mode: FakeTensorMode, dtype: torch.dtype) -> dict[str, Any]:
     """The model's inputs on fake tensors, floating ones cast to `dtype`. One tensor passed twice stays one.
 
@@ -93,6 +148,7 @@ def fake_inputs(inputs: Mapping[str, Any], mode: FakeTensorMode, dtype: torch.dt
 
     def convert(value: Any) -> Any:
         if isinstance(value, Tensor):
+            _check_layout(value)
             if id(value) not in memo:
                 memo[id(value)] = _fake(value.detach(), mode, dtype)
             return memo[id(value)]
@@ -104,6 +160,17 @@ def fake_inputs(inputs: Mapping[str, Any], mode: FakeTensorMode, dtype: torch.dt
             return type(value)(convert(item) for item in value)
         if is_dataclass(value) and not isinstance(value, type):
             return replace(value, **{entry.name: convert(getattr(value, entry.name)) for entry in fields(value) if entry.init})
+        if isinstance(value, np.ndarray):
+            raise UsageError("example_inputs returns a NumPy array.", "Return tensors: torch.from_numpy(array).")
         return value
 
     return {name: convert(value) for name, value in inputs.items()}
+
+
+def _check_layout(tensor: Tensor) -> None:
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else "sparse"
+        raise UsageError(
+            f"example_inputs returns a {kind} tensor, whose shape says little.",
+            "Return a dense one, padded to the longest sample.",
+        )

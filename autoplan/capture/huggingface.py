@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoplan.capture.failures import said
 from autoplan.errors import UsageError
 
 LONGEST = 4096
@@ -103,15 +104,35 @@ def _has_loss(cls: type[nn.Module]) -> bool:
 
 def build(config: Any, title: str) -> nn.Module:
     """The model of a configuration, for training. Weights in a compressed form are left out of account."""
-    for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
-        part.use_cache = False
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    return model_class(config, title)(config)
+    cls = model_class(config, title)
+    try:
+        for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
+            part.use_cache = False
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+        return cls(config)
+    except Exception as error:
+        if "meta" in str(error) and isinstance(error, RuntimeError | TypeError):
+            raise  # a value was asked for on meta: the caller tries another way
+        raise UsageError(
+            f"transformers makes no {cls.__name__} of {title}: {said(error)}.",
+            "Correct the configuration, or install what it needs.",
+        ) from error
 
 
 def example_inputs(config: Any, title: str, seq_len: int | None, batch_size: int) -> dict[str, Any]:
     """One batch of made-up inputs, with what the loss needs."""
+    try:
+        return _inputs(config, title, seq_len, batch_size)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"No inputs could be made up for {title}: {said(error)}.", "Give a model.py with build_model and example_inputs."
+        ) from error
+
+
+def _inputs(config: Any, title: str, seq_len: int | None, batch_size: int) -> dict[str, Any]:
     arguments = inspect.signature(model_class(config, title).forward).parameters
     text, vision = config.get_text_config(decoder=True), getattr(config, "vision_config", None)
     length = seq_len or min(longest(config), LONGEST)
@@ -140,7 +161,10 @@ def example_inputs(config: Any, title: str, seq_len: int | None, batch_size: int
 def longest(config: Any) -> int:
     """How many positions the text side of a model has."""
     text = config.get_text_config(decoder=True)
-    for part, names in ((text, ("max_position_embeddings", "n_positions", "max_target_positions")), (config, ("max_length",))):
+    for part, names in (
+        (text, ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")),
+        (config, ("max_length",)),
+    ):
         for name in names:
             found = getattr(part, name, None)
             if isinstance(found, int) and found > 1:
@@ -153,16 +177,20 @@ def _ids(batch_size: int, length: int, vocabulary: int) -> torch.Tensor:
 
 
 def _pictures(vision: Any, batch_size: int) -> torch.Tensor:
-    size = vision.image_size
-    height, width = size if isinstance(size, list | tuple) else (size, size)
+    height, width = _pair(vision.image_size)
     return torch.randn(batch_size, getattr(vision, "num_channels", 3), height, width)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
 
 
 def _place_pictures(inputs: dict[str, Any], config: Any, title: str) -> None:
     """Puts the marks of one picture at the start of every text."""
     vision = config.vision_config
-    per_side = vision.image_size // vision.patch_size
-    marks = getattr(config, "mm_tokens_per_image", None) or per_side**2
+    height, width = _pair(vision.image_size)
+    rows, columns = _pair(vision.patch_size)
+    marks = getattr(config, "mm_tokens_per_image", None) or (height // rows) * (width // columns)
     token = getattr(config, "image_token_id", None)
     token = getattr(config, "image_token_index", None) if token is None else token
     ids = inputs["input_ids"]

@@ -13,8 +13,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-import traceback
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from urllib.parse import parse_qsl, urlencode
 from torch import Tensor, nn
 
 from autoplan.capture import huggingface
+from autoplan.capture.failures import line_of, remedy, said
 from autoplan.errors import UsageError
 
 EXAMPLE = "def example_inputs(batch_size): return {'input_ids': torch.randint(0, 1000, (batch_size, 128))}"
@@ -115,7 +116,8 @@ def _import(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look the module up by its name
     sys.path.insert(0, str(path.parent.resolve()))
     try:
-        spec.loader.exec_module(module)
+        with redirect_stdout(sys.stderr):  # stdout is for autoplan's own output
+            spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UsageError(f"{error.filename}:{error.lineno} is not valid Python: {error.msg}.", "Correct the line.") from error
     except ModuleNotFoundError as error:
@@ -145,9 +147,10 @@ def _accepts(function: Callable[..., Any], name: str) -> bool:
 
 def _build(function: Callable[..., Any], path: Path, name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
-        module = function(**kwargs)
+        with redirect_stdout(sys.stderr):
+            module = function(**kwargs)
     except (Exception, SystemExit) as error:
-        if "meta" in str(error) and isinstance(error, RuntimeError | NotImplementedError):
+        if "meta" in str(error) and isinstance(error, RuntimeError | TypeError):
             raise  # a value was asked for on meta: the caller tries another way
         _fail(f"{name} in {path} raised", error, path)
     if not isinstance(module, nn.Module):
@@ -157,28 +160,21 @@ def _build(function: Callable[..., Any], path: Path, name: str, kwargs: dict[str
 
 def _inputs(function: Callable[..., Any], path: Path, kwargs: dict[str, Any], batch_size: int) -> dict[str, Any]:
     try:
-        inputs = function(batch_size, **kwargs)
+        with redirect_stdout(sys.stderr):
+            inputs = function(batch_size, **kwargs)
     except (Exception, SystemExit) as error:
         _fail(f"example_inputs in {path} raised", error, path)
     if not isinstance(inputs, Mapping):
         raise UsageError(
             f"example_inputs in {path} returns a {type(inputs).__name__}.", f"Return forward's arguments: '{EXAMPLE}'."
         )
+    strange = [name for name in inputs if not isinstance(name, str)]
+    if strange:
+        raise UsageError(f"example_inputs in {path} names an argument {strange[0]!r}.", f"Names are text: '{EXAMPLE}'.")
     return dict(inputs)
 
 
 def _fail(what: str, error: BaseException, path: Path) -> NoReturn:
     if isinstance(error, UsageError):
         raise error
-    text = " ".join(str(error).split())
-    raise UsageError(f"{what}: {type(error).__name__}: {text}{line_of(error, path)}.", "autoplan runs it as it is.") from error
-
-
-def line_of(error: BaseException, path: Path | None = None) -> str:
-    """ " (file:line)": the innermost line of the user's own code, not of a library, in the traceback of `error`."""
-    frames = traceback.extract_tb(error.__traceback__)
-    house = str(Path(__file__).parents[1])
-    own = [f for f in frames if path is not None and Path(f.filename).resolve() == path.resolve()]
-    other = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith((house, "<"))]
-    found = own or other
-    return f" ({found[-1].filename}:{found[-1].lineno})" if found else ""
+    raise UsageError(f"{what}: {said(error)}{line_of(error, path)}.", remedy(error, "autoplan runs it as it is.")) from error

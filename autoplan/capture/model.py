@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,11 +13,13 @@ from torch import Tensor, nn
 
 from autoplan.adapt import adapt
 from autoplan.capture.blocks import find_blocks
-from autoplan.capture.fake import build_on_meta, fake_copy, fake_inputs
-from autoplan.capture.load import LoadedModel, line_of
+from autoplan.capture.failures import NoBlockError, TwinsDifferError, refuse, stopped
+from autoplan.capture.fake import build_on_meta, fake_copy, fake_inputs, own_buffers
+from autoplan.capture.load import LoadedModel
 from autoplan.capture.merge import BATCHES, merge, samples_meet
-from autoplan.capture.private import DynamicOutputShapeException, FakeTensorMode
-from autoplan.capture.record import NoBlockError, Options, Recorder, TwinsDifferError
+from autoplan.capture.private import FakeTensorMode, fake_mode, no_log_of_fakes
+from autoplan.capture.record import Options, Recorder
+from autoplan.capture.scope import leaves
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
 
@@ -57,7 +61,11 @@ def capture_module(
     if samples_meet(*recorders):  # then costs are quadratic in the batch, and take a third point
         sizes = (*batches, sum(batches))
         root, recorders = record(module, example_inputs, loss_fn, title, compute_dtype, sizes, options)
-    return merge(title, compute_dtype, root, recorders, sizes)
+    try:
+        return merge(title, compute_dtype, root, recorders, sizes)
+    except UsageError:  # perhaps the model does something in its first step alone: each batch size is a first step, then
+        each = [record(module, example_inputs, loss_fn, title, compute_dtype, (size,), options) for size in sizes]
+        return merge(title, compute_dtype, each[0][0], [recorders[0] for _, recorders in each], sizes)
 
 
 def record(
@@ -71,12 +79,18 @@ def record(
 ) -> tuple[nn.Module, list[Recorder]]:
     """The fake copy that ran, and one recording of it for each batch size."""
     dtype = getattr(torch, compute_dtype)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode()
+    refuse(module, title)
     root = fake_copy(module, mode, dtype)
     if not root.training:
         root.train()
     adapt(root)
     samples = [fake_inputs(example_inputs(batch), mode, dtype) for batch in batches]
+    if len(samples) > 1 and _shapes(samples[0]) == _shapes(samples[1]):
+        raise UsageError(
+            f"The example inputs of {title} are as large for {batches[0]} samples as for {batches[1]}.",
+            "Make a first dim of batch_size in example_inputs(batch_size).",
+        )
     excluded: frozenset[str] = frozenset()
     warnings: dict[str, None] = {}
     while True:
@@ -100,6 +114,10 @@ def record(
             options = replace(options, stubs=False)
 
 
+def _shapes(inputs: Mapping[str, Any]) -> list[torch.Size]:
+    return [tensor.shape for _, tensor in leaves(inputs)]
+
+
 def _recording(
     root: nn.Module,
     blocks: Mapping[str, Hashable],
@@ -110,27 +128,19 @@ def _recording(
     title: str,
 ) -> Recorder:
     recorder = Recorder(root, blocks, options)
-    with mode:
+    with mode, no_log_of_fakes(), own_buffers(root):
         _run(recorder, inputs, loss_fn, title)
     return recorder
 
 
 def _run(recorder: Recorder, inputs: dict[str, Any], loss_fn: LossFunction | None, title: str) -> None:
     try:
-        recorder.run(inputs, lambda output: loss_of(output, inputs, loss_fn, title))
+        with redirect_stdout(sys.stderr):  # stdout is for autoplan's own output
+            recorder.run(inputs, lambda output: loss_of(output, inputs, loss_fn, title))
     except (UsageError, NoBlockError, TwinsDifferError):
         raise
-    except DynamicOutputShapeException as error:
-        raise UsageError(
-            f"{title} makes a tensor whose size depends on the values of another ({error.func}){line_of(error)}.",
-            "Capture knows shapes only: use a form of fixed size, such as masking instead of selecting.",
-        ) from error
-    except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise UsageError(
-            f"{title} raised while it ran: {type(error).__name__}: {text}{line_of(error)}.",
-            "Run one training step of it on the CPU to see the same; capture runs it with the example inputs.",
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise stopped(title, recorder.where(error), error) from error
 
 
 def loss_of(output: Any, inputs: Mapping[str, Any], loss_fn: LossFunction | None, title: str) -> Tensor:
@@ -138,6 +148,8 @@ def loss_of(output: Any, inputs: Mapping[str, Any], loss_fn: LossFunction | None
     loss = loss_fn(output, inputs) if loss_fn is not None else output
     if loss_fn is None and not isinstance(output, Tensor):
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss_fn is not None and not isinstance(loss, Tensor):
+        raise UsageError(f"loss_fn of {title} returns a {type(loss).__name__}.", "It must return a scalar tensor.")
     if not isinstance(loss, Tensor):
         raise UsageError(
             f"{title} returns a {type(output).__name__} in which there is no loss.",

@@ -6,6 +6,7 @@ Checked with torch 2.13 and 2.14: the autograd sequence numbers, the current aut
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch._dynamo  # fake tensors load it on their first use, a second later
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,12 +31,14 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "device_of",
+    "fake_mode",
     "flops",
     "gradient_of",
     "instance_patched",
     "is_view",
     "module_call",
     "next_edges",
+    "no_log_of_fakes",
     "no_torch_function",
     "node_sequence",
     "patched",
@@ -46,6 +50,24 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode whose tensors refuse to give the address of their memory. Kernels that ask for it would crash the process."""
+    with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+        return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def no_log_of_fakes() -> Iterator[None]:
+    """Fake tensors log a traceback of every operation that fails; the error itself is enough."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.disabled
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def sequence() -> int:

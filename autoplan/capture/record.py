@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,27 +23,11 @@ from torch.overrides import TorchFunctionMode
 
 from autoplan.capture import private, semantics
 from autoplan.capture.blocks import Twin, block_of, call_key, difference, ownership, remember, repeat
+from autoplan.capture.failures import NoBlockError, TwinsDifferError
 from autoplan.capture.gradients import charge_meetings, edges
 from autoplan.capture.kernels import Kernels
 from autoplan.capture.normalise import classify, name_of, tensors
 from autoplan.capture.scope import Call, Meter, Scope, argument_leaves, leaves, merged, place
-
-
-class NoBlockError(Exception):
-    """What looked like layers are none: `names` run twice or never, or pass tensors past their results."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = frozenset(names)
-        super().__init__(", ".join(sorted(self.names)))
-
-
-class TwinsDifferError(Exception):
-    """Layers that look equal ran differently: `names` must be traced one by one."""
-
-    def __init__(self, names: Iterable[str], warning: str = "") -> None:
-        self.names = frozenset(names)
-        self.warning = warning
-        super().__init__(warning)
 
 
 @dataclass(frozen=True)
@@ -77,6 +61,8 @@ class Recorder(TorchFunctionMode):
         self._scope = self.outer
         self._stack: list[str] = [""]
         self._current: Call | None = None
+        self._stopped: tuple[BaseException, str] | None = None
+        """The last error of the model's code, and where it was raised."""
         self._last: Call | None = None
         self._by_sequence: dict[int, Call] = {}
         self._twins: dict[Hashable, list[Twin | None]] = {}
@@ -114,6 +100,7 @@ class Recorder(TorchFunctionMode):
             self._last = None
             self._meetings = edges(loss, self._watch)
             wanted = [p for p in self.root.parameters() if p.requires_grad]
+            self._stack[:] = ["its backward pass"]
             torch.autograd.grad(loss, wanted, allow_unused=True)
         self.meetings = charge_meetings(self._meetings, self._by_sequence, self._calls)
         self._compare_gradients()
@@ -172,6 +159,7 @@ class Recorder(TorchFunctionMode):
             for name, function in semantics.PATCHED.items():
                 routed = self._routed(function, self._replaced.get(function, function))
                 stack.enter_context(private.patched(F, name, routed))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would run on memory that is not there
             stack.enter_context(private.patched(torch.autocast, "__init__", semantics.autocast_init))
             apply = torch.autograd.Function.__dict__["apply"]
             stack.enter_context(private.patched(torch.autograd.Function, "apply", classmethod(self._custom(apply))))
@@ -210,6 +198,13 @@ class Recorder(TorchFunctionMode):
     def _warn(self, text: str) -> None:
         self.warnings[text] = None
 
+    def where(self, error: BaseException) -> str:
+        """The module that raised `error`, with the operation if it was one: "layers.0.up (linear)"."""
+        return self._stopped[1] if self._stopped is not None and self._stopped[0] is error else self._here()
+
+    def _here(self) -> str:
+        return ".".join(part for part in (self._scope.name, self._stack[-1]) if part)
+
     # --- calls of the user's code ------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -219,6 +214,8 @@ class Recorder(TorchFunctionMode):
         name = name_of(func)
         if name == "is_cuda":
             return True
+        if name == "format":  # a line of a log, with a number in it that nobody knows
+            return format(0.0 if args[0].is_floating_point() else 0, args[1]) if args[0].dim() == 0 else repr(args[0])
         args, kwargs = semantics.on_device(func, args, kwargs)
         return self._record(func, name, args, kwargs)
 
@@ -236,6 +233,9 @@ class Recorder(TorchFunctionMode):
                 return result
             call.place = place()
             self._emit(call, outputs)
+        except Exception as error:
+            self._stopped = error, f"{self._here()} ({name})"
+            raise
         finally:
             self._current = None
         self._claim(first, call)
@@ -258,10 +258,18 @@ class Recorder(TorchFunctionMode):
         name = self._names.get(id(module))
         if not name or self._current is not None:
             return original(module, *args, **kwargs)
-        if name in self.blocks and not self._scope.name:
-            return self._block(original, module, name, args, kwargs)
-        local = name.removeprefix(f"{self._scope.name}.") if self._scope.name else name
-        return self._within(original, module, local, args, kwargs)
+        depth, scope, frames = len(self._stack), self._scope, self._scope.depth
+        try:
+            if name in self.blocks and not scope.name:
+                return self._block(original, module, name, args, kwargs)
+            local = name.removeprefix(f"{scope.name}.") if scope.name else name
+            return self._within(original, module, local, args, kwargs)
+        except BaseException as error:  # the model may catch it, and go on
+            self._stopped = error, self.where(error)
+            self._scope = scope
+            del self._stack[depth:]
+            scope.depth = frames
+            raise
 
     def _within(
         self, original: Callable[..., Any], module: nn.Module, local: str, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -113,6 +113,16 @@ class Scope:
     def pop(self) -> None:
         self._left.update(self._frames.pop())
 
+    @property
+    def depth(self) -> int:
+        """How many modules are running."""
+        return len(self._frames)
+
+    @depth.setter
+    def depth(self, depth: int) -> None:
+        while self.depth > depth:
+            self.pop()
+
     def value(self, tensor: Tensor, parameter: str | None = None, outside: bool = False) -> int:
         """A new value for `tensor`, known to the innermost frame (`outside`: to the outermost one)."""
         index = len(self.items)

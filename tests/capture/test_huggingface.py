@@ -93,6 +93,13 @@ def test_other_heads(tmp_path: Path, task: str) -> None:
         (TINY, "?no_such_field=3", "has no field 'no_such_field'"),
         ({"model_type": "sam"}, "", "no model of that kind that computes a loss"),
         ({**ZOO["llava"].sizes["tiny"].args[1]}, "?seq_len=4", "4 tokens on one picture"),
+        ({**TINY, "pad_token_id": 10**6}, "", "transformers makes no LlamaForCausalLM"),
+        (
+            {"model_type": "openai-gpt", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 50},
+            "",
+            r"raised while it ran transformer.h.0.attn \(matmul\).*modeling_openai.py:",
+        ),
+        ({"model_type": "qwen2_vl"}, "", "No inputs could be made up"),
     ],
 )
 def test_what_can_be_wrong_is_one_sentence(tmp_path: Path, fields: Any, query: str, says: str) -> None:

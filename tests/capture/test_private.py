@@ -104,6 +104,21 @@ def test_fake_tensors_have_no_values() -> None:
             x.nonzero()
 
 
+def test_fake_tensors_have_no_address() -> None:
+    with private.fake_mode():
+        tensor = torch.empty(3)
+    with pytest.raises(RuntimeError, match="data pointer"):
+        tensor.data_ptr()
+
+
+def test_failures_of_fake_tensors_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with private.fake_mode():
+        one, other = torch.empty(3), torch.empty(4)
+        with private.no_log_of_fakes(), pytest.raises(RuntimeError):
+            one + other
+    assert not caplog.records
+
+
 def test_the_place_of_checkpointing() -> None:
     owner, name = private.CHECKPOINT
     assert callable(getattr(owner, name))
