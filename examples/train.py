@@ -45,7 +45,7 @@ def main() -> None:
 
     loaded = autoplan.load_model(args.model)
     plan = autoplan.load_plan(args.plan)
-    parallel = autoplan.apply(loaded.build, plan, loss_fn=loaded.loss_fn)
+    parallel = autoplan.apply(loaded.build, plan, loss_fn=loaded.loss_fn, inputs=loaded.example_inputs)
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=args.lr)
     device = next(parallel.parameters()).device
 

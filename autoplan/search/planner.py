@@ -23,7 +23,7 @@ from autoplan.search.tree import Progress, Tell, Tree
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import Workload
 
-__all__ = ["Progress", "search"]
+__all__ = ["Progress", "search", "written"]
 
 
 def search(
@@ -59,7 +59,7 @@ def search(
     staging, solution = run.best
     candidates, covered = run.candidates()
     proof = replace(_proof(solution.seconds, run.proven_bound(), gap, covered), stopped=stopped)
-    return _plan(costs, staging.priced, solution, proof, candidates, run.baselines, run.limit)
+    return written(costs, staging.priced, solution, proof, candidates, run.baselines, run.limit)
 
 
 def _proof(seconds: Seconds, bound: Seconds, gap: float, candidates: int) -> Solve:
@@ -70,7 +70,7 @@ def _proof(seconds: Seconds, bound: Seconds, gap: float, candidates: int) -> Sol
     )
 
 
-def _plan(
+def written(
     costs: CostModel,
     priced: Priced,
     solution: Solution,
@@ -79,6 +79,7 @@ def _plan(
     compared: list[Baseline],
     limit: Bytes,
 ) -> Plan:
+    """A solution as a plan, priced once more as what was written: the same to 1e-9. Raises `SolverError` where it isn't."""
     graph, mesh = costs.graph, priced.mesh
     strategies, outer, runs = named(graph, solution, mesh)
     by_name = dict(strategies)
