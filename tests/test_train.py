@@ -64,7 +64,7 @@ def kill_after(process: subprocess.Popen[str], step: int) -> dict[int, float]:
 
 
 def test_killed_and_resumed_under_another_plan(tmp_path: Path) -> None:
-    first = write_plan(tmp_path / "first.yaml", tp=2, dp_shard=2)
+    first = write_plan(tmp_path / "first.yaml", pp=2, tp=2)
     second = write_plan(tmp_path / "second.yaml", dp_shard=4)
     whole = finish(start(first, steps=STEPS))
     assert sorted(whole) == list(range(1, STEPS + 1))
