@@ -292,8 +292,11 @@ def commands(plan: Plan, path: str = "plan.yaml") -> tuple[Command, ...]:
     launch = f"--nproc-per-node {min(plan.mesh.size, GPUS_PER_NODE)}"
     if nodes > 1:
         launch = f"--nnodes {nodes} {launch} \\\n  --rdzv-backend c10d --rdzv-endpoint $HEAD_NODE:29500"
+    applied = f'model = autoplan.apply(model, "{path}")'
+    if plan.pipeline is not None:  # the order of the forward pass is found by running it once, without memory
+        applied = f'parallel = autoplan.apply(build_model, "{path}", inputs=example_inputs)'
     return (
-        Command(f'model = autoplan.apply(model, "{path}")', "in your training script, before the optimizer is made"),
+        Command(applied, "in your training script, before the optimizer is made"),
         Command(f"torchrun {launch} train.py", f"on each of {nodes} nodes" if nodes > 1 else "runs it"),
         Command(f"autoplan report {path} --format terminal", "shows this summary again"),
     )
