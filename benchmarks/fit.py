@@ -14,7 +14,7 @@ from math import log
 from pathlib import Path
 from statistics import mean
 
-from autoplan.cost.pipeline import Software
+from benchmarks.arrangement import Software
 from benchmarks.pricing import Pricer, frameworks
 from benchmarks.runs import Refused, Run, read, run_of
 

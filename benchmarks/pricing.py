@@ -15,7 +15,6 @@ from typing import Any, cast
 import yaml
 
 from autoplan.cost.model import OUTER, CostModel
-from autoplan.cost.pipeline import Arrangement, Pipeline, PipelinePrediction, Recomputed, Software
 from autoplan.cost.walk import Step
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
@@ -24,6 +23,7 @@ from autoplan.profile.catalog import find_hardware
 from autoplan.search.shardings import pareto_shardings
 from autoplan.strategy import GATHERED, REPLICATE, UNSHARDED, Sharding, shard
 from autoplan.workload import DType, Workload
+from benchmarks.arrangement import Arranged, ArrangedStep, Arrangement, Recomputed, Software
 from benchmarks.models import Shape, graph_of
 from benchmarks.runs import Refused, Run
 
@@ -44,46 +44,46 @@ class Pricer:
     def __init__(self, software: dict[str, Software], hardware: dict[str, HardwareProfile] | None = None) -> None:
         self.software, self.hardware = software, hardware or {}
         self._costs: dict[tuple[Shape, str, str], CostModel] = {}
-        self._pipelines: dict[tuple[object, ...], Pipeline] = {}
+        self._arranged: dict[tuple[object, ...], Arranged] = {}
 
     def use(self, source: str, software: Software) -> None:
         """Price this source's runs with other constants from now on; the tables stay."""
         self.software[source] = software
-        for key, pipeline in self._pipelines.items():
+        for key, arranged in self._arranged.items():
             if key[3] == source:
-                pipeline.software = software
+                arranged.software = software
 
-    def price(self, run: Run) -> PipelinePrediction:
+    def price(self, run: Run) -> ArrangedStep:
         """Raises `Refused` where the model or the machine does not allow what the row says."""
         try:
-            pipeline, place = self._placed(run)
-            return pipeline.price(place)
+            arranged, place = self._placed(run)
+            return arranged.price(place)
         except UsageError as error:
             raise Refused(f"the model refuses: {error.message[:60]}") from None
 
     def memory(self, run: Run) -> float:
         """Bytes of the fullest rank. Raises `Refused` like `price`."""
         try:
-            pipeline, place = self._placed(run)
-            return pipeline.memory(place)
+            arranged, place = self._placed(run)
+            return arranged.memory(place)
         except UsageError as error:
             raise Refused(f"the model refuses: {error.message[:60]}") from None
 
-    def _placed(self, run: Run) -> tuple[Pipeline, Arrangement]:
+    def _placed(self, run: Run) -> tuple[Arranged, Arrangement]:
         costs = self._cost_model(run)
-        pipeline = self._pipelines.setdefault(
+        arranged = self._arranged.setdefault(
             (run.shape, run.hardware, run.dtype, run.source, run.recompute),
-            Pipeline(costs, self.software.get(run.source, Software()), RECOMPUTED[run.recompute]),
+            Arranged(costs, self.software.get(run.source, Software()), RECOMPUTED[run.recompute]),
         )
-        pipeline.costs = costs.with_batch(run.global_batch)
-        return pipeline, arrangement(run, *shardings(run.shape, run.tp, run.sequence_parallel))
+        arranged.costs = costs.with_batch(run.global_batch)
+        return arranged, arrangement(run, *shardings(run.shape, run.tp, run.sequence_parallel))
 
     def seconds(self, run: Run) -> float:
         """Of one step; a row of a single layer is that layer's forward and backward pass."""
         if not run.single_layer:
             return self.price(run).step_time
-        pipeline, place = self._placed(run)
-        one, two = (pipeline.price(replace(place, layers=n)).pipeline for n in (1, 2))
+        arranged, place = self._placed(run)
+        one, two = (arranged.price(replace(place, layers=n)).arranged for n in (1, 2))
         return two - one
 
     def _cost_model(self, run: Run) -> CostModel:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from time import process_time
 
 from autoplan.cost.model import CostModel
-from autoplan.cost.pipeline import Arrangement, Pipeline
 from autoplan.profile.catalog import find_hardware
 from autoplan.schedule import pipeline_seconds
 from autoplan.strategy import UNSHARDED, Mesh, Strategy
 from autoplan.workload import Workload
+from benchmarks.arrangement import Arranged, Arrangement
 from benchmarks.models import Shape, graph_of
 
 LAYERS, REPEATS = 32, 200
@@ -31,7 +31,7 @@ def main() -> None:
         for mesh in meshes:
             costs.predict(mesh, 1, Strategy(), layers)
     print(f"predict: {(process_time() - start) / REPEATS / len(meshes) * 1e3:.2f} ms a plan")
-    pipeline = Pipeline(costs)
+    pipeline = Arranged(costs)
     for pp in (1, 4, 16):
         at = Arrangement(tp=1, dp=4, pp=pp, micro_batch=1, zero=1, block=UNSHARDED, outer=UNSHARDED, layers=LAYERS)
         pipeline.price(at)

@@ -1,8 +1,8 @@
-"""What a step costs when layers are also spread over pipeline stages: the layers' own prices on a schedule's timeline.
+"""What a published run should take: the layers' own prices on a schedule's timeline, with its framework's habits.
 
 `L` layers are dealt to `p v` virtual stages as evenly as they go (the first ones take one more); the first also embeds,
 the last has the final norm, the head and the loss. With a layer's `F`, `B` (recomputation in it) and e(c, q) of
-`cost.model`, virtual stage k takes per micro-batch
+`cost.step`, virtual stage k takes per micro-batch
 
     f_k = n_k (F + e(F, g)) + [first] F_embed + [last] F_head          b_k likewise with g' + r
 
@@ -106,7 +106,7 @@ class Arrangement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PipelinePrediction:
+class ArrangedStep:
     """Seconds of a step with their parts."""
 
     step_time: Seconds
@@ -115,14 +115,14 @@ class PipelinePrediction:
     optimizer: Seconds
 
 
-class Pipeline:
+class Arranged:
     """Prices arrangements of one model with the tables of a `CostModel`."""
 
     def __init__(self, costs: CostModel, software: Software = Software(), recomputed: Recomputed | None = None) -> None:
         self.costs, self.software, self.recomputed = costs, software, recomputed
         self._parts: dict[tuple[object, ...], LayerCost] = {}
 
-    def price(self, at: Arrangement) -> PipelinePrediction:
+    def price(self, at: Arrangement) -> ArrangedStep:
         """Raises `UsageError` where a sharding or a schedule does not fit the model."""
         m = self.costs.micro_batches(Mesh(dp_replicate=at.dp, tp=at.tp), at.micro_batch)
         block, embed, head = (self._scaled(cost) for cost in self._costs(at))
@@ -161,7 +161,7 @@ class Pipeline:
             if at.zero < 3:
                 tail = max(tail, self._reduction(held, at, sum(b[k] for k in own) / len(own)))
         total = seconds + tail + optimizer + self.software.step
-        return PipelinePrediction(
+        return ArrangedStep(
             step_time=total,
             pipeline=seconds,
             exposed=tail,
