@@ -28,14 +28,15 @@ _FACE = (
     "plan_json",
     "report",
     "save_plan",
+    "verify",
 )
 
 __all__ = [*_FACE, "__version__"]
 
 
 class _Face(ModuleType):
-    """The rooms `autoplan.plan`, `autoplan.apply` and `autoplan.report` share their names with the verbs of the public
-    face; Python binds a submodule on its package when it is imported, which must not hide the verb."""
+    """The rooms `plan`, `apply`, `report` and `verify` share their names with the verbs of the public face; Python binds a
+    submodule on its package when it is imported, which must not hide the verb."""
 
     def __getattr__(self, name: str) -> Any:
         if name in _FACE:

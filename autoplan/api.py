@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from autoplan.export.exported import Exported
     from autoplan.report.rows import Table
     from autoplan.search.planner import Progress
+    from autoplan.verify import DryRun
 
 __all__ = [
     "apply",
@@ -50,6 +51,7 @@ __all__ = [
     "plan_json",
     "report",
     "save_plan",
+    "verify",
 ]
 
 
@@ -195,6 +197,18 @@ def explain(plan: Plan, fixed: Mapping[str, int], *, model: str | LoadedModel | 
     except UsageError as error:
         return Answer(fixed=dict(fixed), plan=None, reason=error.message)
     return Answer(fixed=dict(fixed), plan=other, reason="")
+
+
+def verify(plan: Plan, model: str | LoadedModel | None = None) -> DryRun:
+    """Run a step of every pipeline rank of `plan` in this process, which stands for one after another; compare what is sent and
+    held with the plan. `model` defaults to the one that the plan names.
+
+    Raises `UsageError` for a plan that can't be applied to the model.
+    """
+    from autoplan.verify import dry_run
+
+    source = model if model is not None else plan.model
+    return dry_run(plan, load_model(source) if isinstance(source, str) else source)
 
 
 def report(plan: Plan) -> str:

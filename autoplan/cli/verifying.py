@@ -1,0 +1,112 @@
+"""`autoplan verify`: does a plan run, and send and hold what it says?"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoplan.cli import talk
+from autoplan.cli.app import app
+from autoplan.cli.arguments import Json, PlanFile
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from autoplan.verify import DryRun
+
+
+@app.command(
+    epilog="Examples:\n\nautoplan verify plan.yaml\n\nautoplan verify plan.yaml model.py\n\nautoplan verify plan.yaml --json"
+)
+def verify(
+    plan_file: PlanFile,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Default: the model that the plan names.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a step of every pipeline rank of the plan here, one at a time, without GPUs or other processes.
+
+    Count what each would send and measure its memory, and compare both with the plan. Exit code 1 if something differs.
+    """
+    from autoplan import api
+
+    found = api.verify(api.load_plan(plan_file), model)
+    if as_json:
+        typer.echo(json.dumps(as_dict(found), indent=2))
+    else:
+        talk.show(summary(found))
+    if not found.agrees:
+        raise typer.Exit(1)
+
+
+def as_dict(found: DryRun) -> dict[str, Any]:
+    """All that was found as plain data, in bytes."""
+    return {
+        "agrees": found.agrees,
+        "differences": list(found.differences),
+        "not_checked": list(found.notes),
+        "collectives": [
+            {
+                "rank": row.rank,
+                "axis": row.axis,
+                "collective": row.kind,
+                "predicted": {"count": row.expected.count, "bytes": row.expected.bytes},
+                "seen": {"count": row.seen.count, "bytes": row.seen.bytes},
+            }
+            for row in found.rows
+        ],
+        "memory": [{"rank": each.rank, "predicted": each.predicted, "seen": each.measured} for each in found.memory],
+    }
+
+
+def summary(found: DryRun) -> RenderableType:
+    """The verdict, the tables, and each difference in words."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from autoplan.report.tables import titled
+    from autoplan.report.words import clean
+
+    verdict = "The plan runs, and does what it says." if found.agrees else "The plan differs from what it says."
+    parts: list[RenderableType] = [Text(verdict, style="bold green" if found.agrees else "bold red")]
+    if found.differences:
+        parts.append(titled("Differences", Text("\n".join(map(clean, found.differences)))))
+    if found.rows:
+        parts.append(titled("Sent in a step, of each pipeline rank", _collectives(found)))
+    if found.memory:
+        parts.append(titled("Peak memory, of each pipeline rank", _memory(found)))
+    return Group(*parts, *(Text(f"\nNot checked: {clean(note)}", style="yellow") for note in found.notes))
+
+
+def _collectives(found: DryRun) -> RenderableType:
+    from rich.text import Text
+
+    from autoplan.report.tables import table
+    from autoplan.report.words import size
+
+    made = table((">", "rank"), ("<", "axis"), ("<", "collective"), (">", "predicted"), (">", "seen"), (">", "bytes"), ("<", ""))
+    for row in found.rows:
+        sizes = (
+            size(row.seen.bytes)
+            if row.expected.bytes == row.seen.bytes
+            else f"{size(row.expected.bytes)} / {size(row.seen.bytes)}"
+        )
+        mark = Text("ok", style="green") if row.agrees else Text("differs", style="red")
+        cells = (str(row.rank), row.axis, row.kind, str(row.expected.count), str(row.seen.count), sizes)
+        made.add_row(*map(Text, cells), mark)
+    return made
+
+
+def _memory(found: DryRun) -> RenderableType:
+    from rich.text import Text
+
+    from autoplan.report.tables import table
+    from autoplan.report.words import size
+
+    made = table((">", "rank"), (">", "predicted"), (">", "seen"), (">", "predicted too much"), ("<", ""))
+    for each in found.memory:
+        mark = Text("ok", style="green") if each.agrees else Text("too little", style="red")
+        cells = (str(each.rank), size(each.predicted), size(each.measured), f"{each.over:.1%}")
+        made.add_row(*map(Text, cells), mark)
+    return made

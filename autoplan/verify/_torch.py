@@ -1,0 +1,64 @@
+"""Every private name of PyTorch that `verify` needs, with the reason."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Where an operation of either family, c10d or functional, keeps its process group.
+from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
+
+# The only tracker that sees FSDP resize storages.
+from torch.distributed._tools.mem_tracker import MemTracker
+
+# `_clear_sharding_prop_cache`.
+from torch.distributed.tensor import debug
+
+# A process group of any size of which only this process is there.
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Peak(MemTracker):
+    """`MemTracker` without its statistics of modules, which forbid that a module is called twice: in accumulation it is."""
+
+    def __enter__(self) -> Peak:
+        self._fake_mode_on_entry = torch._guards.active_fake_mode()
+        self._track_resize()
+        self._peak_mem_snap = self.get_tracker_snapshot()
+        self._peak_mem = {device: found["Total"] for device, found in self._peak_mem_snap.items()}
+        TorchDispatchMode.__enter__(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._restore_resize()
+        TorchDispatchMode.__exit__(self, *error)
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """Most bytes at once so far, by the type of the device."""
+        return {device.type: found["Total"] for device, found in self.get_tracker_snapshot("peak").items()}
+
+
+def forget_meshes() -> None:
+    """Clear what DTensor remembers: meshes of another rank are equal to those of the next, but their groups are gone."""
+    debug._clear_sharding_prop_cache()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torch.distributed.tensor") and module is not None:
+            for found in list(vars(module).values()):
+                if not isinstance(found, type) and callable(getattr(found, "cache_clear", None)):
+                    found.cache_clear()
+
+
+def group_of(func: Any, args: tuple[Any, ...]) -> list[int] | None:
+    """The ranks that take part in a collective operation; None where `func` is none."""
+    if func not in collective_ops or func in sync_ops:
+        return None
+    return dist.get_process_group_ranks(CollectiveOp.get_process_group(func, args))
+
+
+__all__ = ["FakeStore", "Peak", "TorchDispatchMode", "forget_meshes", "group_of", "tree_leaves"]

@@ -1,0 +1,77 @@
+"""The tp collectives of one micro-batch of a layer, from its sharding and the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+from autoplan.cost.prices import LayerModel
+from autoplan.cost.rules import BORDER_COLLECTIVES
+from autoplan.cost.walk import Step, stream_layout, walk
+from autoplan.graph import DTYPE_BYTES, Value
+from autoplan.strategy import GATHERED, Layout, Strategy
+from autoplan.units import Bytes
+
+Collective = tuple[str, Bytes]
+"""(kind, size of the whole tensor)"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What one step of the forward pass sends, and the gradients of what it made."""
+
+    index: int
+    inside: bool
+    """Within the layer's own forward, not in a hook at its border, which recomputation leaves alone."""
+    forward: tuple[Collective, ...] = ()
+    backward: tuple[Collective, ...] = ()
+
+
+def tensor_parallel(model: LayerModel, strategy: Strategy, wanted: Callable[[Step], bool]) -> Iterator[Collective]:
+    """Forward, recomputation and backward of the `wanted` steps. Raises `UsageError` where the sharding breaks a rule."""
+    steps = [step for step in walk(model, strategy.sharding) if wanted(step)]
+    keeps = [step.index for step in steps if step.op.saved or step.op.saved_extra.at(1)]
+    again = strategy.recompute == "full" and not model.outer
+    for step in steps:
+        for sent in _sent(model, step, strategy.sharding.stream):
+            yield from sent.forward
+            yield from sent.backward
+            if again and sent.inside and keeps and sent.index < keeps[-1]:  # PyTorch stops when it has what was saved
+                yield from sent.forward
+    yield from _parameter_gradients(model, steps)
+
+
+def _sent(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
+    op, outcome, values = step.op, step.outcome, model.body.values
+    if op.kind in ("enter", "exit"):
+        yield _border(model, step, values[op.inputs[0]], outcome.inputs[0], outcome.outputs[0], op.module != "")
+    elif op.kind == "call":
+        for i, layout in zip(op.inputs, outcome.inputs, strict=True):
+            yield _border(model, step, values[i], layout, stream_layout(values[i], stream), False)
+        for i, layout in zip(op.outputs, outcome.outputs, strict=True):
+            yield _border(model, step, values[i], stream_layout(values[i], stream), layout, False)
+    elif op.kind == "cross_entropy" and outcome.sharded:
+        rows = values[op.inputs[0]].shape[0] * model.micro_batch * DTYPE_BYTES["float32"]
+        yield _Sent(step.index, True, (("all_reduce", rows), ("all_reduce", 2 * rows)))
+
+
+def _border(model: LayerModel, step: Step, value: Value, source: Layout, target: Layout, inside: bool) -> _Sent:
+    if source == target:
+        return _Sent(step.index, inside)
+    size = value.bytes_at(model.micro_batch)
+    forward, backward = BORDER_COLLECTIVES[source.kind, target.kind]
+    return _Sent(step.index, inside, _one(forward, size), _one(backward, size if value.requires_grad else 0))
+
+
+def _one(kind: str | None, size: Bytes) -> tuple[Collective, ...]:
+    return ((kind, size),) if kind and size else ()
+
+
+def _parameter_gradients(model: LayerModel, steps: list[Step]) -> Iterator[Collective]:
+    """One all_reduce of each GATHERED parameter's gradient."""
+    values = model.body.values
+    used = {i: layout for s in steps for i, layout in zip(s.op.inputs, s.outcome.inputs, strict=True) if values[i].parameter}
+    for i, layout in used.items():
+        if layout == GATHERED and values[i].requires_grad:
+            yield "all_reduce", prod(values[i].shape) * DTYPE_BYTES[model.dtype]

@@ -1,0 +1,55 @@
+"""Counts what a step sends, and answers in place of the ranks that are not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from autoplan.strategy import Mesh
+from autoplan.verify._torch import TorchDispatchMode, group_of, tree_leaves
+from autoplan.verify.traffic import KINDS, Amount, Key, Traffic, axis_of, total
+
+
+class Counting(TorchDispatchMode):
+    """While it is on, collectives of more than one rank are counted.
+
+    What is received from a neighbouring stage is all ones. In the first step stages ask each other whether they know the
+    shapes of what is sent (`torch.distributed.pipelining`); one means yes, which the fake process group would not say.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self._mesh = mesh
+        self._found: list[tuple[Key, Amount]] = []
+
+    @property
+    def traffic(self) -> Traffic:
+        return total(self._found)
+
+    def forget(self) -> None:
+        """Begin anew: after the first step, in which more is sent than in others."""
+        self._found.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if "c10d" in func.namespace or func.namespace == "_dtensor":
+            self._count(func, args, result)
+        return result
+
+    def _count(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        ranks = group_of(func, args)
+        name = func._schema.name.partition("::")[2].replace("_", "")
+        kind = next((kind for kind in KINDS if kind.replace("_", "") in name), None)
+        leaves = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
+        if ranks is None or kind is None or any(leaf.is_meta for leaf in leaves):  # on meta shapes are computed, nothing is sent
+            return
+        if kind == "recv":
+            for tensor in tree_leaves(args[0]):
+                tensor.fill_(1)
+        if len(ranks) > 1:
+            size = max(leaf.numel() * leaf.element_size() for leaf in leaves)  # of input and output the one that is whole
+            self._found.append(((axis_of(ranks, self._mesh), kind), Amount(1, size)))

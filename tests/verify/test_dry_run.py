@@ -1,0 +1,138 @@
+"""Dry runs: plans of the four examples send and hold what they say, and plans that were tampered with are found out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import autoplan
+from autoplan.cli import main
+from autoplan.cost.model import CostModel
+from autoplan.graph import Graph
+from autoplan.plan import Plan
+from autoplan.strategy import Mesh, Strategy, Zero
+from autoplan.verify import DryRun, dry_run
+from autoplan.verify.traffic import axis_of, coordinates
+from autoplan.workload import DType
+from tests.test_parity import CASES, EXAMPLES, PIPELINES, SEQUENCE, Case, load, plan_of
+
+MIXED = Case(Mesh(pp=2, dp_replicate=2, dp_shard=2, tp=2), 1, SEQUENCE, "full", 3)
+WHAT: dict[str, dict[str, Case]] = {
+    "llama": {
+        name: {**CASES[2], **CASES[4]}[name] for name in ("fsdp, accumulation, recompute", "zero 1, accumulation", "tp + sp x dp")
+    }
+    | {"deep": PIPELINES[4]["deep, fewer micro-batches"], "mixed": MIXED},
+    "gpt": {name: {**CASES[2], **CASES[4]}[name] for name in ("dp only", "zero 2, accumulation", "tp + sp x fsdp, recompute")}
+    | {name: PIPELINES[4][name] for name in ("zero 1, interleaved", "fsdp, interleaved, recompute", "tp")},
+    "hf_llama": {name: {**CASES[2], **CASES[4]}[name] for name in ("tp", "hsdp, zero 1, recompute")}
+    | {name: PIPELINES[4][name] for name in ("zero 2, gpipe, recompute", "tp + sp")},
+    "transformer": {name: {**CASES[2], **CASES[4]}[name] for name in ("tp + sp, recompute", "hsdp")}
+    | {name: PIPELINES[4][name] for name in ("dp", "tp + sp, interleaved, recompute")},
+}
+
+
+@cache
+def graph(name: str, deep: bool, compute: DType) -> Graph:
+    return autoplan.inspect(load(name, deep), compute_dtype=compute)
+
+
+def priced(name: str, case: Case, compute: DType = "bfloat16") -> Plan:
+    plan = plan_of(name, case)
+    workload = replace(plan.workload, param_dtype="float32", compute_dtype=compute, reduce_dtype="float32")
+    return again(name, replace(plan, hardware="cpu-gloo", workload=workload))
+
+
+def again(name: str, plan: Plan) -> Plan:
+    """The plan with a prediction of its own."""
+    hardware = autoplan.load_hardware(plan.hardware)
+    costs = CostModel(graph(name, plan.mesh.pp > 1, plan.workload.compute_dtype), hardware, plan.workload)
+    return replace(plan, prediction=costs.predict_plan(plan))
+
+
+def run(name: str, plan: Plan) -> DryRun:
+    deep = plan.mesh.pp > 1
+    return dry_run(plan, load(name, deep), graph(name, deep, plan.workload.compute_dtype))
+
+
+@pytest.mark.parametrize(("name", "title"), [(name, title) for name, cases in WHAT.items() for title in cases])
+def test_a_plan_does_what_it_says(name: str, title: str) -> None:
+    plan = priced(name, WHAT[name][title])
+    found = run(name, plan)
+    assert found.agrees, "\n".join(found.differences)
+    assert {row.rank for row in found.rows} == set(range(plan.mesh.pp))
+    used = {axis for axis in ("pp", "dp_replicate", "dp_shard", "tp") if getattr(plan.mesh, axis) > 1}
+    assert {row.axis for row in found.rows} == used
+    for memory in found.memory:
+        assert memory.measured <= memory.predicted <= 1.6 * memory.measured  # in models so small bounds weigh much
+
+
+def changed(plan: Plan, zero: Zero) -> Plan:
+    strategies = tuple((name, replace(strategy, zero=zero)) for name, strategy in plan.strategies)
+    return replace(plan, strategies=strategies)
+
+
+def test_a_strategy_that_was_changed_after_the_prediction_is_told() -> None:
+    plan = priced("gpt", CASES[2]["fsdp, accumulation, recompute"], "float32")
+    found = run("gpt", changed(plan, 1))
+    assert not found.agrees
+    assert any("was it edited?" in sentence for sentence in found.differences)
+    assert all(row.agrees for row in found.rows), "it runs as it is written now"
+
+
+def test_what_runs_otherwise_than_planned_is_counted() -> None:
+    """The plan that runs is another one than the plan that is compared."""
+    from autoplan.verify import dry
+
+    plan = priced("gpt", CASES[2]["fsdp, accumulation, recompute"], "float32")
+    traffic, peak = dry.one_rank(changed(plan, 2), load("gpt"), 0)
+    costs = CostModel(graph("gpt", False, "float32"), autoplan.load_hardware("cpu-gloo"), plan.workload)
+    found = dry.compare(plan, costs, (traffic,), (peak,))
+    assert "dp_shard: 6 all_gather ran, the plan says 12." in found.differences
+
+
+def test_a_border_that_was_removed_is_told() -> None:
+    plan = priced("llama", CASES[2]["tp"], "float32")
+
+    def without(strategy: Strategy) -> Strategy:
+        borders = tuple(border for border in strategy.sharding.borders if border.side == "in")
+        return replace(strategy, sharding=replace(strategy.sharding, borders=borders))
+
+    layers = {run.strategy for run in plan.runs}
+    strategies = tuple((name, without(s) if name in layers else s) for name, s in plan.strategies)
+    found = run("llama", replace(plan, strategies=strategies))
+    assert any("breaks a rule of sharding" in sentence for sentence in found.differences)
+
+
+def test_too_little_memory_is_told() -> None:
+    plan = priced("gpt", CASES[2]["dp only"], "float32")
+    memory = replace(plan.prediction.memory, parameters=0.0, activations=0.0)
+    found = run("gpt", replace(plan, prediction=replace(plan.prediction, memory=memory)))
+    assert any(sentence.startswith("memory: the peak is") for sentence in found.differences)
+
+
+def test_groups_have_axes() -> None:
+    mesh = Mesh(pp=2, dp_replicate=2, dp_shard=2, tp=2)
+    assert coordinates(13, mesh) == {"pp": 1, "dp_replicate": 1, "dp_shard": 0, "tp": 1}
+    assert [axis_of(ranks, mesh) for ranks in ((0, 1), (1, 3), (4, 0), (5, 13), (0, 1, 2, 3))] == [
+        "tp", "dp_shard", "dp_replicate", "pp", "dp_shard+tp",
+    ]  # fmt: skip
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = f"{EXAMPLES}/gpt.py?size=124M&layers=2&hidden=32&heads=4&vocab=64&seq_len=16"
+    file = tmp_path / "plan.yaml"
+    asked = ["--gpus", "4", "--hardware", "cpu-gloo", "--report", str(tmp_path / "report.html"), "-o", str(file)]
+    assert main(["plan", model, *asked]) == 0
+    assert main(["verify", str(file)]) == 0
+    assert "does what it says" in capsys.readouterr().out
+    file.write_text(
+        file.read_text().replace("zero: 1", "zero: 3").replace("zero: 2", "zero: 3").replace("recompute: none", "recompute: full")
+    )
+    assert main(["verify", str(file), model, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["differences"]
+    assert main(["verify", str(file), str(EXAMPLES / "llama.py")]) == 2
