@@ -9,7 +9,6 @@ the call is found by autograd's sequence number: the nodes made while a call ran
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -163,9 +162,8 @@ class Recorder(TorchFunctionMode):
             stack.enter_context(private.patched(torch.autocast, "__init__", semantics.autocast_init))
             apply = torch.autograd.Function.__dict__["apply"]
             stack.enter_context(private.patched(torch.autograd.Function, "apply", classmethod(self._custom(apply))))
-            masks = sys.modules.get("transformers.masking_utils")
-            if hasattr(masks, "find_packed_sequence_indices"):  # decides by tensor values; under fake tensors, wrongly
-                stack.enter_context(private.patched(masks, "find_packed_sequence_indices", lambda *a, **k: None))
+            for owner, name, decided in semantics.decisions():
+                stack.enter_context(private.patched(owner, name, decided))
             stack.enter_context(private.patched(*private.CHECKPOINT, self._no_checkpoint))
             yield
 

@@ -12,7 +12,8 @@ dropout masks as wide as the data, float32 copies inside RMSNorm. So the functio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -114,6 +115,17 @@ PATCHED: dict[str, Callable[..., Any]] = {
 def replaced(kernels: str) -> dict[Any, Callable[..., Any]]:
     """The function that the user calls -> the one that runs, for the kernels of a device. The CPU's are as they are."""
     return REPLACED if kernels == "cuda" else {torch.Tensor.cuda: stay}
+
+
+def decisions() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """Functions of transformers that decide by what fake tensors lack, as they decide on a GPU: (module, name, replacement)."""
+    for module, name, decided in (
+        ("masking_utils", "find_packed_sequence_indices", None),  # by values: no samples are packed
+        ("integrations.moe", "_can_use_grouped_mm", True),  # up to torch 2.10 by addresses
+    ):
+        owner = sys.modules.get(f"transformers.{module}")
+        if hasattr(owner, name):
+            yield owner, name, lambda *args, decided=decided, **kwargs: decided
 
 
 _AUTOCAST_INIT = torch.autocast.__init__

@@ -9,6 +9,7 @@ import pytest
 
 from autoplan import cli
 from autoplan.capture import capture, load_model
+from autoplan.capture.failures import remedy
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
 
@@ -102,7 +103,6 @@ FAKE = "\n@twice.register_fake\ndef _(x):\n    return torch.empty_like(x)\n"
         ({"forward": "x = twice(x)", "before": OPERATOR.format(name="bare")}, "layers.0 (bare.default)", "register_fake"),
         ({"forward": "x = twice(x)", "before": OPERATOR.format(name="half") + FAKE}, "its backward pass", "register_autograd"),
         ({"forward": "x = torch.vmap(self.up)(x)"}, "while it ran layers.0", "whole batches"),
-        ({"forward": "x = x + (x.float() @ x.transpose(1, 2)).mean()"}, "layers.0 (matmul)", "compute_dtype"),
         ({"forward": "torch.distributed.all_reduce(x)"}, "layers.0 (all_reduce)", "autoplan spreads it"),
         ({"forward": "raise SystemExit(3)"}, "layers.0: SystemExit: 3", "one training step"),
         ({"forward": "assert x.shape[0] == 1"}, "layers.0: AssertionError (", "one training step"),
@@ -204,6 +204,11 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().err
     assert "layers.0 (numpy)" in said
     assert "Traceback" not in said
+
+
+def test_a_remedy_for_dtypes_that_differ() -> None:
+    assert "compute_dtype" in remedy(RuntimeError("expected scalar type torch.float32 but found torch.bfloat16"), "")
+    assert remedy(ValueError("what"), "else") == "else"
 
 
 def test_fake_tensors_do_not_log_the_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
