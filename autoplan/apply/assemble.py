@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def apply(
     seed: int = 0,
     loss_fn: LossFn | None = None,
     inputs: Inputs | None = None,
+    allocating: AbstractContextManager[Any] | None = None,
 ) -> ParallelModel:
     """Make `model` run in parallel as `plan` says, in place: names, `state_dict` keys and `isinstance` stay.
 
@@ -47,6 +49,7 @@ def apply(
     `loss_fn(output, batch)` turns the output of a model that returns no loss into one, for `ParallelModel.step`.
     `inputs` are keyword arguments of the model's forward, or a function that makes them for a number of samples. A plan
     with a pipeline needs them, to be cut in the order of the forward pass.
+    `allocating` is entered while memory is taken and filled: torch's FakeTensorMode, for a dry run.
     Make the optimizer afterwards, from `ParallelModel.parameters`; the default random generator is seeded anew.
     Raises `UsageError` on every rank when the launch or the model isn't the plan's.
     """
@@ -65,13 +68,14 @@ def apply(
     mesh = _mesh(plan, device)
     tp = mesh["tp"] if plan.mesh.tp > 1 else None
     at = _coordinate(mesh)
+    allocating = allocating or nullcontext()
     if tp is not None:
         tensor_parallel.parallelize(module, plan, shards, tp)
     if plan.pipeline is None:
-        _whole(found, plan, shards, mesh, at, device)
+        _whole(found, plan, shards, mesh, at, device, allocating)
         pipeline = None
     else:
-        pipeline = _staged(found, plan, shards, mesh, at, device, loss_fn, inputs)
+        pipeline = _staged(found, plan, shards, mesh, at, device, loss_fn, inputs, allocating)
     parallel = ParallelModel(module, plan, mesh, shards, at, loss_fn, pipeline)
     # dropout: alike within a tp group, different between dp ranks and between stages
     torch.manual_seed(seed + parallel.dp_rank + (pipeline.rank * parallel.dp_size if pipeline else 0))
@@ -79,21 +83,23 @@ def apply(
 
 
 def _whole(
-    found: Source, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh, at: Coordinate, device: torch.device
-) -> None:
+    found: Source, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh, at: Coordinate, device: torch.device,
+    allocating: AbstractContextManager[Any],
+) -> None:  # fmt: skip
     """Every rank has its share of the whole model."""
     tp = mesh["tp"] if plan.mesh.tp > 1 else None
     if tp is not None:
         tensor_parallel.wrap_forward(found.model, tp)
     data_parallel.recompute(found.model, plan, tp)
     data_parallel.shard(found.model, plan, shards, mesh)
-    found.model.to_empty(device=device)
-    materialize(found, shards, at, device)
+    with allocating:
+        found.model.to_empty(device=device)
+        materialize(found, shards, at, device)
 
 
 def _staged(
     found: Source, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh, at: Coordinate, device: torch.device,
-    loss_fn: LossFn | None, inputs: Inputs | None,
+    loss_fn: LossFn | None, inputs: Inputs | None, allocating: AbstractContextManager[Any],
 ) -> Pipeline:  # fmt: skip
     """Every rank has its share of its stages; the rest stays on meta."""
     if inputs is None:
@@ -121,8 +127,9 @@ def _staged(
     root, ignored = stages.build(module, plan, pipeline.program, pipeline.rank, pipeline.run)
     units = data_parallel.shard_stages(root, module, ignored, plan, shards, mesh)
     present = stages.present(module, plan, pipeline.program, pipeline.rank)
-    stages.allocate(root, module, present, device)
-    materialize(found, shards, at, device, present)
+    with allocating:
+        stages.allocate(root, module, present, device)
+        materialize(found, shards, at, device, present)
     pipeline.attach(root, units, Doubles(module, copied), lambda arguments, batch: loss(module, arguments, batch))
     return pipeline
 

@@ -69,6 +69,8 @@ def summary(found: DryRun) -> RenderableType:
     from autoplan.report.words import clean
 
     verdict = "The plan runs, and does what it says." if found.agrees else "The plan differs from what it says."
+    if found.notes and found.agrees:
+        verdict = "What was checked of the plan does what it says."
     parts: list[RenderableType] = [Text(verdict, style="bold green" if found.agrees else "bold red")]
     if found.differences:
         parts.append(titled("Differences", Text("\n".join(map(clean, found.differences)))))

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Tensors without memory.
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 # Where an operation of either family, c10d or functional, keeps its process group.
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
 
@@ -61,4 +64,4 @@ def group_of(func: Any, args: tuple[Any, ...]) -> list[int] | None:
     return dist.get_process_group_ranks(CollectiveOp.get_process_group(func, args))
 
 
-__all__ = ["FakeStore", "Peak", "TorchDispatchMode", "forget_meshes", "group_of", "tree_leaves"]
+__all__ = ["FakeStore", "FakeTensorMode", "Peak", "TorchDispatchMode", "forget_meshes", "group_of", "tree_leaves"]

@@ -10,7 +10,7 @@ from autoplan.cost.prices import LayerModel
 from autoplan.cost.rules import BORDER_COLLECTIVES
 from autoplan.cost.walk import Step, stream_layout, walk
 from autoplan.graph import DTYPE_BYTES, Value
-from autoplan.strategy import GATHERED, Layout, Strategy
+from autoplan.strategy import GATHERED, Layout, Sharding, Strategy
 from autoplan.units import Bytes
 
 Collective = tuple[str, Bytes]
@@ -39,7 +39,6 @@ def tensor_parallel(model: LayerModel, strategy: Strategy, wanted: Callable[[Ste
             yield from sent.backward
             if again and sent.inside and keeps and sent.index < keeps[-1]:  # PyTorch stops when it has what was saved
                 yield from sent.forward
-    yield from _parameter_gradients(model, steps)
 
 
 def _sent(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
@@ -68,10 +67,9 @@ def _one(kind: str | None, size: Bytes) -> tuple[Collective, ...]:
     return ((kind, size),) if kind and size else ()
 
 
-def _parameter_gradients(model: LayerModel, steps: list[Step]) -> Iterator[Collective]:
-    """One all_reduce of each GATHERED parameter's gradient."""
+def parameter_gradients(model: LayerModel, sharding: Sharding, wanted: Callable[[Step], bool]) -> Iterator[int]:
+    """Elements of each GATHERED parameter that the `wanted` steps use: its gradient needs an all_reduce."""
     values = model.body.values
+    steps = [step for step in walk(model, sharding) if wanted(step)]
     used = {i: layout for s in steps for i, layout in zip(s.op.inputs, s.outcome.inputs, strict=True) if values[i].parameter}
-    for i, layout in used.items():
-        if layout == GATHERED and values[i].requires_grad:
-            yield "all_reduce", prod(values[i].shape) * DTYPE_BYTES[model.dtype]
+    return (prod(values[i].shape) for i, layout in used.items() if layout == GATHERED and values[i].requires_grad)

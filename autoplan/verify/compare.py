@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autoplan.cost.model import CostModel
@@ -66,19 +66,19 @@ class DryRun:
         return not self.differences
 
 
-def compare(plan: Plan, costs: CostModel, seen: tuple[Traffic, ...], measured: tuple[Bytes, ...]) -> DryRun:
-    """The plan and its prediction beside what the first rank of each pipeline stage sent and held."""
+def compare(plan: Plan, costs: CostModel, seen: Mapping[int, tuple[Traffic, Bytes]], notes: tuple[str, ...] = ()) -> DryRun:
+    """The plan and its prediction beside what was sent, and held at most, by pipeline rank."""
     broken: list[str] = []
     rows: list[Row] = []
-    for rank, traffic in enumerate(seen):
+    for rank, (traffic, _) in seen.items():
         try:
             rows += _rows(rank, expected_traffic(plan, costs, rank), traffic)
         except UsageError as error:
             broken = [f"the plan breaks a rule of sharding, so that nobody knows what it sends: {error.message}"]
     written = _memories(plan.prediction, plan.mesh.pp)
-    memory = tuple(Memory(rank, written[rank].total, bytes_) for rank, bytes_ in enumerate(measured) if rank < len(written))
+    memory = tuple(Memory(rank, written[rank].total, peak) for rank, (_, peak) in seen.items() if rank < len(written))
     differences = [*broken, *_sent(rows, plan.mesh.pp), *_held(memory, plan.mesh.pp), *_repriced(plan, costs)]
-    return DryRun(tuple(rows), memory, tuple(differences))
+    return DryRun(tuple(rows), memory, tuple(differences), notes)
 
 
 def _rows(rank: int, expected: Traffic, seen: Traffic) -> list[Row]:

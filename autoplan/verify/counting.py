@@ -35,6 +35,8 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.int32:
+            return 1  # the question above; a fake tensor has no value to be read
         result = func(*args, **(kwargs or {}))
         if "c10d" in func.namespace or func.namespace == "_dtensor":
             self._count(func, args, result)

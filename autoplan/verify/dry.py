@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from autoplan.apply import apply
 from autoplan.capture import LoadedModel, capture
@@ -15,20 +18,25 @@ from autoplan.errors import UsageError
 from autoplan.graph import Graph
 from autoplan.plan import Plan
 from autoplan.profile.catalog import find_hardware
-from autoplan.units import Bytes
-from autoplan.verify._torch import FakeStore, Peak, forget_meshes
+from autoplan.units import BYTE, Bytes, show
+from autoplan.verify._torch import FakeStore, FakeTensorMode, Peak, forget_meshes
 from autoplan.verify.compare import DryRun, compare
 from autoplan.verify.counting import Counting
+from autoplan.verify.kernels import as_on_gpus
 from autoplan.verify.traffic import Traffic
 
 STEPS = 2
 """The first makes the optimizer's states and warms up the pipeline; the last is counted, and the peak is that of both."""
 
 
+SMALL: Bytes = 2 * 2**30
+"""What a rank may hold to be run with real tensors, where fake ones don't do."""
+
+
 def dry_run(plan: Plan, loaded: LoadedModel, graph: Graph | None = None) -> DryRun:
     """Run a step of `plan` on the first rank of every pipeline stage (the others of a stage do the same), compare.
 
-    `graph` is the model's, which is captured when it isn't given. This process holds the share of one rank at a time.
+    `graph` is the model's, which is captured when it isn't given.
     Raises `UsageError` when a process group is there already, for a model that isn't the plan's, and for everything that
     `apply` refuses.
     """
@@ -37,25 +45,60 @@ def dry_run(plan: Plan, loaded: LoadedModel, graph: Graph | None = None) -> DryR
     graph = graph or capture(loaded, compute_dtype=plan.workload.compute_dtype)
     costs = CostModel(graph, find_hardware(plan.hardware), plan.workload)
     each = plan.mesh.size // plan.mesh.pp
-    found = [one_rank(plan, loaded, rank * each) for rank in range(plan.mesh.pp)]
-    return compare(plan, costs, tuple(traffic for traffic, _ in found), tuple(peak for _, peak in found))
+    found: dict[int, tuple[Traffic, Bytes]] = {}
+    notes: list[str] = []
+    for stage in range(plan.mesh.pp):
+        try:
+            found[stage] = one_rank(plan, loaded, stage * each)
+        except TooLarge as error:
+            notes.append(f"{f'pipeline rank {stage}' if plan.mesh.pp > 1 else 'the step'}, {error}")
+    return compare(plan, costs, found, tuple(notes))
+
+
+class TooLarge(Exception):
+    """A rank that can't be run here; the message says why."""
 
 
 def one_rank(plan: Plan, loaded: LoadedModel, rank: int) -> tuple[Traffic, Bytes]:
-    """What a rank sends in a step, and its peak."""
+    """What a rank sends in a step, and its peak: without memory for any tensor, or else, if it is small, with.
+
+    Raises `TooLarge` when it can't be run without and is too large to be run with.
+    """
+    try:
+        return _step(plan, loaded, rank, FakeTensorMode(allow_non_fake_inputs=True))
+    except Exception as error:  # fake tensors have no values to branch on; what they raise then is not one kind of error
+        if plan.prediction.memory.total > SMALL:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise TooLarge(
+                f"whose {show(plan.prediction.memory.total, BYTE)} are too much to be run here, and without them: {why}"
+            ) from error
+    return _step(plan, loaded, rank, nullcontext())
+
+
+def _step(plan: Plan, loaded: LoadedModel, rank: int, mode: AbstractContextManager[Any]) -> tuple[Traffic, Bytes]:
     with _alone(rank, plan.mesh.size), torch.random.fork_rng(devices=[]):
-        parallel = apply(loaded.build, plan, device="cpu", loss_fn=loaded.loss_fn, inputs=loaded.example_inputs)
-        optimizer = torch.optim.AdamW(parallel.parameters())
-        peak, counting = Peak(), Counting(plan.mesh)
-        peak.track_external(parallel.module, optimizer)
-        batch = loaded.example_inputs(plan.micro_batch * plan.micro_batches)
-        with peak, counting:
-            for _ in range(STEPS):
-                counting.forget()
-                parallel.step(batch)
-                optimizer.step()
-                optimizer.zero_grad()
+        build, inputs = loaded.build, loaded.example_inputs
+        parallel = apply(build, plan, device="cpu", loss_fn=loaded.loss_fn, inputs=inputs, allocating=mode)
+        with mode, as_on_gpus():
+            optimizer = OPTIMIZERS[plan.workload.optimizer](parallel.parameters())
+            batch = inputs(plan.micro_batch * plan.micro_batches)
+            peak, counting = Peak(), Counting(plan.mesh)
+            peak.track_external(parallel.module, optimizer)
+            with peak, counting:
+                for _ in range(STEPS):
+                    counting.forget()
+                    parallel.step(batch)
+                    optimizer.step()
+                    optimizer.zero_grad()
         return counting.traffic, peak.peak.get("cpu", 0)
+
+
+OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "sgd_momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+}
 
 
 @contextmanager

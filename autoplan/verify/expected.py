@@ -2,9 +2,10 @@
 
 With `m` micro-batches, for every virtual stage of a pipeline rank:
 
-    tp            each border costs what `strategy`'s table says, forward and backward; a GATHERED parameter one all_reduce of
-                  its gradient, a vocabulary-parallel loss two small ones; a recomputed layer repeats the forward collectives
-                  inside it up to the last tensor that it saves (PyTorch stops there)                            m times
+    tp            each border costs what `strategy`'s table says, forward and backward; a vocabulary-parallel loss
+                  two small all_reduces; a recomputed layer repeats the forward collectives inside it up to the last
+                  tensor that it saves (PyTorch stops there)                                                     m times
+                  a GATHERED parameter one all_reduce of its gradient            m times, with dp_shard and zero 1: once
     dp_shard      zero 3: two gathers and one reduction of each FSDP unit, zero 2: one and one                   m times
                   zero 1: one and one                                                                            once
     dp_replicate  one all_reduce of each unit's gradient shards                                                  once
@@ -25,7 +26,7 @@ from autoplan.cost.walk import Step, walk
 from autoplan.graph import DTYPE_BYTES, Value
 from autoplan.plan import Plan
 from autoplan.strategy import REPLICATE, Layout, Strategy
-from autoplan.verify.borders import Collective, tensor_parallel
+from autoplan.verify.borders import Collective, parameter_gradients, tensor_parallel
 from autoplan.verify.traffic import Amount, Key, Traffic, total
 
 Parts = Iterator[tuple[Key, Amount]]
@@ -45,6 +46,8 @@ def _parts(plan: Plan, costs: CostModel, rank: int) -> Parts:
         if plan.mesh.tp > 1:
             for kind, size in stage.tensor_parallel():
                 yield ("tp", kind), Amount(1, size).times(plan.micro_batches)
+            for strategy, elements in stage.gathered():
+                yield ("tp", "all_reduce"), _synchronised(plan, strategy, elements)
         yield from stage.passed()
     for parameters, strategy in units(plan, costs, stages):
         yield from _unit(plan, parameters, strategy.zero)
@@ -81,6 +84,15 @@ class Stage:
                 found[body, strategy] = list(tensor_parallel(self.model(body), strategy, lambda step: True))
             yield from found[body, strategy]
         yield from tensor_parallel(self.model(OUTER), self.plan.outer_strategy, self.mine)
+
+    def gathered(self) -> Iterator[tuple[Strategy, int]]:
+        """Elements of every GATHERED parameter, and the strategy that has it."""
+        for body, strategy in self.layers:
+            for elements in parameter_gradients(self.model(body), strategy.sharding, lambda step: True):
+                yield strategy, elements
+        outer = self.plan.outer_strategy
+        for elements in parameter_gradients(self.model(OUTER), outer.sharding, self.mine):
+            yield outer, elements
 
     def used(self) -> set[str]:
         """Names of the outer parameters that this stage uses."""
@@ -137,6 +149,15 @@ def units(plan: Plan, costs: CostModel, stages: list[Stage]) -> Iterator[tuple[l
     for stage, used in zip(stages, uses, strict=True):
         yield stage.parameters(OUTER, outer, used - shared), outer
     yield stages[0].parameters(OUTER, outer, shared), outer
+
+
+def _synchronised(plan: Plan, strategy: Strategy, elements: int) -> Amount:
+    """The all_reduces of a GATHERED parameter's gradient over tp: when FSDP reduces it, and before that over dp_shard."""
+    load, m = plan.workload, plan.micro_batches
+    once = strategy.zero == 1 and plan.mesh.dp_shard > 1
+    accumulated = once and m > 1  # FSDP adds micro-batches up in the format in which it reduces
+    size = elements * DTYPE_BYTES[load.reduce_dtype if accumulated else load.compute_dtype]
+    return Amount(1, size).times(1 if once else m)
 
 
 def _unit(plan: Plan, parameters: list[LocalParameter], zero: int) -> Parts:

@@ -1,0 +1,52 @@
+"""Operations that keep on a CPU what they would keep on a GPU: a dry run measures memory as training will need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The fused kernel of GPUs keeps its input and a float32 number a row; CPUs take the norm apart and keep all between.
+
+    The gradients have the right shapes and placements, no more: in a dry run tensors have no values.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        scale = norm.square().div(x.shape[-1]).add(eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        out: Tensor = x * scale.to(x.dtype)
+        return out if weight is None else out * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        of_x = gradient * scale.to(gradient.dtype)
+        return of_x, None if weight is None else (gradient * x).sum(tuple(range(x.ndim - 1))), None
+
+
+def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    if len(shape) != 1:
+        return _original(x, shape, weight, eps)
+    normed: Tensor = _RMSNorm.apply(x, weight, 1e-6 if eps is None else eps)
+    return normed
+
+
+_original = F.rms_norm
+
+
+@contextmanager
+def as_on_gpus() -> Iterator[None]:
+    """While it lasts, `F.rms_norm` and `torch.nn.RMSNorm` keep what they keep on a GPU."""
+    F.rms_norm = _rms_norm  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.rms_norm = _original
