@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,14 +16,20 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from autoplan.verify import DryRun
+    from autoplan.verify.parity import Parity
 
 
 @app.command(
-    epilog="Examples:\n\nautoplan verify plan.yaml\n\nautoplan verify plan.yaml model.py\n\nautoplan verify plan.yaml --json"
+    epilog="Examples:\n\nautoplan verify plan.yaml\n\nautoplan verify plan.yaml model.py\n\nautoplan verify plan.yaml --json\n\n"
+    "autoplan verify plan.yaml 'model.py?layers=4' --ranks 4"
 )
 def verify(
     plan_file: PlanFile,
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Default: the model that the plan names.")] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train three steps on so many processes here too, as many as the plan has devices."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a step of every pipeline rank of the plan here, one at a time, without GPUs or other processes.
@@ -31,12 +38,20 @@ def verify(
     """
     from autoplan import api
 
-    found = api.verify(api.load_plan(plan_file), model)
+    plan = api.load_plan(plan_file)
+    if ranks is not None:
+        from autoplan.verify.parity import check_ranks, parity
+
+        check_ranks(plan, ranks)
+    found = api.verify(plan, model)
+    trained = None if ranks is None else parity(plan, model or plan.model, ranks)
     if as_json:
-        typer.echo(json.dumps(as_dict(found), indent=2))
+        typer.echo(json.dumps(as_dict(found) | ({"parity": asdict(trained)} if trained else {}), indent=2))
     else:
         talk.show(summary(found))
-    if not found.agrees:
+        if trained:
+            talk.show(parity_words(trained))
+    if not found.agrees or (trained is not None and not trained.agrees):
         raise typer.Exit(1)
 
 
@@ -79,6 +94,18 @@ def summary(found: DryRun) -> RenderableType:
     if found.memory:
         parts.append(titled("Peak memory, of each pipeline rank", _memory(found)))
     return Group(*parts, *(Text(f"\nNot checked: {clean(note)}", style="yellow") for note in found.notes))
+
+
+def parity_words(found: Parity) -> RenderableType:
+    """How far the parallel model is from the single process."""
+    from rich.text import Text
+
+    from autoplan.report.tables import titled
+    from autoplan.report.words import clean
+
+    verdict = "equal those of one process" if found.agrees else f"differ from those of one process, most at {clean(found.worst)}"
+    numbers = f"losses to {found.loss:.1e}, gradients to {found.gradients:.1e}, parameters to {found.parameters:.1e}"
+    return titled("Trained", Text(f"Three steps on {found.ranks} processes {verdict}: {numbers}."))
 
 
 def _collectives(found: DryRun) -> RenderableType:

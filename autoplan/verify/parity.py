@@ -1,0 +1,178 @@
+"""Parity: the plan on real processes of this machine beside one process, loss, gradients and parameters."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+
+from autoplan.apply import apply
+from autoplan.apply.checkpoint import full
+from autoplan.apply.loss import loss_of
+from autoplan.capture import LoadedModel, load_model
+from autoplan.errors import AutoplanError, UsageError
+from autoplan.plan import Plan
+
+STEPS = 3
+TOLERANCE = 1e-4
+"""Relative: float64 gives far less, but a model may bring its logits to float32 for the loss, as most do."""
+SEED = 3
+
+Result = tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]
+"""Losses of all steps, gradients of the first, parameters and buffers after the last."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest differences: of losses each to its own, of gradients and parameters to the largest of the model."""
+
+    ranks: int
+    loss: float
+    gradients: float
+    parameters: float
+    worst: str
+    """Name of the gradient or parameter that differs most."""
+
+    @property
+    def agrees(self) -> bool:
+        return max(self.loss, self.gradients, self.parameters) < TOLERANCE
+
+
+def parity(plan: Plan, spec: str, ranks: int) -> Parity:
+    """Three AdamW steps in float64 of `plan` on `ranks` gloo processes, and the same steps in this process.
+
+    `spec` names the model, which every process builds; dropout is off. Raises `UsageError` unless the plan is for `ranks`
+    devices, and with the words of a rank that failed.
+    """
+    check_ranks(plan, ranks)
+    load = replace(plan.workload, param_dtype="float64", compute_dtype="float64", reduce_dtype="float64")
+    plan = replace(plan, workload=load)
+    with tempfile.TemporaryDirectory(prefix="autoplan-verify-") as folder:
+        try:
+            spawn(_on_rank, (plan, spec, folder), nprocs=ranks)
+        except ProcessRaisedException as error:
+            told = sorted(Path(folder).glob("error*"))
+            raise UsageError(f"a rank failed: {told[0].read_text() if told else error}") from error
+        except ProcessExitedException as error:
+            raise UsageError(f"a rank ended before its time: {error}") from error
+        found: Result = torch.load(Path(folder) / "result")
+    return _compare(ranks, _single(plan, load_model(spec)), found)
+
+
+def check_ranks(plan: Plan, ranks: int) -> None:
+    """Raise `UsageError` unless the plan is for so many devices."""
+    if plan.mesh.size != ranks:
+        raise UsageError(
+            f"the plan is for {plan.mesh.size} devices, not {ranks}.",
+            f"Use --ranks {plan.mesh.size}, or make a plan of the same shape for {ranks}.",
+        )
+
+
+def _on_rank(rank: int, plan: Plan, spec: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=plan.mesh.size, timeout=timedelta(seconds=120)
+    )
+    try:
+        found = _parallel(plan, load_model(spec))
+    except AutoplanError as error:
+        (Path(folder) / f"error{rank:05}").write_text(str(error))
+        raise
+    if rank == 0:
+        torch.save(found, Path(folder) / "result")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _double(loaded: LoadedModel) -> nn.Module:
+    return loaded.build().double()
+
+
+def _optimizer(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-6, weight_decay=0.1)
+
+
+def _batches(plan: Plan, loaded: LoadedModel) -> list[dict[str, Any]]:
+    torch.manual_seed(1)
+    found = [loaded.example_inputs(plan.workload.global_batch) for _ in range(STEPS)]
+    return [{name: _wide(value) for name, value in batch.items()} for batch in found]
+
+
+def _wide(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _parts(batch: dict[str, Any], samples: int, parts: int) -> Iterator[dict[str, Any]]:
+    """The batch of `samples` samples in equal parts; what has no samples is in each."""
+    size = samples // parts
+    cut = {name for name, value in batch.items() if isinstance(value, torch.Tensor) and value.ndim and len(value) == samples}
+    for i in range(parts):
+        yield {name: value[i * size : (i + 1) * size] if name in cut else value for name, value in batch.items()}
+
+
+def _parallel(plan: Plan, loaded: LoadedModel) -> Result:
+    batches = _batches(plan, loaded)
+    parallel = apply(
+        partial(_double, loaded), plan, device="cpu", seed=SEED, loss_fn=loaded.loss_fn, inputs=loaded.example_inputs
+    )
+    parallel.module.eval()
+    optimizer = _optimizer(parallel.parameters())
+    losses: list[float] = []
+    gradients: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        share = list(_parts(batch, plan.workload.global_batch, parallel.dp_size))[parallel.dp_rank]
+        losses.append(parallel.step(share).item())
+        if not gradients:
+            gradients = {name: full(parallel, name, p.grad) for name, p in parallel.module.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, gradients, parallel.full_state_dict()
+
+
+def _single(plan: Plan, loaded: LoadedModel) -> Result:
+    """The same micro-batches, one after another."""
+    batches = _batches(plan, loaded)
+    count = plan.workload.global_batch // plan.micro_batch
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = _double(loaded).eval()
+    optimizer = _optimizer(model.parameters())
+    losses: list[float] = []
+    gradients: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        total = 0.0
+        for part in _parts(batch, plan.workload.global_batch, count):
+            loss = loss_of(model, part, part, loaded.loss_fn, None) / count
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        if not gradients:
+            gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, gradients, {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _compare(ranks: int, one: Result, many: Result) -> Parity:
+    loss = max(abs(a - b) / max(abs(a), 1e-30) for a, b in zip(one[0], many[0], strict=True))
+    apart = [_apart(one[1], many[1]), _apart(one[2], many[2])]
+    worst = max((error, name) for errors in apart for name, error in errors.items())[1]
+    return Parity(ranks, loss, max(apart[0].values()), max(apart[1].values()), worst)
+
+
+def _apart(one: dict[str, torch.Tensor], many: dict[str, torch.Tensor]) -> dict[str, float]:
+    scale = max(value.abs().max().item() for value in one.values() if value.numel()) or 1.0
+    return {
+        name: (many[name] - value).abs().max().item() / scale for name, value in one.items() if name in many and value.numel()
+    }
