@@ -28,10 +28,10 @@ WHAT: dict[str, dict[str, Case]] = {
     }
     | {"deep": PIPELINES[4]["deep, fewer micro-batches"], "mixed": MIXED, "zero 1, tp + sp": ZERO},
     "gpt": {name: {**CASES[2], **CASES[4]}[name] for name in ("dp only", "zero 2, accumulation", "tp + sp x fsdp, recompute")}
-    | {name: PIPELINES[4][name] for name in ("zero 1, interleaved", "fsdp, interleaved, recompute", "tp")},
+    | {name: PIPELINES[4][name] for name in ("zero 1, interleaved", "tp")},
     "hf_llama": {name: {**CASES[2], **CASES[4]}[name] for name in ("hsdp, zero 1, recompute",)}
-    | {name: PIPELINES[4][name] for name in ("zero 2, gpipe, recompute", "tp + sp")},
-    "transformer": {name: {**CASES[2], **CASES[4]}[name] for name in ("tp + sp, recompute", "hsdp")}
+    | {name: PIPELINES[4][name] for name in ("zero 2, gpipe, recompute",)},
+    "transformer": {name: {**CASES[2], **CASES[4]}[name] for name in ("tp + sp, recompute",)}
     | {name: PIPELINES[4][name] for name in ("tp + sp, interleaved, recompute",)},
 }
 
