@@ -156,7 +156,8 @@ class CostModel:
         return self._passed[key]
 
     def _size(self, values: Sequence[Value], cut: int, micro_batch: int) -> Bytes:
-        return sum(v.bytes_at(micro_batch) / (cut if v.requires_grad else 1) for v in values)
+        streams = self.outer.from_blocks
+        return sum(v.bytes_at(micro_batch) / (cut if v.requires_grad and v.id in streams else 1) for v in values)
 
     def hop(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Seconds:
         """Seconds of passing one micro-batch's activations, or their gradients, to the neighbouring stage."""

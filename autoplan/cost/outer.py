@@ -70,5 +70,10 @@ class OuterParts:
                 made.update(dict.fromkeys(op.outputs, region))
         return tuple(tuple(passing.values()) for passing in passes[1:])
 
+    @cached_property
+    def from_blocks(self) -> frozenset[int]:
+        """Values that blocks return: only these pass between layers in the stream's layout for certain."""
+        return frozenset(i for op in self.graph.outer.ops if op.kind == "call" for i in op.outputs)
+
     def _is_parameter(self, value: Value) -> bool:
         return value.parameter is not None and not self.graph.outer.parameter(value.parameter).buffer
