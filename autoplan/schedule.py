@@ -12,7 +12,8 @@ work (`order`); the times then follow from the order, by the earliest start that
 step takes sum_s (f_s + b_s) + (m - 1) max_s (f_s + b_s): the slowest stage is never idle once it has begun.
 
 Once warm, a schedule repeats itself every `p` micro-batches, so `pipeline_seconds` runs a timeline of at most `WARM p`
-micro-batches and continues it with its last slope: thousands of micro-batches cost no more than a few dozen.
+micro-batches and continues it with its last slope, or the busiest stage's work if that is more: thousands of micro-batches
+cost no more than a few dozen.
 
 The search needs a price that is a sum. With `u_s` seconds of stage `s` for one micro-batch (all its chunks, both passes) and
 `h` seconds of p2p,
@@ -38,7 +39,7 @@ from autoplan.units import Seconds
 
 ScheduleKind = Literal["gpipe", "1f1b", "interleaved-1f1b"]
 
-WARM = 4
+WARM = 8
 """Multiples of the number of stages after which a pipeline is taken to repeat itself."""
 
 
@@ -234,7 +235,9 @@ def pipeline_seconds(
     if micro_batches <= warm:
         return seconds(micro_batches)
     late = seconds(warm)
-    return late + (micro_batches - warm) / stages * (late - seconds(warm - stages))
+    busiest = max(sum(forward[s::stages]) + sum(backward[s::stages]) for s in range(stages))
+    each = max((late - seconds(warm - stages)) / stages, busiest)  # nearly equal stages take long to find their pace
+    return late + (micro_batches - warm) * each
 
 
 def _seconds_1f1b(forward: tuple[Seconds, ...], backward: tuple[Seconds, ...], micro_batches: int, hop: Seconds) -> Seconds:
