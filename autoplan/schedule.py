@@ -8,8 +8,7 @@ work (`order`); the times then follow from the order, by the earliest start that
     backward(k, i)  after backward(k + 1, i) + p2p       (the last one: after its own forward)
 
 (`timeline`). For equal stages, `v = 1` and `p2p = 0` this gives the textbook (m + p - 1)(f + b) for gpipe and 1f1b; with
-`v` chunks of f / v and b / v, interleaving waits only (p - 1)(f + b) / v. For unequal stages under 1f1b without p2p the
-step takes sum_s (f_s + b_s) + (m - 1) max_s (f_s + b_s): the slowest stage is never idle once it has begun.
+`v` chunks of f / v and b / v, interleaving waits only (p - 1)(f + b) / v. No formula is known to us for unequal stages.
 
 Once warm, a schedule repeats itself every `p` micro-batches, so `pipeline_seconds` runs a timeline of at most `WARM p`
 micro-batches and continues it with its last slope, or the busiest stage's work if that is more: thousands of micro-batches
@@ -21,7 +20,9 @@ The search needs a price that is a sum. With `u_s` seconds of stage `s` for one 
     step = (m - 1/v) max_s u_s + 1/v sum_s u_s + hops h         hops: 2 (p - 1) under gpipe, which hides the others;
                                                                 2 (p - 1) (1 + (m - 1) / p) under 1f1b; 2 (p v - 1) interleaved
 
-(`additive_seconds`) is the timeline's own length for equal stages, but for a fraction of a hop under 1f1b.
+(`additive_seconds`). For equal stages it is the timeline's own length, but for up to two hops under 1f1b; for unequal ones,
+whose backward passes take alike so many times their forward passes, it is never less, for it lets the slowest stage wait for
+the filling and draining of all others, some of which runs beside it.
 
 Why an order and not a formula: what a picture draws, what a price says and what `torch.distributed.pipelining` runs are
 the same list, and no formula holds for unequal stages with p2p.

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoplan.errors import UsageError
-from autoplan.schedule import in_flight, order, pipeline_seconds, timeline
+from autoplan.schedule import additive_seconds, in_flight, order, pipeline_seconds, timeline
 
 stage_counts = st.integers(1, 6)
 seconds = st.floats(0.01, 10.0)
@@ -62,9 +62,24 @@ def test_interleaving_divides_the_bubble(p, groups, v, f, b):
 @given(st.lists(st.tuples(seconds, seconds), min_size=1, max_size=6), st.integers(1, 20))
 def test_the_slowest_of_unequal_stages_sets_the_pace(times, m):
     f, b = zip(*times, strict=True)
-    both = [x + y for x, y in times]
-    assert timeline("1f1b", f, b, m).seconds >= (m * max(both)) * (1 - 1e-9)
-    assert timeline("1f1b", f, b, m).seconds == pytest.approx(sum(both) + (m - 1) * max(both), rel=0.5)
+    longest, line = max(x + y for x, y in times), timeline("1f1b", f, b, m).seconds
+    assert m * longest * (1 - 1e-9) <= line <= m * (sum(f) + sum(b)) * (1 + 1e-9)
+
+
+@given(kinds, stage_counts, st.integers(1, 4), st.integers(1, 4), seconds, seconds, st.floats(0.0, 1.0))
+def test_the_sum_is_the_timeline_of_equal_stages(kind, p, groups, chunks, f, b, share):
+    v = chunks if kind == "interleaved-1f1b" else 1
+    hop = share * min(f, b) / v
+    line = timeline(kind, [f / v] * (p * v), [b / v] * (p * v), p * groups, hop, v).seconds
+    sums = additive_seconds(kind, [f + b] * p, p * groups, hop, v)
+    assert line * (1 - 1e-9) <= sums <= (line + 2 * hop) * (1 + 1e-9)
+
+
+@given(st.sampled_from(("gpipe", "1f1b")), st.lists(seconds, min_size=1, max_size=6), st.integers(1, 24), st.floats(1.0, 3.0))
+def test_the_sum_is_never_less_than_the_timeline_of_unequal_stages(kind, f, m, ratio):
+    b = [ratio * x for x in f]
+    sums = additive_seconds(kind, [x + y for x, y in zip(f, b, strict=True)], m)
+    assert sums >= timeline(kind, f, b, m).seconds * (1 - 1e-9)
 
 
 @given(pipelines(), seconds)

@@ -12,8 +12,8 @@ from torch import nn
 # The store of a process group of one. `torch.distributed` has it, but does not export it to type checkers.
 from torch._C._distributed_c10d import HashStore
 
-# The stages and schedules of a pipeline, of which `LeanStage` and `Short1F1B` change a little.
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+# The stages and schedules of a pipeline, of which `LeanStage` and `AnyCount` change a little.
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 # The placement of a packed weight (q, k and v in one): every rank holds its share of each part. It has no public name.
@@ -100,20 +100,31 @@ class LeanStage(PipelineStage):
                 info.buffer = torch.empty_like(info.buffer, device="meta").requires_grad_(info.buffer.requires_grad)
 
 
-class Short1F1B(Schedule1F1B):
-    """1F1B with fewer micro-batches than stages: PyTorch refuses it in the constructor, its loop runs it."""
+class AnyCount(PipelineScheduleSingle):
+    """A schedule of any number of micro-batches. PyTorch's constructors refuse fewer than stages (all of them before
+    2.13, 1F1B's since), the loops run them: they read `_n_microbatches` when a step begins."""
 
     def __init__(self, stage: PipelineStage, n_microbatches: int, **options: Any) -> None:
-        PipelineScheduleSingle.__init__(self, stage, n_microbatches, **options)
+        super().__init__(stage, max(n_microbatches, stage.num_stages), **options)
+        self._n_microbatches = n_microbatches
 
     def _get_pipeline_order(self) -> None:
-        return None
+        return None  # for pictures alone, and of the number that the constructor was told
+
+
+class AnyGPipe(AnyCount, ScheduleGPipe):
+    """GPipe of any number of micro-batches."""
+
+
+class Any1F1B(AnyCount, Schedule1F1B):
+    """1F1B of any number of micro-batches."""
 
 
 __all__ = [
+    "Any1F1B",
+    "AnyGPipe",
     "HashStore",
     "LeanStage",
-    "Short1F1B",
     "StridedShard",
     "call_module",
     "replace_call",

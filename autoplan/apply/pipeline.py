@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import ScheduleInterleaved1F1B
 
 from autoplan.apply import stages, zero
-from autoplan.apply._torch import LeanStage, Short1F1B
+from autoplan.apply._torch import Any1F1B, AnyGPipe, LeanStage
 from autoplan.apply.local_ops import local_ops
 from autoplan.apply.outside import Finished
 from autoplan.apply.program import Program
@@ -178,9 +178,9 @@ class Pipeline:
             if kind == "interleaved-1f1b":
                 made = ScheduleInterleaved1F1B(built, count, **options)  # type: ignore[arg-type]
             elif kind == "gpipe":
-                made = ScheduleGPipe(built[0], count, **options)
+                made = AnyGPipe(built[0], count, **options)
             else:
-                made = (Schedule1F1B if count >= len(self.plan.stages) else Short1F1B)(built[0], count, **options)
+                made = Any1F1B(built[0], count, **options)
             self._schedules[program] = made, chunks
         return self._schedules[program]
 

@@ -164,7 +164,7 @@ class CostModel:
         size = self.passed(mesh, micro_batch, stream)
         return collective_time("send_recv", size, 2, mesh.dp * mesh.tp, self.hardware) if mesh.pp > 1 else 0.0
 
-    def received(self, mesh: Mesh, micro_batch: int, stream: Layout, cut: Cut) -> tuple[Bytes, ...]:
+    def passing(self, mesh: Mesh, micro_batch: int, stream: Layout, cut: Cut) -> tuple[Bytes, ...]:
         """Bytes for what passes between stages, by pipeline rank: of every virtual stage but the last what it has sent, until
         its backward pass; and one buffer each for what comes next from either side (`apply._torch.LeanStage`)."""
         size, m = self.passed(mesh, micro_batch, stream), self.micro_batches(mesh, micro_batch)
@@ -189,9 +189,9 @@ class CostModel:
         seconds = [rank_seconds(rank, count) for rank in ranks]
         total = additive_seconds(cut.schedule, seconds, m, hop, chunks)
         slowest = ranks[seconds.index(max(seconds))]
-        received = self.received(mesh, micro_batch, stream, cut)
+        passing = self.passing(mesh, micro_batch, stream, cut)
         memories = [
-            memory(rank, in_flight_by_chunk(cut.schedule, s, mesh.pp, m, chunks), received[s]) for s, rank in enumerate(ranks)
+            memory(rank, in_flight_by_chunk(cut.schedule, s, mesh.pp, m, chunks), passing[s]) for s, rank in enumerate(ranks)
         ]
         batch, device = self.workload.global_batch, self.hardware.device
         flops = (self.graph.forward_flops + self.graph.backward_flops) * batch

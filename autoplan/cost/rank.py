@@ -31,10 +31,10 @@ def seconds(rank: Rank, slots: float) -> Seconds:
     return sum(held.step.seconds(slots) * held.number for held in rank)
 
 
-def memory(rank: Rank, in_flight: Sequence[int], received: Bytes) -> MemoryBreakdown:
+def memory(rank: Rank, in_flight: Sequence[int], passing: Bytes) -> MemoryBreakdown:
     """Peak bytes; `in_flight`: micro-batches whose activations each chunk holds at once."""
     parts = _weighted((held.step.memory(in_flight[held.chunk]).items(), held.number) for held in rank)
-    parts["pipeline"] += received
+    parts["pipeline"] += passing
     fullest = max((held.step for held in rank), key=lambda step: step.peak)
     return MemoryBreakdown(**_weighted([(parts.items(), 1), (fullest.moment.items(), 1)]))
 

@@ -212,8 +212,8 @@ class Tables:
 
 
 def _zeros(mesh: Mesh, micro_batches: int, *, outer: bool) -> tuple[Zero, ...]:
-    """The ZeRO levels that differ. With a pipeline, level 2 is never better than 3 or 1: other micro-batches run between
-    the passes of one."""
+    """The ZeRO levels that are searched. With a pipeline level 2 is not: between the passes of one micro-batch others run,
+    whose backward passes free what it would keep."""
     if mesh.dp_shard == 1:
         return (3,)
     if mesh.pp > 1:

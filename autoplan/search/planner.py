@@ -20,7 +20,7 @@ from autoplan.search.solver import solver_name
 from autoplan.search.space import check_parameters
 from autoplan.search.stages import Solution
 from autoplan.search.tree import Progress, Tell, Tree
-from autoplan.units import Bytes, Seconds
+from autoplan.units import SECOND, Bytes, Seconds, show
 from autoplan.workload import Workload
 
 __all__ = ["Progress", "search", "written"]
@@ -40,9 +40,9 @@ def search(
 ) -> Plan:
     """The fastest plan for `gpus` devices, within a relative `gap` of the optimum of the cost model.
 
-    A search that `time_limit` or Ctrl-C ends gives the best plan so far, which is then not called optimal (`Solve.stopped`);
-    without any plan so far Ctrl-C goes on as `KeyboardInterrupt`. Raises `NothingFits` when no plan fits into memory and
-    `UsageError` when the wishes in `fixed` contradict each other.
+    A search that `time_limit` or Ctrl-C ends gives the best plan so far, which is then not called optimal (`Solve.stopped`).
+    Before there is any plan Ctrl-C goes on as `KeyboardInterrupt`, and the time limit is a `SolverError`. Raises `NothingFits`
+    when no plan fits into memory and `UsageError` when the wishes in `fixed` contradict each other.
     """
     check_parameters(graph)
     costs = CostModel(graph, hardware, workload)
@@ -54,6 +54,10 @@ def search(
         if run.best is None:
             raise
         stopped = "interrupted"
+    if run.best is None and stopped:
+        raise SolverError(
+            f"{show(time_limit, SECOND)} passed before any plan was found.", "Give --time-limit more, or fix an axis: --pp 1."
+        )
     if run.best is None:
         raise nothing_fits(run.tables, run.misses(), run.refused, run.limit, gpus)
     staging, solution = run.best

@@ -42,7 +42,7 @@ def _leanest(groups: Sequence[Group]) -> list[tuple[Group, Option]]:
 def _categories(staging: Staging) -> str:
     s, groups = staging.fullest
     rank = [Held(option.column.step, group.number, group.chunk) for group, option in _leanest(groups)]
-    parts = memory(rank, staging.flight(s), staging.received[s])
+    parts = memory(rank, staging.flight(s), staging.passing[s])
     shown = sorted((size, name) for name, size in parts.items() if size > 0.005 * staging.least_memory)
     return ", ".join(f"{name} {show(size, BYTE)}" for size, name in reversed(shown))
 

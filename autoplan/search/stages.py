@@ -60,8 +60,8 @@ class Staging:
         self.hops = exposed_hops(schedule, mesh.pp, self.micro_batches, chunks) * costs.hop(
             mesh, priced.micro_batch, priced.stream
         )
-        self.received = costs.received(mesh, priced.micro_batch, priced.stream, Cut(schedule, chunks))
-        self.limits = [limit - size for size in self.received]
+        self.passing = costs.passing(mesh, priced.micro_batch, priced.stream, Cut(schedule, chunks))
+        self.limits = [limit - size for size in self.passing]
         self.order = [block.body for block in tables.graph.blocks]
         self.layers = len(self.order)
         self._groups: dict[Hashable, list[Group]] = {}
@@ -273,7 +273,7 @@ class Staging:
         sizes = [sum(n for used in stage.values() for _, n in used) for stage in stages]
         cut = Cut(self.schedule, self.chunks, tuple(accumulate(sizes[:-1])))
         step = self.many * max(seconds) + self.few * sum(seconds) + self.hops
-        size = max(memory(c.counts) + self.received[s] for s, c in enumerate(choices))
+        size = max(memory(c.counts) + self.passing[s] for s, c in enumerate(choices))
         return Solution(outer, cut, stages, step, min(bound, step), size)
 
     def _dealt(self, choice: Choice, s: int, i: int, j: int) -> list[Assignment]:

@@ -128,6 +128,8 @@ class Tree:
         """Proven to be no better than what was known, all meshes of a shape together."""
         self.pruned: list[Staging] = []
         """Proven to be no better than what was known; whether for want of memory or of speed is told of those that are listed."""
+        self.dropped: list[Staging] = []
+        """Likewise, of shapes: on an ideal mesh (`Tables.ideal`), so that they say something of bounds and nothing of prices."""
         self.best: tuple[Staging, Solution] | None = None
         self.baselines: list[Baseline] = []
         self.bounds: list[Seconds] = []
@@ -249,7 +251,7 @@ class Tree:
             return
         best_case = Staging(self.tables, ideal, next(iter(ideal.outers), None), shape.schedule, shape.chunks, self.limit)
         if best_case.hopeless or not best_case.can_beat(self.known):
-            self.pruned.append(best_case)
+            self.dropped.append(best_case)
             self.covered.update((mesh, shape.micro_batch) for mesh in some)
             return
         for mesh in self.meshes[shape.tp, shape.pp]:
@@ -268,8 +270,12 @@ class Tree:
     @property
     def known(self) -> Seconds:
         """A step that can be had: the best solution's, or that of a plan by hand that keeps the wishes."""
-        by_hand = [b.step_time for b in self.baselines if b.step_time and b.mesh in self.meshes.get((b.mesh.tp, b.mesh.pp), ())]
-        return min([*by_hand, self.best[1].seconds if self.best else inf]) * (1 + 1e-9)
+        return min(self._by_hand, self.best[1].seconds if self.best else inf) * (1 + 1e-9)
+
+    @property
+    def _by_hand(self) -> Seconds:
+        kept = [b for b in self.baselines if b.mesh in self.meshes.get((b.mesh.tp, b.mesh.pp), ())]
+        return min((b.step_time for b in kept if b.step_time is not None), default=inf)
 
     def _bound(self, staging: Staging, bound: Seconds) -> None:
         if staging.hopeless or not staging.can_beat(self.known):
@@ -309,7 +315,7 @@ class Tree:
     def proven_bound(self) -> Seconds:
         """No plan whatever is faster than this."""
         assert self.best is not None
-        return min([*self.bounds, *(bound for bound, _, _ in self.open[:1]), self.best[1].seconds])
+        return min([*self.bounds, *(bound for bound, _, _ in self.open[:1]), self.best[1].seconds, self._by_hand])
 
     def candidates(self) -> tuple[list[Candidate], int]:
         """What became of the (meshes, micro-batches), the best first, with its reason, and how many there are in all."""
@@ -319,7 +325,7 @@ class Tree:
         found = best_of_each(self.verdicts, self._unopened())
         found[chosen] = slower(staging, solution.seconds, bound=False)
         crowded = [self._crowded(*key) for key in sorted(self.crowded)]
-        pruned = {(p.priced.mesh, p.priced.micro_batch): p for p in self.pruned}
+        pruned = {(p.priced.mesh, p.priced.micro_batch): p for p in [*self.dropped, *self.pruned]}
         refused = {(c.mesh, c.micro_batch): c for c in [*crowded, *self.refused]}
         covered = self.covered | pruned.keys() | found.keys() | refused.keys()
         listed = [
@@ -334,8 +340,9 @@ class Tree:
 
     def misses(self) -> list[Staging]:
         """When nothing fits: what came near, or at least the mesh with the smallest states."""
-        if self.stagings or self.pruned or not self.crowded:
-            return self.stagings + self.pruned
+        near = self.stagings or self.dropped
+        if near or not self.crowded:
+            return near
         mesh, micro_batch = min(self.crowded, key=lambda key: (self.tables.least_states(key[0]), key[1], key[0]))
         found = []
         for stream in self.tables.streams(mesh.tp):

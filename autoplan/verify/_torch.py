@@ -17,7 +17,7 @@ from torch.distributed._tools.fake_collectives import CollectiveOp, collective_o
 # The only tracker that sees FSDP resize storages.
 from torch.distributed._tools.mem_tracker import MemTracker
 
-# `_clear_sharding_prop_cache`.
+# `_clear_python_sharding_prop_cache` and its fast twin. One function that does both came after 2.10.
 from torch.distributed.tensor import debug
 
 # A process group of any size of which only this process is there.
@@ -49,7 +49,8 @@ class Peak(MemTracker):
 
 def forget_meshes() -> None:
     """Clear what DTensor remembers: meshes of another rank are equal to those of the next, but their groups are gone."""
-    debug._clear_sharding_prop_cache()
+    debug._clear_python_sharding_prop_cache()
+    debug._clear_fast_path_sharding_prop_cache()
     for name, module in list(sys.modules.items()):
         if name.startswith("torch.distributed.tensor") and module is not None:
             for found in list(vars(module).values()):

@@ -9,6 +9,7 @@ from autoplan.errors import UsageError
 from autoplan.strategy import UNSHARDED, Mesh, Strategy
 from autoplan.workload import Workload
 from benchmarks.arrangement import Arranged, Arrangement, Software
+from tests.bodies import model
 from tests.cost.test_model import GRAPH
 from tests.hardware import machine
 
@@ -39,14 +40,15 @@ def test_one_stage_is_what_the_planner_prices(dp: int, recompute: str, stays: bo
 @pytest.mark.parametrize("pp", [2, 4])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_stages_are_what_the_planner_simulates(pp: int, recompute: str) -> None:
-    model, strategy = costs(), Strategy(recompute=recompute)  # type: ignore[arg-type]
+    wide = CostModel(model(layers=LAYERS, hidden=1024, ffn=4096, seq=4096, vocab=1024), machine(), Workload(global_batch=64))
+    strategy = Strategy(recompute=recompute)  # type: ignore[arg-type]
     cut = Cut("1f1b", 1, tuple(LAYERS // pp * k for k in range(1, pp)))
-    planned = model.predict(Mesh(pp=pp), 1, Strategy(), [(0, strategy)] * LAYERS, cut)
+    planned = wide.predict(Mesh(pp=pp), 1, Strategy(), [(0, strategy)] * LAYERS, cut)
     again = (lambda step: True) if recompute == "full" else None
-    priced = Arranged(model, recomputed=again).price(at(pp=pp))
-    # Megatron adds a micro-batch's gradients up inside the kernel that makes them; FSDP reads them once more
-    assert planned.simulated == pytest.approx(priced.step_time, rel=0.12)
-    assert planned.step_time == pytest.approx(planned.simulated, rel=0.15)
+    priced = Arranged(wide, recomputed=again).price(at(pp=pp))
+    # frameworks add gradients up inside the kernel that makes them; FSDP reads them once more: little, beside so many tokens
+    assert planned.simulated == pytest.approx(priced.step_time, rel=0.02)
+    assert planned.simulated * (1 - 1e-9) <= planned.step_time <= planned.simulated * 1.1
 
 
 def test_the_parts_of_the_outer_body_are_the_whole() -> None:

@@ -57,7 +57,6 @@ def test_the_tables_of_layers_and_ranks() -> None:
 
 
 def test_a_data_frame() -> None:
-    pytest.importorskip("pandas")
     made = frame(piped())
     assert made.loc[made["status"] == "chosen", "pp"].tolist() == [4]
     assert made["step_time_seconds"].dtype == float

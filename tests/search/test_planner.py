@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from itertools import accumulate, combinations, pairwise, product
 from math import inf, isinf
 from typing import TypeVar
@@ -13,7 +14,7 @@ import pytest
 from autoplan.cost.model import OUTER, CostModel, Cut
 from autoplan.cost.rank import Held, memory, seconds
 from autoplan.cost.step import LayerStep
-from autoplan.errors import NothingFits, UsageError
+from autoplan.errors import NothingFits, SolverError, UsageError
 from autoplan.files.plan import dump_plan
 from autoplan.graph import Parameter
 from autoplan.schedule import additive_seconds, in_flight_by_chunk, slots
@@ -21,7 +22,8 @@ from autoplan.search import planner, tree
 from autoplan.search.columns import Priced, Tables
 from autoplan.search.planner import Progress, search
 from autoplan.search.space import meshes, micro_batches, schedules, unstageable
-from autoplan.search.stages import chunk_sizes
+from autoplan.search.stages import Staging, chunk_sizes
+from autoplan.search.tree import Tree
 from autoplan.strategy import Layout, Mesh
 from autoplan.workload import Workload
 from tests.bodies import model
@@ -70,7 +72,7 @@ def brute_force(tables: Tables, gpus: int) -> float:
                 choices = [[c.step for c in priced.columns[body]] for body in bodies]
                 for kind, chunks in schedules(mesh, m, graph):
                     flight = [in_flight_by_chunk(kind, s, mesh.pp, m, chunks) for s in range(mesh.pp)]
-                    received = costs.received(mesh, micro_batch, stream, Cut(kind, chunks))
+                    passing = costs.passing(mesh, micro_batch, stream, Cut(kind, chunks))
                     for starts in all_starts(len(bodies), mesh.pp, chunks):
                         edges = list(pairwise((0, *starts, len(bodies))))
                         for outer, steps in product(outers, product(*choices)):
@@ -79,7 +81,7 @@ def brute_force(tables: Tables, gpus: int) -> float:
                                 ranks[k % mesh.pp] += [Held(step, 1, k // mesh.pp) for step in steps[first:last]]
                                 if regions := costs.outer.within(first, last):
                                     ranks[k % mesh.pp].append(Held(outer[regions], 1, k // mesh.pp))
-                            if all(memory(r, flight[s], received[s]).total <= limit for s, r in enumerate(ranks)):
+                            if all(memory(r, flight[s], passing[s]).total <= limit for s, r in enumerate(ranks)):
                                 each = [seconds(rank, slots(m, mesh.pp, chunks)) for rank in ranks]
                                 best = min(best, additive_seconds(kind, each, m, hop, chunks))
     return best
@@ -165,6 +167,46 @@ def test_every_candidate_is_told_with_its_reason() -> None:
         if candidate.status == "out of memory":
             assert candidate.memory is not None
             assert candidate.memory >= plan.memory_limit
+
+
+@pytest.mark.parametrize("memory_size", [40e9, 1.0e9, 0.6e9])
+def test_candidates_tell_prices_that_can_be_had(memory_size: float) -> None:
+    """A mesh's price is that of a plan on it, and its bounds are not above the best plan on it."""
+    hardware = machine(memory=memory_size)
+    plan = search(GRAPH, hardware, LOAD, gpus=4)
+    best: dict[Mesh, float] = {}
+    for mesh in {c.mesh for c in plan.candidates if c.status == "slower"}:
+        with suppress(NothingFits):
+            best[mesh] = search(GRAPH, hardware, LOAD, gpus=4, fixed=asdict(mesh)).prediction.step_time
+    priced = [c for c in plan.candidates if c.status == "slower" and not c.bound]
+    assert priced
+    for candidate in priced:
+        assert candidate.step_time is not None
+        assert candidate.step_time >= best[candidate.mesh] * (1 - 1e-4)
+    for mesh, seconds_ in best.items():
+        told = [c.step_time for c in plan.candidates if c.mesh == mesh and c.step_time is not None]
+        assert min(told) <= seconds_ * (1 + 1e-9)
+
+
+def test_a_search_without_time_says_so_and_claims_nothing() -> None:
+    with pytest.raises(SolverError, match="passed before any plan was found"):
+        search(GRAPH, machine(), LOAD, gpus=4, time_limit=0.0)
+
+
+def test_an_interrupted_search_gives_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = Tree._solve
+
+    def solve_one(tree: Tree, staging: Staging, bound: float, most: float) -> None:
+        solve(tree, staging, bound, most)
+        if tree.best is not None:
+            raise KeyboardInterrupt
+
+    whole = search(GRAPH, machine(memory=1.0e9), LOAD, gpus=8)
+    monkeypatch.setattr(Tree, "_solve", solve_one)
+    plan = search(GRAPH, machine(memory=1.0e9), LOAD, gpus=8)
+    assert plan.solve.stopped == "interrupted"
+    assert plan.solve.gap == pytest.approx(1 - plan.solve.bound / plan.prediction.step_time)
+    assert plan.solve.bound <= whole.prediction.step_time * (1 + 1e-9)
 
 
 def test_less_memory_is_never_faster() -> None:
