@@ -83,7 +83,7 @@ class Pricer:
         if not run.single_layer:
             return self.price(run).step_time
         arranged, place = self._placed(run)
-        one, two = (arranged.price(replace(place, layers=n)).arranged for n in (1, 2))
+        one, two = (arranged.price(replace(place, layers=n)).pipeline for n in (1, 2))
         return two - one
 
     def _cost_model(self, run: Run) -> CostModel:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy import Scored, figures
-from benchmarks.pricing import frameworks
+from benchmarks.pricing import Pricer, frameworks
 from benchmarks.runs import Refused, Run, read, run_of
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "published"
@@ -76,3 +76,11 @@ def test_memory_and_noise() -> None:
     assert found["memory_under"] == 0.5
     assert found["noise"] == pytest.approx(0.1 / 1.05)
     assert figures([]) == {}
+
+
+def test_a_single_layer_takes_its_passes_and_no_optimizer() -> None:
+    run = run_of(ROWS["korthikanti-t4-22B-layer-sp"])
+    pricer = Pricer(frameworks())
+    assert run.single_layer
+    assert pricer.seconds(run) == pytest.approx(run.seconds, rel=0.1)
+    assert pricer.seconds(run) < pricer.price(run).step_time
