@@ -67,19 +67,30 @@ def shard_stages(
             wrap(layer, reshard_after_forward=not keeps(zero, plan.mesh.dp_shard))
         wrap(stage, reshard_after_forward=outer, ignored_params=ignored[stage])
     wrap(root, reshard_after_forward=outer, ignored_params=ignored[root])
-    for each in units.values():
-        _prefetch_within([module for module, _ in each])
+    for number, each in units.items():
+        _prefetch_within([module for module, _ in each], ends=number == len(plan.stages) - 1)
+    _prefetch_nothing(root)  # type: ignore[arg-type]
     return units
 
 
-def _prefetch_within(stage: list[FSDPModule]) -> None:
+def _prefetch_within(stage: list[FSDPModule], ends: bool) -> None:
     """In the backward pass gather the layer before, as FSDP does, but none of another stage or micro-batch.
 
-    FSDP would go on to what ran before the stage's first layer; that is needed much later, if at all. An empty list
-    means that it decides, so the first layer names itself.
+    FSDP would go on to what ran before the stage's first layer; that is needed much later, if at all. The stage itself
+    prefetches its last layer in the pipeline's last stage alone, behind the loss. In others that layer is next anyway,
+    and FSDP would ask for it once for each tensor that the stage sends: again after it has run, for what an encoder-decoder
+    sends past it.
     """
-    for before, module in zip([stage[0], *stage], stage, strict=False):
+    *layers, whole = stage
+    for before, module in zip(layers, [*layers[1:], *([whole] if ends else [])], strict=False):
         module.set_modules_to_backward_prefetch([before])
+    for module in [layers[0], *([] if ends else [whole])]:
+        _prefetch_nothing(module)
+
+
+def _prefetch_nothing(module: FSDPModule) -> None:
+    """An empty list would mean that FSDP decides, so the module names itself."""
+    module.set_modules_to_backward_prefetch([module])
 
 
 def _wrapper(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> Any:

@@ -21,6 +21,8 @@ from autoplan.workload import DType
 from tests.test_parity import CASES, EXAMPLES, PIPELINES, SEQUENCE, Case, load, plan_of
 
 MIXED = Case(Mesh(pp=2, dp_replicate=2, dp_shard=2, tp=2), 1, SEQUENCE, "full", 3)
+PAST = Case(Mesh(pp=2, dp_shard=2), 1, schedule="interleaved-1f1b", chunks=2)
+"""An encoder-decoder sends the embedded target past the encoder: FSDP must not gather the encoder's last layer for it."""
 ZERO = Case(Mesh(dp_shard=2, tp=2), 2, SEQUENCE, "none", 1)
 WHAT: dict[str, dict[str, Case]] = {
     "llama": {
@@ -32,7 +34,7 @@ WHAT: dict[str, dict[str, Case]] = {
     "hf_llama": {name: {**CASES[2], **CASES[4]}[name] for name in ("hsdp, zero 1, recompute",)}
     | {name: PIPELINES[4][name] for name in ("zero 2, gpipe, recompute",)},
     "transformer": {name: {**CASES[2], **CASES[4]}[name] for name in ("tp + sp, recompute",)}
-    | {name: PIPELINES[4][name] for name in ("tp + sp, interleaved, recompute",)},
+    | {"tp + sp, interleaved, recompute": PIPELINES[4]["tp + sp, interleaved, recompute"], "past the encoder": PAST},
 }
 
 
