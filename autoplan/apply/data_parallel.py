@@ -67,8 +67,8 @@ def shard_stages(
             wrap(layer, reshard_after_forward=not keeps(zero, plan.mesh.dp_shard))
         wrap(stage, reshard_after_forward=outer, ignored_params=ignored[stage])
     wrap(root, reshard_after_forward=outer, ignored_params=ignored[root])
-    for number, each in units.items():
-        _prefetch_within([module for module, _ in each], ends=number == len(plan.stages) - 1)
+    for position, each in units.items():
+        _prefetch_within([module for module, _ in each], ends=position == len(plan.stages) - 1)
     _prefetch_nothing(root)  # type: ignore[arg-type]
     return units
 

@@ -76,7 +76,7 @@ def one_rank(plan: Plan, loaded: LoadedModel, rank: int) -> tuple[Traffic, Bytes
 
 
 def _step(plan: Plan, loaded: LoadedModel, rank: int, mode: AbstractContextManager[Any]) -> tuple[Traffic, Bytes]:
-    with _alone(rank, plan.mesh.size), torch.random.fork_rng(devices=[]):
+    with alone(rank, plan.mesh.size), torch.random.fork_rng(devices=[]):
         build, inputs = loaded.build, loaded.example_inputs
         parallel = apply(build, plan, device="cpu", loss_fn=loaded.loss_fn, inputs=inputs, allocating=mode)
         with mode, as_on_gpus():
@@ -102,7 +102,8 @@ OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]]
 
 
 @contextmanager
-def _alone(rank: int, world: int) -> Iterator[None]:
+def alone(rank: int, world: int) -> Iterator[None]:
+    """This process is `rank` of `world`, in a process group in which nobody else is there."""
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
         yield
