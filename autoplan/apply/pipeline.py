@@ -96,7 +96,8 @@ class Pipeline:
                 raise self._error from None  # the schedule wraps it into one that shows all inputs
             raise
         finally:
-            self._micro_batches = []
+            # a layer that raised in a checkpoint leaves, before 2.13, its hooks behind for as long as its error is known
+            self._micro_batches, self._error = [], None
         if self._losses:
             return torch.stack(self._losses).sum()
         return torch.zeros((), dtype=self.program.loss, device=self.device)
