@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# The store of a process group of one. `torch.distributed` has it, but does not export it to type checkers.
-from torch._C._distributed_c10d import HashStore
+# Stores: of a process group of one, and of a launch. `torch.distributed` has them, but does not export them to type checkers.
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 # The stages and schedules of a pipeline, of which `LeanStage` and `AnyCount` change a little.
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -129,7 +129,9 @@ __all__ = [
     "AnyGPipe",
     "HashStore",
     "LeanStage",
+    "PrefixStore",
     "StridedShard",
+    "TCPStore",
     "call_module",
     "replace_call",
     "tree_any",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from autoplan.apply import checkpoint
+from autoplan.apply.lifeline import lifeline
 from autoplan.apply.loss import LossFn, loss_of
 from autoplan.apply.pipeline import Pipeline
 from autoplan.apply.shards import Coordinate, ParameterShards
@@ -46,6 +48,7 @@ class ParallelModel:
         self._loss_fn = loss_fn
         self._pipeline = pipeline
         self._tied = Tied(module, pipeline, mesh) if pipeline is not None else None
+        self._lifeline = lifeline()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._pipeline is not None:
@@ -66,13 +69,23 @@ class ParallelModel:
         caller's.
         """
         micro_batches = list(self._micro_batches(batch, self.plan.micro_batches))
-        if self._pipeline is None:
-            total = self._accumulate(micro_batches)
-        else:
-            total = self._pipeline.step(micro_batches)
+        with self._watch("a step"):
+            if self._pipeline is None:
+                total = self._accumulate(micro_batches)
+            else:
+                total = self._pipeline.step(micro_batches)
+                assert self._tied is not None
+                self._tied.add_gradients()
+            return self._mean(total)
+
+    def _watch(self, doing: str) -> AbstractContextManager[None]:
+        """If another rank ends meanwhile, this one does too, with an error that names it."""
+        return self._lifeline.watch(doing, self._device) if self._lifeline is not None else nullcontext()
+
+    def _mean(self, total: torch.Tensor) -> torch.Tensor:
+        """Over all data-parallel ranks, of a pipeline's the last stage's; on every rank."""
+        if self._pipeline is not None:
             dist.all_reduce(total, group=self._pipeline.group)
-            assert self._tied is not None
-            self._tied.add_gradients()
         if self.dp_size > 1:
             for axis in ("dp_replicate", "dp_shard"):
                 dist.all_reduce(total, group=self.mesh.get_group(axis))
@@ -142,14 +155,17 @@ class ParallelModel:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model's `state_dict` as plain CPU tensors, on every rank (all ranks must call it)."""
         reshard(self._units())
-        return {name: checkpoint.full(self, name, tensor) for name, tensor in self.module.state_dict().items()}
+        with self._watch("gathering the model"):
+            return {name: checkpoint.full(self, name, tensor) for name, tensor in self.module.state_dict().items()}
 
     def save(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None, step: int = 0) -> None:
         """Write a distributed checkpoint to the folder `path`; until it is complete, one that is there stays."""
         reshard(self._units())
-        checkpoint.save(self, Path(path), optimizer, step)
+        with self._watch("saving a checkpoint"):
+            checkpoint.save(self, Path(path), optimizer, step)
 
     def load(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Read a checkpoint of this model, saved under any plan; returns the step that it was saved at."""
         reshard(self._units())
-        return checkpoint.load(self, Path(path), optimizer)
+        with self._watch("loading a checkpoint"):
+            return checkpoint.load(self, Path(path), optimizer)
