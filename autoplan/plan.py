@@ -192,6 +192,8 @@ class Plan:
     """The blocks in the order of the model."""
     pipeline: Pipeline | None = None
     """None where `mesh.pp` is 1."""
+    context: tuple[tuple[str, int], ...] = ()
+    """Inputs of the model that are cut over `mesh.cp`, and the dim: that of the sequence."""
     tied: tuple[tuple[str, ...], ...] = ()
     prediction: Prediction
     memory_limit: Bytes

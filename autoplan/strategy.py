@@ -18,6 +18,8 @@ A `Border` redistributes one tensor where it passes a module's border; the colle
     PARTIAL -> REPLICATE    all_reduce      -
     PARTIAL -> GATHERED     all_reduce      all_reduce
     PARTIAL -> shard        reduce_scatter  all_gather
+
+On the `cp` axis nothing is chosen: activations are cut along the sequence, parameters are whole (`cost.context`).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ Recompute = Literal["none", "full"]
 Zero = Literal[1, 2, 3]
 Kind = Literal["replicate", "gathered", "partial", "shard"]
 
-AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """The axes of a mesh, outermost first."""
 
 
@@ -44,6 +46,7 @@ class Mesh:
     pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
+    cp: int = 1
     tp: int = 1
 
     @property
@@ -52,8 +55,13 @@ class Mesh:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def shards(self) -> int:
+        """Into how many parts FSDP cuts what tp has left: over cp too, for its devices hold the same parameters."""
+        return self.dp_shard * self.cp
+
+    @property
     def size(self) -> int:
-        return self.pp * self.dp * self.tp
+        return self.pp * self.dp * self.cp * self.tp
 
     def __str__(self) -> str:
         axes = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
@@ -149,7 +157,7 @@ class Strategy:
     """One way to place and run one layer.
 
     `recompute` "full" keeps only the layer's inputs and runs its forward again in the backward pass.
-    `zero` says what FSDP keeps whole, and how often it sends; it means nothing when `dp_shard` is 1:
+    `zero` says what FSDP keeps whole, and how often it sends; it means nothing when `dp_shard x cp` is 1:
 
         3   parameters are gathered for the forward pass, freed, and gathered again for the backward pass
         2   ... and stay gathered from the forward pass until the backward pass of the same micro-batch has used them

@@ -11,6 +11,7 @@ from torch import nn
 
 # Stores: of a process group of one, and of a launch. `torch.distributed` has them, but does not export them to type checkers.
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+from torch.distributed.device_mesh import DeviceMesh
 
 # The stages and schedules of a pipeline, of which `LeanStage` and `AnyCount` change a little.
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -27,6 +28,16 @@ def replace_call(module: nn.Module, call: Callable[..., Any]) -> None:
     """Have `module(...)` call `call`, before any hook: the place that `Module.compile` uses. A class has its `__call__`,
     an object has nothing public."""
     module._compiled_call_impl = call
+
+
+def flattened(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
+    """One axis that runs over several neighbouring ones of `mesh`: what FSDP shards over dp_shard and cp."""
+    return mesh[axes]._flatten("_".join(axes)) if len(axes) > 1 else mesh[axes[0]]
+
+
+def beside(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:
+    """The mesh of the axes of both, which must be of one mesh."""
+    return DeviceMesh._concatenate([first, second])
 
 
 def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -132,7 +143,9 @@ __all__ = [
     "PrefixStore",
     "StridedShard",
     "TCPStore",
+    "beside",
     "call_module",
+    "flattened",
     "replace_call",
     "tree_any",
     "tree_flatten",

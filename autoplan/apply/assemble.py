@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from autoplan.apply import data_parallel, stages, tensor_parallel
 from autoplan.apply._torch import HashStore
 from autoplan.apply.check import check_pipeline, check_world, parameter_shards
+from autoplan.apply.context_parallel import cut_inputs, is_context
 from autoplan.apply.loss import LossFn, loss_of
 from autoplan.apply.materialize import Source, materialize, source
 from autoplan.apply.model import ParallelModel
@@ -60,23 +61,22 @@ def apply(
         parameter_shards(model, plan)  # a misfit is told while the module still has its weights
     found = source(model, data_parallel.dtype(plan.workload.param_dtype), seed)
     module = found.model
-    if plan.mesh.tp > 1:
+    if plan.mesh.tp * plan.mesh.cp > 1:
         from autoplan.adapt import adapt
 
         adapt(module)
     shards = parameter_shards(module, plan)
     mesh = _mesh(plan, device)
-    tp = mesh["tp"] if plan.mesh.tp > 1 else None
     at = _coordinate(mesh)
     allocating = allocating or nullcontext()
-    if tp is not None:
-        tensor_parallel.parallelize(module, plan, shards, tp)
+    if plan.mesh.tp > 1:
+        tensor_parallel.parallelize(module, plan, shards, mesh["tp"])
     if plan.pipeline is None:
         _whole(found, plan, shards, mesh, at, device, allocating)
         pipeline = None
     else:
         pipeline = _staged(found, plan, shards, mesh, at, device, loss_fn, inputs, allocating)
-    parallel = ParallelModel(module, plan, mesh, shards, at, loss_fn, pipeline)
+    parallel = ParallelModel(module, plan, mesh, shards, at, loss_fn, pipeline, spread_over(plan, mesh))
     # dropout: alike within a tp group, different between dp ranks and between stages
     torch.manual_seed(seed + parallel.dp_rank + (pipeline.rank * parallel.dp_size if pipeline else 0))
     return parallel
@@ -87,10 +87,9 @@ def _whole(
     allocating: AbstractContextManager[Any],
 ) -> None:  # fmt: skip
     """Every rank has its share of the whole model."""
-    tp = mesh["tp"] if plan.mesh.tp > 1 else None
-    if tp is not None:
-        tensor_parallel.wrap_forward(found.model, tp)
-    data_parallel.recompute(found.model, plan, tp)
+    spread = spread_over(plan, mesh)
+    _wrap_forward(found.model, plan, spread)
+    data_parallel.recompute(found.model, plan, spread)
     data_parallel.shard(found.model, plan, shards, mesh)
     with allocating:
         found.model.to_empty(device=device)
@@ -108,22 +107,21 @@ def _staged(
             "Pass inputs=example_inputs, or a batch, to autoplan.apply.",
         )
     module = found.model
-    tp = mesh["tp"] if plan.mesh.tp > 1 else None
+    spread = spread_over(plan, mesh)
     compute = data_parallel.mixed_precision(plan.workload).param_dtype
     copied = shadow(module, compute)
     for each in (module, copied):
         for name, _ in plan.layers():
             watch(each.get_submodule(name), name)
-        if tp is not None:
-            tensor_parallel.wrap_forward(each, tp)
+        _wrap_forward(each, plan, spread)
 
     def loss(model: nn.Module, arguments: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
-        return loss_of(model, arguments, batch, loss_fn, tp)
+        return loss_of(model, arguments, batch, loss_fn, spread)
 
     example = inputs(plan.micro_batch) if callable(inputs) else inputs
     example = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in example.items()}
-    pipeline = Pipeline(plan, mesh, device, lambda batch: trace(copied, plan, batch, loss, tp, compute), example)
-    data_parallel.recompute(module, plan, tp)
+    pipeline = Pipeline(plan, mesh, spread, device, lambda batch: trace(copied, plan, batch, loss, spread, compute), example)
+    data_parallel.recompute(module, plan, spread)
     root, ignored = stages.build(module, plan, pipeline.program, pipeline.rank, pipeline.run)
     units = data_parallel.shard_stages(root, module, ignored, plan, shards, mesh)
     present = stages.present(module, plan, pipeline.program, pipeline.rank)
@@ -134,9 +132,23 @@ def _staged(
     return pipeline
 
 
+def _wrap_forward(model: nn.Module, plan: Plan, spread: DeviceMesh | None) -> None:
+    if spread is None:
+        return
+    if is_context(spread):
+        cut_inputs(model, dict(plan.context), spread)
+    tensor_parallel.wrap_forward(model, spread)
+
+
 def _mesh(plan: Plan, device: torch.device) -> DeviceMesh:
-    axes = [axis for axis in AXES if axis != "pp" or plan.mesh.pp > 1]
+    axes = [axis for axis in AXES if axis not in ("pp", "cp") or getattr(plan.mesh, axis) > 1]
     return init_device_mesh(device.type, tuple(getattr(plan.mesh, axis) for axis in axes), mesh_dim_names=tuple(axes))
+
+
+def spread_over(plan: Plan, mesh: DeviceMesh) -> DeviceMesh | None:
+    """The axis over which the tensors of one micro-batch are spread; None when every device has them whole."""
+    axis = "tp" if plan.mesh.tp > 1 else "cp"
+    return mesh[axis] if getattr(plan.mesh, axis) > 1 else None
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -163,4 +175,8 @@ def _start(device: torch.device) -> int:
 
 
 def _coordinate(mesh: DeviceMesh) -> Coordinate:
-    return Coordinate(mesh.get_local_rank("tp"), mesh["tp"].size(), mesh.get_local_rank("dp_shard"), mesh["dp_shard"].size())
+    shard, shards = mesh.get_local_rank("dp_shard"), mesh["dp_shard"].size()
+    if "cp" in (mesh.mesh_dim_names or ()):  # FSDP cuts over both, cp within dp_shard
+        cp = mesh["cp"].size()
+        shard, shards = shard * cp + mesh.get_local_rank("cp"), shards * cp
+    return Coordinate(mesh.get_local_rank("tp"), mesh["tp"].size(), shard, shards)

@@ -121,8 +121,9 @@ def _fsdp_dim(name: str, shape: tuple[int, ...], layout: Layout, plan: Plan) -> 
     if layout.blocks == 1:
         return 0
     dim = 1 - layout.dim
-    if shape[dim] % plan.mesh.dp_shard:
+    if shape[dim] % plan.mesh.shards:
+        cp = f" x cp {plan.mesh.cp}" if plan.mesh.cp > 1 else ""
         raise UsageError(
-            f"dim {dim} of packed parameter '{name}' {list(shape)} isn't divisible by dp_shard {plan.mesh.dp_shard}."
+            f"dim {dim} of packed parameter '{name}' {list(shape)} isn't divisible by dp_shard {plan.mesh.dp_shard}{cp}."
         )
     return dim

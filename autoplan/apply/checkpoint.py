@@ -158,8 +158,8 @@ def full(model: ParallelModel, name: str, tensor: torch.Tensor | None) -> torch.
     elif answers and tensor is not None:
         whole.copy_(tensor.detach())
     if name in model._shards:
-        for axis in ("dp_shard", "tp"):
-            if model.mesh[axis].size() > 1:
+        for axis in ("dp_shard", "cp", "tp"):
+            if getattr(model.plan.mesh, axis) > 1:
                 dist.all_reduce(whole, group=model.mesh.get_group(axis))
     if model._tied is not None:
         dist.all_reduce(whole, group=model._tied.group)

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
+from autoplan.apply._torch import beside, flattened
 from autoplan.apply.local_ops import local_ops
 from autoplan.apply.shards import ParameterShards
 from autoplan.apply.stages import Rank, fsdp_units
@@ -41,15 +42,15 @@ def _checkpointed(forward: Callable[..., Any], tp: DeviceMesh | None) -> Callabl
 
 
 def shard(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> list[Unit]:
-    """FSDP per layer and for the root, over `dp_shard`, replicated over `dp_replicate`; returns what it manages.
+    """FSDP per layer and for the root, over `dp_shard` (and `cp`), replicated over `dp_replicate`; returns what it manages.
 
     A mesh of size 1 goes the same way: FSDP then skips its collectives, and still casts parameters, brings gradients to
     their placements and keeps master weights, so there is one path. Resharding is free there, so it always happens.
     """
     wrap = _wrapper(model, plan, shards, mesh)
     for name, strategy in plan.layers():
-        wrap(model.get_submodule(name), reshard_after_forward=not keeps(strategy.zero, plan.mesh.dp_shard))
-    wrap(model, reshard_after_forward=not keeps(plan.outer_strategy.zero, plan.mesh.dp_shard))
+        wrap(model.get_submodule(name), reshard_after_forward=not keeps(strategy.zero, plan.mesh.shards))
+    wrap(model, reshard_after_forward=not keeps(plan.outer_strategy.zero, plan.mesh.shards))
     units = [(model.get_submodule(name), strategy.zero) for name, strategy in plan.layers()]
     return [*units, (model, plan.outer_strategy.zero)]  # type: ignore[list-item]
 
@@ -60,11 +61,11 @@ def shard_stages(
 ) -> dict[int, list[Unit]]:  # fmt: skip
     """The same for a pipeline rank's virtual stages: `ignored` holds the parameters that are others'."""
     wrap = _wrapper(model, plan, shards, mesh)
-    outer = not keeps(plan.outer_strategy.zero, plan.mesh.dp_shard)
+    outer = not keeps(plan.outer_strategy.zero, plan.mesh.shards)
     units = fsdp_units(root, plan, model)
     for number, stage in root.stages.items():
         for layer, zero in units[int(number)][:-1]:
-            wrap(layer, reshard_after_forward=not keeps(zero, plan.mesh.dp_shard))
+            wrap(layer, reshard_after_forward=not keeps(zero, plan.mesh.shards))
         wrap(stage, reshard_after_forward=outer, ignored_params=ignored[stage])
     wrap(root, reshard_after_forward=outer, ignored_params=ignored[root])
     for position, each in units.items():
@@ -96,10 +97,11 @@ def _prefetch_nothing(module: FSDPModule) -> None:
 def _wrapper(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> Any:
     """`fully_shard` with everything that is alike for all modules."""
     replicated = plan.mesh.dp_replicate > 1
+    sharded = flattened(mesh, *(["dp_shard", "cp"] if plan.mesh.cp > 1 else ["dp_shard"]))
     dims = {id(p): shards[name].fsdp_dim for name, p in model.named_parameters(remove_duplicate=False)}
     return partial(
         fully_shard,
-        mesh=mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"],
+        mesh=beside(mesh["dp_replicate"], sharded) if replicated else sharded,
         mp_policy=mixed_precision(plan.workload),
         shard_placement_fn=lambda parameter: Shard(dims[id(parameter)]),
     )

@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 
-from autoplan.apply import packed
+from autoplan.apply import context_parallel, packed
 from autoplan.apply._torch import tree_any, tree_map_only
 from autoplan.apply.cross_entropy import vocab_parallel_cross_entropy
+from autoplan.apply.randomness import own_randomness
 
 _active = threading.local()
 
@@ -45,6 +46,7 @@ class LocalOps(TorchFunctionMode):
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()
         self.mesh = mesh
+        self.context = context_parallel.is_context(mesh)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -52,6 +54,8 @@ class LocalOps(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _UNTOUCHED or not _meets_dtensor(args, kwargs):
             return func(*args, **kwargs)
+        if self.context:
+            return self._along_sequence(func, args, kwargs)
         handler = _HANDLERS.get(func)
         if handler is not None:
             result = handler(*args, **kwargs)
@@ -59,7 +63,17 @@ class LocalOps(TorchFunctionMode):
                 return result
         if _meets_packed(args, kwargs) and not _writes(func) and not packed.is_left_to_dtensor(func, args, kwargs):
             args, kwargs = tree_map_only(DTensor, _unpacked, (args, kwargs))
+        return self._by_dtensor(func, *tree_map_only(torch.Tensor, self._wrapped, (args, kwargs)))
+
+    def _along_sequence(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         args, kwargs = tree_map_only(torch.Tensor, self._wrapped, (args, kwargs))
+        for handlers in (context_parallel.HANDLERS, _HANDLERS):
+            result = handlers[func](*args, **kwargs) if func in handlers else None
+            if result is not None:
+                return result
+        return self._by_dtensor(func, args, kwargs)
+
+    def _by_dtensor(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             return func(*args, **kwargs)
         except (NotImplementedError, RuntimeError) as error:
@@ -70,6 +84,8 @@ class LocalOps(TorchFunctionMode):
     def _wrapped(self, tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, DTensor):
             return tensor
+        if self.context and tensor.requires_grad:
+            return context_parallel.whole_parameter(tensor, self.mesh)
         return DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
 
     def _replicated(self, func: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> Any:
@@ -225,7 +241,7 @@ def _attention(
     mask = attn_mask
     if mask is not None:
         mask = _local_mask(mask, query.shape[1], mesh) if by_heads else local(mask)
-    with _own_randomness(mesh, by_heads and dropout_p > 0):
+    with own_randomness(mesh, by_heads and dropout_p > 0):
         out = F.scaled_dot_product_attention(
             local(query), local(key), local(value), mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -251,25 +267,11 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
     if packed.packing(input) is not None:
         return None
     tensor = whole(input) if input.placements[0].is_partial() else input
-    with _own_randomness(tensor.device_mesh, tensor.placements[0].is_shard()):
+    with own_randomness(tensor.device_mesh, tensor.placements[0].is_shard()):
         out = F.dropout(tensor.to_local(grad_placements=tensor.placements), p, True)
     return DTensor.from_local(
         out, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
-
-
-@contextmanager
-def _own_randomness(mesh: DeviceMesh, own: bool) -> Iterator[None]:
-    """Random numbers of this tp rank's own, from a seed that the common generator draws (so that recomputing repeats them)."""
-    if not own:
-        yield
-        return
-    seed = int(torch.randint(2**48, ()).item())
-    kind = mesh.device_type
-    devices = [] if kind == "cpu" else [torch.get_device_module(kind).current_device()]
-    with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
-        torch.manual_seed(seed + mesh.get_local_rank())
-        yield
 
 
 def _cross_entropy(

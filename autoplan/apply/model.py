@@ -37,16 +37,18 @@ class ParallelModel:
         at: Coordinate,
         loss_fn: LossFn | None,
         pipeline: Pipeline | None = None,
+        spread: DeviceMesh | None = None,
     ) -> None:
         self.module = module
         self.plan = plan
         self.mesh = mesh
         self.dp_size = plan.mesh.dp
-        self.dp_rank: int = mesh.get_local_rank("dp_replicate") * plan.mesh.dp_shard + at.dp_shard
+        self.dp_rank: int = mesh.get_local_rank("dp_replicate") * plan.mesh.dp_shard + mesh.get_local_rank("dp_shard")
         self._shards = shards
         self._at = at
         self._loss_fn = loss_fn
         self._pipeline = pipeline
+        self._spread = spread
         self._tied = Tied(module, pipeline, mesh) if pipeline is not None else None
         self._lifeline = lifeline()
 
@@ -97,7 +99,7 @@ class ParallelModel:
         for i, micro_batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             root.set_is_last_backward(last)
-            before_backward(units, last, self.plan.mesh.dp_shard)
+            before_backward(units, last, self.plan.mesh.shards)
             loss = self._loss(micro_batch) / len(micro_batches)
             loss.backward()
             losses.append(loss.detach())
@@ -124,7 +126,7 @@ class ParallelModel:
             yield {name: value[part] if name in samples else value for name, value in batch.items()}
 
     def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        return loss_of(self.module, batch, batch, self._loss_fn, self.mesh["tp"])
+        return loss_of(self.module, batch, batch, self._loss_fn, self._spread)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their 2-norm over the whole model is at most `max_norm`; returns the norm before."""

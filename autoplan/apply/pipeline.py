@@ -50,13 +50,15 @@ class Chunk(nn.Module):
 class Pipeline:
     """One rank's part of a pipeline."""
 
-    def __init__(self, plan: Plan, mesh: DeviceMesh, device: torch.device, trace: Trace, example: dict[str, Any]) -> None:
+    def __init__(
+        self, plan: Plan, mesh: DeviceMesh, spread: DeviceMesh | None, device: torch.device, trace: Trace, example: dict[str, Any]
+    ) -> None:
         assert plan.pipeline is not None
         self.plan = plan
         self.device = device
         self.group = mesh.get_group("pp")
         self.rank: int = mesh.get_local_rank("pp")
-        self.tp = mesh["tp"] if plan.mesh.tp > 1 else None
+        self.tp = spread
         self._trace = trace
         self.program = trace(example)
         self._programs = {_shapes(example): self.program}
@@ -119,9 +121,9 @@ class Pipeline:
             if other != number:
                 zero.spare(units)
         last = index == len(self._micro_batches) - 1
-        zero.before_backward(self._units[number], last, self.plan.mesh.dp_shard)
+        zero.before_backward(self._units[number], last, self.plan.mesh.shards)
         outer = [(root, self.plan.outer_strategy.zero)]
-        zero.before_backward(outer, self._left == 0, self.plan.mesh.dp_shard)
+        zero.before_backward(outer, self._left == 0, self.plan.mesh.shards)
 
     def run(
         self, number: int, received: tuple[torch.Tensor, ...], inputs: dict[str, Any], batch: dict[str, Any]

@@ -10,19 +10,19 @@ Unit = tuple[FSDPModule, int]
 """A module that FSDP manages, and the ZeRO level of its own parameters."""
 
 
-def keeps(zero: int, dp_shard: int) -> bool:
+def keeps(zero: int, shards: int) -> bool:
     """Do gathered parameters stay after the forward pass? On one device resharding is free, so it always happens."""
-    return zero < 3 and dp_shard > 1
+    return zero < 3 and shards > 1
 
 
-def before_backward(units: Iterable[Unit], last: bool, dp_shard: int) -> None:
+def before_backward(units: Iterable[Unit], last: bool, shards: int) -> None:
     """Set what FSDP does in the coming backward pass; `last`: it is the last of the step.
 
     Under ZeRO 1 gradients stay whole, and parameters gathered, until the last. Else gradients are reduced and scattered
     over `dp_shard` at once, so that no rank keeps whole ones; over `dp_replicate` they are reduced in the last alone.
     """
     for module, zero in units:
-        if zero == 1 and dp_shard > 1:
+        if zero == 1 and shards > 1:
             module.set_requires_gradient_sync(last, recurse=False)
             module.set_reshard_after_backward(last, recurse=False)
         else:

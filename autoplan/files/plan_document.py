@@ -66,6 +66,7 @@ class MeshDocument(_Document):
     pp: _Count = 1
     dp_replicate: _Count = 1
     dp_shard: _Count = 1
+    cp: _Count = 1
     tp: _Count = 1
 
 

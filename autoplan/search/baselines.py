@@ -38,7 +38,9 @@ def recipes(gpus: int, node: int) -> Iterator[Recipe]:
         yield Recipe(f"tp {within} x FSDP2", (Mesh(dp_shard=outside, tp=within),))
         stages = [pp for pp in divisors(outside) if 1 < pp <= 16]
         if stages:
-            yield Recipe(f"Megatron 3D: tp {within}, pp, ZeRO-1", tuple(Mesh(pp, 1, outside // pp, within) for pp in stages), 1)
+            yield Recipe(
+                f"Megatron 3D: tp {within}, pp, ZeRO-1", tuple(Mesh(pp=pp, dp_shard=outside // pp, tp=within) for pp in stages), 1
+            )
 
 
 def baselines(tables: Tables, gpus: int, limit: Bytes) -> list[Baseline]:

@@ -78,7 +78,7 @@ class Tables:
 
     def least_states(self, mesh: Mesh) -> Bytes:
         """No rank of the fullest stage holds less: parameters, gradients and optimizer states, all of them cut by tp."""
-        return self._states / (mesh.pp * mesh.tp * mesh.dp_shard)
+        return self._states / (mesh.pp * mesh.tp * mesh.shards)
 
     @cached_property
     def _states(self) -> Bytes:
@@ -126,7 +126,7 @@ class Tables:
 
         Its strategies are no strategies; only bounds come of it. The outer one is the best in every respect at once.
         """
-        mesh = Mesh(mesh.pp, 1, mesh.dp, mesh.tp)
+        mesh = Mesh(pp=mesh.pp, dp_shard=mesh.dp, cp=mesh.cp, tp=mesh.tp)
         key = (mesh, micro_batch, stream)
         if key not in self._ideal:
             self._ideal[key] = self._price_ideal(mesh, micro_batch, stream)
@@ -176,7 +176,7 @@ class Tables:
         """FSDP cuts a packed parameter along dim 1, and only evenly."""
         for sharding in self.shardings(g, mesh.tp, micro_batch, stream):
             cost = self.costs.layer_cost(g, sharding, mesh.tp, micro_batch)
-            if not any(p.fsdp_dim and p.shape[p.fsdp_dim] % mesh.dp_shard for p in cost.parameters):
+            if not any(p.fsdp_dim and p.shape[p.fsdp_dim] % mesh.shards for p in cost.parameters):
                 yield sharding
 
     def _strategies(self, sharding: Sharding, mesh: Mesh, micro_batch: int, *, outer: bool) -> Iterator[Strategy]:
@@ -214,7 +214,7 @@ class Tables:
 def _zeros(mesh: Mesh, micro_batches: int, *, outer: bool) -> tuple[Zero, ...]:
     """The ZeRO levels that are searched. With a pipeline level 2 is not: between the passes of one micro-batch others run,
     whose backward passes free what it would keep."""
-    if mesh.dp_shard == 1:
+    if mesh.shards == 1:
         return (3,)
     if mesh.pp > 1:
         return (3, 1)

@@ -1,0 +1,261 @@
+"""The cp axis: activations are cut along the sequence, parameters are whole, attention exchanges the sequence for heads.
+
+Every rank of a cp group is given the same samples and keeps its part of the sequence of each (`cut_inputs`): a DTensor
+`Shard(dim)`, so that the model still sees the whole length, and positions, masks and rotary tables that it makes for it are
+right without its knowing. Around an attention kernel
+
+    [batch, heads, seq / cp, head_dim]  <-- all_to_all -->  [batch, heads / cp, seq, head_dim]
+
+(`attention`; DeepSpeed-Ulysses, arXiv:2309.14509): each rank runs the model's own kernel on the whole sequence of its heads,
+so that causality needs no balancing. What a rank's tokens say of a parameter's gradient is a part of a sum over cp, which
+FSDP takes together with the mean over dp_shard (`_Whole`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from autoplan.apply._torch import StridedShard
+from autoplan.apply.randomness import own_randomness
+from autoplan.errors import UsageError
+
+
+def is_context(mesh: DeviceMesh) -> bool:
+    """Whether tensors are spread over the cp axis, not over tp."""
+    return mesh.mesh_dim_names == ("cp",)
+
+
+def cut_inputs(model: nn.Module, dims: dict[str, int], mesh: DeviceMesh) -> None:
+    """Have `model.forward` see its inputs named in `dims` cut along those dims."""
+    forward = model.forward
+    names = list(inspect.signature(forward).parameters)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        given = [_cut(value, dims[name], name, mesh) if name in dims else value for name, value in zip(names, args, strict=False)]
+        named = {name: _cut(value, dims[name], name, mesh) if name in dims else value for name, value in kwargs.items()}
+        return forward(*given, *args[len(given) :], **named)
+
+    model.forward = wrapped
+
+
+def _cut(value: Any, dim: int, name: str, mesh: DeviceMesh) -> Any:
+    if not isinstance(value, torch.Tensor) or isinstance(value, DTensor):
+        return value
+    if value.ndim <= dim or value.shape[dim] % mesh.size():
+        raise UsageError(
+            f"input '{name}' {list(value.shape)} can't be cut into {mesh.size()} equal parts along dim {dim}.",
+            f"Give sequences whose length divides by cp {mesh.size()}.",
+        )
+    part = value.chunk(mesh.size(), dim)[mesh.get_local_rank()].contiguous()
+    return DTensor.from_local(part, mesh, [Shard(dim)], run_check=False)
+
+
+def whole_parameter(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """A parameter, or something made of parameters alone, as a DTensor."""
+    found: torch.Tensor = _Whole.apply(tensor, mesh)
+    return found
+
+
+class _Whole(torch.autograd.Function):
+    """Replicate; each rank keeps its own gradient. FSDP will take the mean over dp_shard x cp: over cp a sum is wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+        return DTensor.from_local(tensor.view_as(tensor), mesh, [Replicate()], run_check=False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: DTensor) -> tuple[torch.Tensor, None]:
+        if gradient.placements[0].is_partial():
+            return gradient.to_local() * gradient.device_mesh.size(), None
+        return gradient.redistribute(placements=[Replicate()]).to_local(), None
+
+
+def rows(x: torch.Tensor) -> Placement | None:
+    """The placement of a tensor that is cut along a dim other than its last, else None."""
+    if not isinstance(x, DTensor):
+        return None
+    placement = x.placements[0]
+    cut = isinstance(placement, Shard | StridedShard) and placement.dim < x.ndim - 1
+    return placement if cut else None
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> DTensor | None:
+    """Each rank's rows. (DTensor would flatten them first, and gather them for it.)"""
+    placement = rows(x)
+    if placement is None or not isinstance(x, DTensor):
+        return None
+    y = F.linear(_rows(x), _sum_of_gradients(weight), None if bias is None else _sum_of_gradients(bias))
+    return _like(y, x, (*x.shape[:-1], y.shape[-1]))
+
+
+def _rows(x: DTensor) -> torch.Tensor:
+    return x.to_local(grad_placements=x.placements)
+
+
+def _sum_of_gradients(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local(grad_placements=[Partial()]) if isinstance(parameter, DTensor) else parameter
+
+
+def _like(local: torch.Tensor, x: DTensor, shape: tuple[int, ...]) -> DTensor:
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> DTensor | None:
+    """Attention of the whole sequence for a share of the heads; None where these are not cut along the sequence."""
+    tensors = (query, key, value)
+    if not all(isinstance(t, DTensor) and t.ndim == 4 and t.placements[0] == Shard(2) for t in tensors):
+        return None
+    mesh: DeviceMesh = query.device_mesh  # type: ignore[attr-defined]
+    for tensor in tensors:
+        if tensor.shape[1] % mesh.size():
+            raise UsageError(
+                f"attention with {tensor.shape[1]} heads can't be spread over cp {mesh.size()}.", "Plan again, or fix cp to less."
+            )
+    mask = attn_mask
+    if isinstance(mask, DTensor):
+        mask = mask.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+        mask = mask.chunk(mesh.size(), 1)[mesh.get_local_rank()]
+    q, k, v = (_exchange(_rows(tensor), 1, 2, mesh) for tensor in tensors)  # type: ignore[arg-type]
+    with own_randomness(mesh, dropout_p > 0):
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return DTensor.from_local(_exchange(out, 2, 1, mesh), mesh, [Shard(2)], run_check=False)
+
+
+def _exchange(local: torch.Tensor, cut: int, joined: int, mesh: DeviceMesh) -> torch.Tensor:
+    found: torch.Tensor = _AllToAll.apply(local, cut, joined, mesh)
+    return found
+
+
+class _AllToAll(torch.autograd.Function):
+    """Cut along one dim, join along another; backward the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, cut: int, joined: int, mesh: DeviceMesh) -> torch.Tensor:
+        ctx.dims, ctx.mesh = (joined, cut), mesh
+        return _all_to_all(local, cut, joined, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        cut, joined = ctx.dims
+        return _all_to_all(gradient, cut, joined, ctx.mesh), None, None, None
+
+
+def _all_to_all(local: torch.Tensor, cut: int, joined: int, mesh: DeviceMesh) -> torch.Tensor:
+    sent = torch.stack(local.chunk(mesh.size(), cut))
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=mesh.get_group())
+    return torch.cat(received.unbind(), joined)
+
+
+def flatten(x: torch.Tensor, shape: tuple[int, ...]) -> DTensor | None:
+    """`[batch, seq, ...]` as `[batch * seq, ...]`, every rank its own rows; None for any other view of `x`."""
+    if not isinstance(x, DTensor) or x.placements[0] != Shard(1) or x.ndim < 2:
+        return None
+    batch, length = x.shape[:2]
+    if len(shape) != x.ndim - 1 or shape[1:] != tuple(x.shape[2:]) or shape[0] not in (-1, batch * length):
+        return None
+    placement = Shard(0) if batch == 1 else StridedShard(0, split_factor=batch)
+    local = _Flat.apply(x, placement)
+    found: DTensor = local
+    return found
+
+
+class _Flat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: DTensor, placement: Placement) -> DTensor:
+        ctx.placements, ctx.shape, ctx.stride = x.placements, x.shape, x.stride()
+        local = x.to_local()
+        shape = torch.Size((x.shape[0] * x.shape[1], *x.shape[2:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            local.reshape(-1, *local.shape[2:]), x.device_mesh, [placement], run_check=False, shape=shape, stride=stride
+        )
+
+    @staticmethod
+    def backward(ctx: Any, gradient: DTensor) -> tuple[DTensor, None]:
+        batch, *rest = ctx.shape
+        local = gradient.to_local().reshape(batch, -1, *rest[1:])
+        mesh = gradient.device_mesh
+        return DTensor.from_local(local, mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride), None
+
+
+def cross_entropy(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> DTensor | None:
+    """The loss of each rank's rows, added up; None where the rows are not cut, or there is more to it."""
+    placement = rows(input)
+    plain = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum")
+    if placement is None or placement.dim or input.ndim != 2 or not plain or target.is_floating_point():  # type: ignore[attr-defined]
+        return None
+    assert isinstance(input, DTensor)
+    mesh = input.device_mesh
+    local_target = _target(target, placement, mesh)
+    total = F.cross_entropy(
+        _rows(input), local_target, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )
+    if reduction == "mean":
+        count = (local_target != ignore_index).sum()
+        dist.all_reduce(count, group=mesh.get_group())
+        total = total / count
+    return DTensor.from_local(total, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
+
+
+def _target(target: torch.Tensor, placement: Placement, mesh: DeviceMesh) -> torch.Tensor:
+    """The labels of this rank's rows."""
+    if isinstance(target, DTensor):
+        if target.placements[0] == placement:
+            return target.to_local()
+        target = target.redistribute(placements=[Replicate()]).to_local()
+    batch = int(placement.split_factor) if isinstance(placement, StridedShard) else 1
+    return target.view(batch, -1).chunk(mesh.size(), 1)[mesh.get_local_rank()].reshape(-1)
+
+
+def _viewed(x: torch.Tensor, *shape: Any, **kwargs: Any) -> DTensor | None:
+    sizes = kwargs.get("shape", kwargs.get("size", shape[0] if len(shape) == 1 else shape))
+    sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes) if isinstance(sizes, tuple | list) else ()
+    return flatten(x, sizes) if sizes and all(isinstance(size, int) for size in sizes) else None
+
+
+def _flattened(x: torch.Tensor, start_dim: int = 0, end_dim: int = -1) -> DTensor | None:
+    first, last = start_dim % max(x.ndim, 1), end_dim % max(x.ndim, 1)
+    return flatten(x, (-1, *x.shape[2:])) if (first, last) == (0, 1) else None
+
+
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.linear: linear,
+    F.scaled_dot_product_attention: attention,
+    F.cross_entropy: cross_entropy,
+    torch.Tensor.view: _viewed,
+    torch.Tensor.reshape: _viewed,
+    torch.reshape: _viewed,
+    torch.Tensor.flatten: _flattened,
+    torch.flatten: _flattened,
+}
+"""What differs from `local_ops` where tensors are cut along the sequence."""
