@@ -11,7 +11,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from autoplan.cli import applying, doctor, exporting, planning, showing, verifying  # noqa: F401  (each adds its commands to `app`)
+from autoplan.cli import (  # noqa: F401  (each adds its commands to `app`)
+    applying,
+    doctor,
+    exporting,
+    planning,
+    profiling,
+    showing,
+    verifying,
+)
 from autoplan.cli.app import app
 from autoplan.cli.talk import fail, volume
 from autoplan.errors import AutoplanError

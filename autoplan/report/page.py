@@ -143,6 +143,11 @@ def _used(plans: versus.Named, of: Callable[[Plan], tuple[facts.Part, ...]]) -> 
     return [row[0] for row in zip(*(of(plan) for _, plan in plans), strict=True) if any(part.value for part in row)]
 
 
+def render(template: str, **facts: Any) -> str:
+    """A page of this house from a template and its facts."""
+    return _template(template).render(**facts, **_trusted())
+
+
 def _trusted() -> dict[str, Any]:
     """The style and the script of a page, and the policy that allows these and nothing else."""
     script = (_HERE / "page.js").read_text(encoding="utf-8")

@@ -1,62 +1,94 @@
+"""`autoplan profile` on this machine: what it writes, and what it does when something goes wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
 import pytest
 
+from autoplan.cli import main
 from autoplan.errors import UsageError
-from autoplan.files.hardware import dump_hardware, load_hardware
-from autoplan.profile import measure
-from autoplan.profile.measure import Message
+from autoplan.files.hardware import load_hardware
+from autoplan.files.measurements import SideFile
+from autoplan.profile import measure, session
+from tests.profile import faults
 
 
-def test_a_busy_machine_is_refused():
-    with pytest.raises(UsageError, match="too busy"):
-        measure.steady([1.0, 1.0, 1.0, 9.0, 9.0, 9.0])
-    assert measure.steady([1.0, 1.1, 1.2, 50.0, 1.1, 1.0]) < 1.2
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "TOO_NOISY", 1e9)  # tests run on busy machines
+    monkeypatch.setattr(measure, "suite", lambda machine, dtypes: [op for op in faults.SHORT if op.group <= machine.ranks])
 
 
-def test_processor_time_is_counted():
-    assert measure.median_time(lambda: sum(range(20000)), budget=0.05) > 0
+def profile(output: Path, *more: str) -> int:
+    return main(["profile", "-o", str(output), "--budget", "1s", "--ranks", "1", "--links", "cpu-gloo", *more])
 
 
-def test_links_are_recovered_from_their_own_times():
-    def seconds(kind, group, size):
-        trips = 2 if kind == "all_reduce" else 1
-        sent = trips * (group - 1) / group * size
-        hops = trips * (group - 1)
-        return (
-            2e-6 + (hops * 50e-6 if group == 2 else trips * 2 * 50e-6 + trips * 100e-6) + sent / 1e9 / (1 if group == 2 else 0.5)
-        )
+@pytest.mark.usefixtures("short")
+def test_the_command_writes_a_profile_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "my.yaml"
+    assert profile(output) == 0
+    found = load_hardware(output)
+    assert found.name == "my"
+    assert found.measured
+    assert "measured: " in found.device.source
+    assert found.links == load_hardware(Path(__file__).parents[2] / "hwprofiles" / "cpu-gloo.yaml").links
+    page = (tmp_path / "my.html").read_text()
+    assert "Roofline" in page
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+    assert "matmul, float32" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my.html", "my.yaml"], "nothing is left beside them"
+    assert profile(output) == 2
+    assert "exists" in capsys.readouterr().err
+    assert load_hardware(output) == found
 
-    timed = [
-        Message(kind, group, float(size), seconds(kind, group, size))
-        for group in (2, 4)
-        for kind in ("all_reduce", "all_gather", "reduce_scatter")
-        for size in (64, 2**12, 2**16, 2**20, 2**24, 2**26)
-    ]
-    inner, outer = measure._links(timed, 2e-6)
-    assert (inner.span, outer.span) == (2, 0)
-    assert inner.latency == pytest.approx(50e-6, rel=0.1)
-    assert inner.bandwidth == pytest.approx(1e9, rel=0.1)
-    assert outer.latency == pytest.approx(100e-6, rel=0.1)
-    assert outer.bandwidth == pytest.approx(0.25e9, rel=0.1)  # each of two members of a domain sends half
+
+@pytest.mark.usefixtures("short")
+def test_what_cannot_be_written_is_said_before_anything_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile(Path("/proc/my.yaml")) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert profile(Path("nowhere/my.yaml")) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert profile(Path("my.txt")) == 2
+    assert main(["profile", "-o", "my.yaml", "--budget", "0s"]) == 2
+
+
+@pytest.mark.usefixtures("short")
+def test_one_device_needs_somebodys_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "-o", str(tmp_path / "my.yaml"), "--ranks", "1"]) == 2
+    assert "--links" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("short")
+def test_a_nan_leaves_the_earlier_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "my.yaml"
+    output.write_text("precious")
+    monkeypatch.setattr(measure.TorchBench, "times", lambda self, op, seconds: [float("nan")] * 5)
+    assert profile(output, "--force") == 2
+    assert "which is no time" in capsys.readouterr().err
+    assert output.read_text() == "precious"
 
 
 @pytest.mark.gloo
-def test_a_measured_profile_is_a_profile(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "_GEMM", (32, 64, 128, 192))
-    monkeypatch.setattr(measure, "_ATTENTION", (64, 128))
-    monkeypatch.setattr(measure, "_MOVED", (48 * 1024, 3 * 2**20))
-    try:
-        profile = measure.measure("here", ranks=(2,), messages=(4096, 65536, 2**20))
-    except UsageError as error:
-        pytest.skip(str(error))
-    path = tmp_path / "here.yaml"
-    path.write_text(dump_hardware(profile))
-    assert load_hardware(path) == profile
-    assert profile.links[0].span == 0
+def test_a_rank_dies_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    output = tmp_path / "my.yaml"
+    output.write_text("precious")
+    with pytest.raises(UsageError, match=r"a rank ended before its time|one of the others ended"):
+        measure.start(2, faults.run, str(output), 9)
+    assert output.read_text() == "precious"
+    [side] = [path for path in tmp_path.iterdir() if path != output]
+    kept = side.read_text().splitlines()[1:]
+    assert len(kept) == 9
+    measure.start(2, faults.run, str(output), None)
+    assert output.read_text().splitlines() == [str(op) for op in faults.SHORT]
+    assert not side.exists()
 
 
-def test_the_command_overwrites_nothing(tmp_path, capsys):
-    path = tmp_path / "mine.yaml"
-    path.write_text("precious")
-    assert measure.main(["-o", str(path)]) == 2
-    assert "exists already" in capsys.readouterr().err
-    assert path.read_text() == "precious"
+def test_a_side_file_of_another_machine_is_not_believed(tmp_path: Path) -> None:
+    side = SideFile(tmp_path / "my.yaml", {"device": "one"})
+    side.start([])
+    side.path.write_text("not json\n")
+    assert side.read() == []

@@ -1,0 +1,270 @@
+"""From measurements to a profile, and back: what the profile says of each measurement. No torch in here.
+
+Rates have no data sheet here, so the nominal rate is the best one seen and the curves say what other sizes reach of it.
+
+A collective of `n` ranks in one domain takes `launch + r (n - 1) latency + x / (bandwidth e(x))` (cost.collectives; r = 2 for
+all_reduce). For every latency that no message contradicts there is a best curve; the pair with the least error is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import ceil, log2
+from statistics import median
+
+from autoplan.cost.collectives import collective_time
+from autoplan.cost.compute import kernel_time, memory_time
+from autoplan.errors import UsageError
+from autoplan.hardware import Curve, Device, HardwareProfile, Link
+from autoplan.measurement import COLLECTIVES, Measurement, Operation
+from autoplan.profile.bench import Machine
+from autoplan.profile.fit import Sample, error_of, fit_curve, fractions, rounded
+from autoplan.profile.suite import MOVERS
+from autoplan.units import Seconds
+
+_GRID = 16
+"""Latencies that are tried, twice: over all, then about the best."""
+_LARGE = 16
+"""Messages within this factor of the largest tell the nominal bandwidth."""
+_LEFT = 0.01
+"""Share of a message's time that its bytes take at least, however long the latency."""
+_FLOOR = 1.25
+"""Kernels that take less than so many launches say nothing of the rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """What a profile says of something that was measured."""
+
+    measurement: Measurement
+    predicted: Seconds
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measurement.seconds - 1
+
+
+def fitted(
+    found: Sequence[Measurement], machine: Machine, name: str, date: str, borrowed: HardwareProfile | None = None
+) -> HardwareProfile:
+    """The profile that `found` makes. Links that one rank cannot measure, and the overlap, are those of `borrowed`.
+
+    Raises `UsageError` when something is missing without which there is no profile.
+    """
+    device = _device(found, machine)
+    links, overlap, overlap_source = _links(found, machine, device.launch), _overlap(found), _here(machine)
+    if not links:
+        if borrowed is None:
+            raise UsageError("one device alone has no links to measure.", "Say whose they are: --links h100-sxm-8x.")
+        links, overlap = borrowed.links, borrowed.overlap
+        overlap_source = f"as in {borrowed.name}: one device alone has nothing to overlap with"
+    return HardwareProfile(
+        name=name,
+        device=device,
+        links=links,
+        overlap=rounded(overlap),
+        backend=machine.backend,
+        measured=date,
+        source=f"overlap: {overlap_source}: an all_reduce beside matrix products, and both alone"
+        if borrowed is None or links is not borrowed.links
+        else f"overlap: {overlap_source}",
+    )
+
+
+def predicted(operation: Operation, profile: HardwareProfile) -> Seconds | None:
+    """Seconds of an operation by the cost model; None for what a profile has no number for."""
+    device, kind = profile.device, operation.kind
+    if kind == "launch":
+        return device.launch
+    if kind == "matmul":
+        return kernel_time("linear", operation.size, 0.0, 1, operation.dtype, device)
+    if kind in ("attention", "attention_backward"):
+        return kernel_time("attention", operation.size, 0.0, 1, operation.dtype, device)
+    if kind in MOVERS:
+        return kernel_time("pointwise", 0.0, operation.size, 1, operation.dtype, device)
+    if kind == "optimizer":
+        return memory_time(operation.size, device)
+    if kind in COLLECTIVES:
+        return collective_time(kind, operation.size, operation.group, operation.stride, profile)
+    return None
+
+
+def residuals(profile: HardwareProfile, found: Iterable[Measurement]) -> list[Residual]:
+    """What the profile says of everything that it was fitted to."""
+    said = [(each, predicted(each.operation, profile)) for each in found]
+    return [Residual(each, seconds) for each, seconds in said if seconds is not None]
+
+
+def summary(rows: Sequence[Residual]) -> list[tuple[str, int, float]]:
+    """(kind, number of measurements, mean absolute relative error), in the order in which they were measured."""
+    kinds = dict.fromkeys(_kind(row.measurement.operation) for row in rows)
+    told = []
+    for kind in kinds:
+        mine = [row for row in rows if _kind(row.measurement.operation) == kind]
+        error = error_of([row.predicted for row in mine], [row.measurement.seconds for row in mine])
+        told.append((kind, len(mine), error))
+    return told
+
+
+def _kind(operation: Operation) -> str:
+    if operation.group > 1:
+        apart = f", {operation.stride} apart" if operation.stride > 1 else ""
+        return f"{operation.kind}, {operation.group} ranks{apart}"
+    return f"{operation.kind}, {operation.dtype}" if operation.kind == "matmul" else operation.kind
+
+
+def _here(machine: Machine) -> str:
+    ranks = f"{machine.ranks} ranks at once, " if machine.ranks > 1 else ""
+    return f"measured: {ranks}{machine.about}"
+
+
+def _device(found: Sequence[Measurement], machine: Machine) -> Device:
+    launch = rounded(_one(found, "launch").seconds)
+    products = [m for m in found if m.operation.kind == "matmul"]
+    attention = [m for m in found if m.operation.kind in ("attention", "attention_backward")]
+    moved = [m for m in found if m.operation.kind in MOVERS]
+    if not (products and attention and moved):
+        raise UsageError("matrix products, attention or memory were not measured.", "Give more time: --budget 60s.")
+    main = products[0].operation.dtype
+    peak = rounded(max(_rate(m) for m in products if m.operation.dtype == main))
+    matmul = _curve([m for m in products if m.operation.dtype == main], peak, launch)
+    peaks = {main: peak}
+    for dtype in dict.fromkeys(m.operation.dtype for m in products if m.operation.dtype != main):
+        mine = [m for m in products if m.operation.dtype == dtype]
+        peaks[dtype] = rounded(median(_rate(m) / matmul.at(m.operation.size) for m in mine))
+    bandwidth = rounded(max(_rate(m) for m in moved))
+    here = _here(machine)
+    sizes = f"{min(m.operation.shape[1] for m in attention)} to {max(m.operation.shape[1] for m in attention)} tokens"
+    return Device(
+        name=machine.device,
+        memory=machine.memory,
+        reserved=machine.reserved,
+        bandwidth=bandwidth,
+        peak=tuple(peaks.items()),
+        matmul=matmul,
+        attention=_curve(attention, peaks[main], launch),
+        memory_efficiency=_curve(moved, bandwidth, launch, growing=False),
+        launch=launch,
+        source="\n".join(
+            (
+                f"memory: {machine.memory_source}",
+                f"reserved: {machine.reserved_source}",
+                f"bandwidth: {here}: the best of adding, gelu, norms and sums (small ones may stay in a cache)",
+                f"peak: {here}: the best product in {main}; of other dtypes so that they follow its curve",
+                f"matmul: {here}: {len(products)} {main} products, square and not, in the layouts of forward and backward",
+                f"attention: {here}: causal attention forward and backward, {main}, {sizes}",
+                f"memory_efficiency: {here}: adding, gelu, layer norm, softmax, sums, together",
+                f"launch: {here}: adding to a tensor of one element",
+            )
+        ),
+    )
+
+
+def _one(found: Sequence[Measurement], kind: str) -> Measurement:
+    mine = [m for m in found if m.operation.kind == kind]
+    if not mine:
+        raise UsageError(f"'{kind}' was not measured.", "Give more time: --budget 60s.")
+    return mine[0]
+
+
+def _rate(m: Measurement) -> float:
+    return m.operation.size / m.seconds
+
+
+def _curve(found: Sequence[Measurement], rate: float, launch: Seconds, growing: bool = True) -> Curve:
+    """The curve with a knot at every size that is at least half as large again as the one before."""
+    filling = [m for m in found if m.seconds > _FLOOR * launch] or list(found)
+    samples = fractions([(m.operation.size, m.seconds) for m in filling], rate)
+    return fit_curve(samples, _knots(size for size, _ in samples), growing)
+
+
+def _knots(sizes: Iterable[float], apart: float = 1.9) -> list[float]:
+    """From the largest downwards."""
+    knots: list[float] = []
+    for size in sorted(sizes, reverse=True):
+        if not knots or knots[-1] / size >= apart:
+            knots.append(size)
+    return knots[::-1]
+
+
+def _links(found: Sequence[Measurement], machine: Machine, launch: Seconds) -> tuple[Link, ...]:
+    """One link within a host and one between hosts, as far as there are such."""
+    inside = machine.per_node if machine.per_node > 1 else machine.ranks
+    within = [m for m in found if m.operation.kind in COLLECTIVES and m.operation.stride == 1]
+    between = [m for m in found if m.operation.kind in COLLECTIVES and m.operation.stride > 1]
+    here, links = _here(machine), []
+    if within:
+        span = inside if between else 0
+        links.append(
+            _link(f"{machine.backend} within a host", span, within, launch, lambda kind, n: _trips(kind) * (n - 1), here)
+        )
+    if between:
+        links.append(_link(f"{machine.backend} between hosts", 0, between, launch, _outer_hops, here))
+    return tuple(links)
+
+
+def _trips(kind: str) -> int:
+    return 2 if kind == "all_reduce" else 1
+
+
+def _outer_hops(kind: str, n: int) -> int:
+    return 2 * min(n - 1, ceil(log2(n))) if kind == "all_reduce" else n - 1
+
+
+def _sent(operation: Operation) -> float:
+    """Bytes that one rank sends, as in cost.collectives."""
+    n = operation.group
+    return operation.size * (1.0 if operation.kind == "send_recv" else _trips(operation.kind) * (n - 1) / n)
+
+
+def _link(
+    name: str, span: int, found: Sequence[Measurement], launch: Seconds, hops: Callable[[str, int], int], here: str
+) -> Link:
+    def steps(m: Measurement) -> int:
+        return 1 if m.operation.kind == "send_recv" else hops(m.operation.kind, m.operation.group)
+
+    knots = _knots((_sent(m.operation) for m in found), apart=2.9)
+
+    def tried(latency: Seconds) -> tuple[float, Seconds, float, Curve]:
+        """(error, latency, bandwidth, curve) of the best curve for a latency."""
+        samples: list[Sample] = []
+        for m in found:
+            samples += fractions([(_sent(m.operation), m.seconds)], 1.0, launch + steps(m) * latency, _LEFT)
+        shares = [size / rate / m.seconds for (size, rate), m in zip(samples, found, strict=True)]
+        best = max(rate for size, rate in samples if size >= knots[-1] / _LARGE)
+        curve = fit_curve([(size, rate / best) for size, rate in samples], knots, shares=shares)
+        times = [launch + steps(m) * latency + _sent(m.operation) / (best * curve.at(_sent(m.operation))) for m in found]
+        return error_of(times, [m.seconds for m in found]), latency, best, curve
+
+    most = min((m.seconds - launch) / steps(m) for m in found)
+    _, latency, best, curve = _least(tried, max(most, 0.0))
+    kinds = ", ".join(dict.fromkeys(m.operation.kind for m in found))
+    ranks = " and ".join(map(str, sorted({m.operation.group for m in found})))
+    return Link(
+        name=name,
+        span=span,
+        bandwidth=rounded(best),
+        latency=rounded(latency),
+        efficiency=curve,
+        source=f"latency: {here}: the smallest messages\nall: {here}: {len(found)} messages ({kinds}) of {ranks} ranks",
+    )
+
+
+_Tried = tuple[float, Seconds, float, Curve]
+
+
+def _least(tried: Callable[[Seconds], _Tried], most: Seconds) -> _Tried:
+    """The best of a grid from 0 to `most`, then of a finer one about it."""
+    best = min((tried(most * i / _GRID) for i in range(_GRID + 1)), key=lambda found: found[0])
+    near = (best[1] + most * (2 * i / _GRID - 1) / _GRID for i in range(_GRID + 1))
+    return min([best, *(tried(min(max(latency, 0.0), most)) for latency in near)], key=lambda found: found[0])
+
+
+def _overlap(found: Sequence[Measurement]) -> float:
+    """What hidden communication costs: (both at once - the longer alone) / the shorter alone, from 0 to 1; 1 when unknown."""
+    times = {m.operation.kind: m.seconds for m in found if m.operation.kind in ("products", "reduction", "together")}
+    if len(times) < 3:
+        return 1.0
+    longer, shorter = max(times["products"], times["reduction"]), min(times["products"], times["reduction"])
+    return min(1.0, max(0.0, (times["together"] - longer) / shorter))

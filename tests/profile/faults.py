@@ -1,0 +1,47 @@
+"""What ranks run in tests of a real session, in processes of their own: a short suite, and a rank that dies in it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from autoplan.measurement import Operation
+from autoplan.profile import measure
+from autoplan.profile.torch_bench import TorchBench
+
+SHORT = [
+    Operation("launch", 4.0, "float32", (1,)),
+    *(Operation("matmul", 2.0 * n**3, "float32", (n, n, n), layout) for n, layout in ((64, "nn"), (128, "nt"), (160, "tn"))),
+    *(Operation(kind, f * 4 * 2 * 64 * 64**2 / 2, "float32", (2, 64, 64)) for kind, f in (("attention", 1.0), ("attention_backward", 2.5))),
+    *(Operation(kind, 2.0**18, "float32") for kind in ("add", "gelu", "layer_norm", "softmax", "sum", "optimizer")),
+    *(
+        Operation(kind, size, "float32", (), "", 2)
+        for kind in ("all_reduce", "all_gather", "reduce_scatter", "send_recv")
+        for size in (4096.0, 65536.0)
+    ),
+    *(Operation(kind, 65536.0, "float32", (2, 64), "", 2) for kind in ("products", "reduction", "together")),
+]  # fmt: skip
+
+
+def run(output: str, dies_after: int | None) -> None:
+    """A session of SHORT; rank 1 kills itself after so many operations."""
+    measure.suite = lambda machine, dtypes: SHORT  # type: ignore[assignment]
+    done = 0
+    times = TorchBench.times
+
+    def dying(self: TorchBench, operation: Operation, seconds: float) -> object:
+        nonlocal done
+        if self.rank == 1 and done == dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+        return times(self, operation, seconds)
+
+    TorchBench.times = dying  # type: ignore[assignment,method-assign]
+    from autoplan.profile import session
+
+    session.TOO_NOISY = 1e9  # tests run on busy machines
+    found = measure.measure(Path(output), 1.0)
+    if os.environ["RANK"] == "0":
+        Path(output).write_text("\n".join(str(m.operation) for m in found.measurements))
+        measure.finished(Path(output))
