@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from autoplan.plan import Baseline
 from autoplan.search.columns import ALL_RECOMPUTES, Outer, Priced, Tables
@@ -58,12 +59,12 @@ def _price(tables: Tables, recipe: Recipe, limit: Bytes) -> Baseline:
         for micro_batch in micro_batches(mesh, tables.costs.workload):
             fits = False
             for recompute, staging in _stagings(tables, mesh, micro_batch, recipe.zero, limit):
-                found = staging.solve(1e-4)
-                if not isinstance(found, Solution):
+                found = staging.solve(1e-4, best[0].seconds if best else inf)
+                if found is None:
                     least = staging.least_memory if least is None else min(least, staging.least_memory)
                     continue
                 fits = True
-                if best is None or found.seconds < best[0].seconds:
+                if isinstance(found, Solution) and (best is None or found.seconds < best[0].seconds):
                     best = found, mesh, micro_batch, recompute
             if not fits:
                 break  # a larger micro-batch needs more

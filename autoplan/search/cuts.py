@@ -5,16 +5,22 @@
     least_bottleneck    a bound on the largest price of a stage: stages take as many layers as they can within t, one after
                         another (`farthest`), so whether a t may be kept is seen at once; t is found by bisection
     best_cut            the cut with the least  many max_s value + few sum_s value: labels (largest, sum) of partial cuts,
-                        of which only the unbeaten ones at each layer go on; exact
+                        of which only the unbeaten ones at each layer go on; exact. Where each stage can end is narrowed
+                        first: a cut that can be had (the first question's) says what no stage of a better one may cost
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from math import inf, isinf
 from typing import NamedTuple
 
 Value = Callable[[int, int, int], float]
+
+_NEAR = 1e-5
+"""How near `least_bottleneck` comes."""
+_ROUNDING = 1 + 1e-12
 
 
 def farthest(stages: int, layers: int, value: Value, most: float, least: int = 1) -> int:
@@ -44,7 +50,7 @@ def farthest(stages: int, layers: int, value: Value, most: float, least: int = 1
 
 
 def least_bottleneck(stages: int, layers: int, value: Value, low: float, high: float, least: int = 1) -> float:
-    """A lower bound within 1e-5 on the largest price of a stage in any cut; infinite when not even `high` can be kept, or
+    """A lower bound within `_NEAR` on the largest price of a stage in any cut; infinite when not even `high` can be kept, or
     when there is no cut without a run of infinite price.
 
     `low` must be a bound already.
@@ -57,7 +63,7 @@ def least_bottleneck(stages: int, layers: int, value: Value, low: float, high: f
         high = max(2 * low, 1e-9)
         while farthest(stages, layers, value, high, least) < layers:
             low, high = high, 2 * high
-    while high - low > 1e-5 * high:
+    while high - low > _NEAR * high:
         middle = (low + high) / 2
         if farthest(stages, layers, value, middle, least) >= layers:
             high = middle
@@ -81,18 +87,27 @@ class BestCut(NamedTuple):
 
 
 def best_cut(
-    stages: int, layers: int, value: Value, many: float, few: float, least: int = 1, most: float = inf
+    stages: int,
+    layers: int,
+    value: Value,
+    many: float,
+    few: float,
+    least: int = 1,
+    most: float = inf,
+    total: float = 0.0,
 ) -> BestCut | None:
-    """The cheapest cut, or None when there is none with a cost of at most `most`."""
+    """The cheapest cut, or None when there is none with a cost of at most `most`; `total` bounds sum_s value from below."""
+    if isinf(most):
+        most = _attainable(stages, layers, value, many, few, least, total) * _ROUNDING
+    cap = (most - few * total) / many * _ROUNDING if many > 0 else inf
+    starts, ends = _earliest(stages, layers, value, cap, least), _latest(stages, layers, value, cap, least)
     cells: dict[int, list[_Label]] = {0: [_Label(0.0, 0.0, 0, None)]}
     for s in range(stages):
         found: dict[int, list[_Label]] = {}
-        remaining = least * (stages - s - 1)
         for at, labels in cells.items():
-            ends = range(at + least, layers - remaining + 1) if s < stages - 1 else (layers,)
-            for end in ends:
+            for end in range(max(at + least, starts[s + 1]), ends[s + 1] + 1):
                 price = value(s, at, end)
-                if many * price > most or isinf(price):
+                if price > cap or isinf(price):
                     break
                 for label in labels:
                     new = _Label(max(label.largest, price), label.total + price, end, label)
@@ -103,6 +118,48 @@ def best_cut(
         return None
     best = min(cells[layers], key=lambda label: many * label.largest + few * label.total)
     return BestCut(many * best.largest + few * best.total, _edges(best))
+
+
+def _attainable(stages: int, layers: int, value: Value, many: float, few: float, least: int, total: float) -> float:
+    """The cost of a cut with nearly the least bottleneck, every stage filled in turn; infinite when that is no cut."""
+    slowest = least_bottleneck(stages, layers, value, total / stages, inf, least)
+    if isinf(slowest):
+        return inf
+    edges = _latest(stages, layers, value, slowest * (1 + 2 * _NEAR), least)
+    prices = [value(s, i, j) if j - i >= least else inf for s, (i, j) in enumerate(pairwise(edges))]
+    return many * max(prices) + few * sum(prices) if edges[-1] == layers else inf
+
+
+def _latest(stages: int, layers: int, value: Value, cap: float, least: int) -> list[int]:
+    """No stage ends after these (the first entry: before stage 0) when none may cost more than `cap`."""
+    ends = [0]
+    for s in range(stages):
+        start, last = ends[-1], layers - least * (stages - s - 1)
+        low, high = min(start + least - 1, last), last
+        while low < high:
+            middle = (low + high + 1) // 2
+            if value(s, start, middle) <= cap:
+                low = middle
+            else:
+                high = middle - 1
+        ends.append(low)
+    return ends
+
+
+def _earliest(stages: int, layers: int, value: Value, cap: float, least: int) -> list[int]:
+    """No stage starts before these (the last entry: after the last stage), likewise."""
+    starts = [layers]
+    for s in reversed(range(stages)):
+        end, first = starts[-1], least * s
+        low, high = first, max(end - least + 1, first)
+        while low < high:
+            middle = (low + high) // 2
+            if value(s, middle, end) <= cap:
+                high = middle
+            else:
+                low = middle + 1
+        starts.append(low)
+    return starts[::-1]
 
 
 def _unbeaten(labels: list[_Label]) -> list[_Label]:

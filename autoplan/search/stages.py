@@ -243,7 +243,7 @@ class Staging:
         """
         while True:
             found = best_cut(
-                self.ranks, self.layers, self._known, self.many, self.few, self.chunks, most - self.hops if most < inf else inf
+                self.ranks, self.layers, self._known, self.many, self.few, self.chunks, most - self.hops, self.fastest
             )
             if found is None:
                 return most if most < inf and self.fits else None
