@@ -16,7 +16,7 @@ The edges are those of the autograd graph itself, so that views, casts and custo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -45,6 +45,15 @@ def edges(loss: Tensor, visit: Callable[[Any], None]) -> dict[Edge, list[int]]:
                 seen.add(target)
                 waiting.append(target)
     return found
+
+
+def forget_unused(found: Mapping[Edge, list[int]], owner: Mapping[int, Call], calls: Iterable[Call]) -> None:
+    """What autograd keeps for results that the loss does not need (LLaVA's last vision layer) goes with them, before the
+    backward pass begins."""
+    needed = {id(owner[number]) for numbers in found.values() for number in numbers if number in owner}
+    for call in calls:
+        if id(call) not in needed:
+            call.packed.clear()
 
 
 def charge_meetings(found: Mapping[Edge, list[int]], owner: Mapping[int, Call], blocks: Mapping[str, Call]) -> float:

@@ -1,6 +1,6 @@
 """Every use of PyTorch's private interfaces in capture, in one place, so that a new release breaks one file.
 
-Checked with torch 2.13 and 2.14: the autograd sequence numbers, the current autograd node, the identity of a storage,
+Checked with torch 2.10, 2.13 and 2.14: the autograd sequence numbers, the current autograd node, the identity of a storage,
 `FakeTensorMode`, the FLOP formulas, and the two classmethods and methods that are replaced while a model is recorded.
 """
 
@@ -54,6 +54,9 @@ aten = torch.ops.aten
 
 def fake_mode() -> FakeTensorMode:
     """A mode whose tensors refuse to give the address of their memory. Kernels that ask for it would crash the process."""
+    # The first backward pass of a process starts a thread for every device, which no fork survives; in a fake mode a build
+    # with CUDA has eight where there are none.
+    torch.ones((), requires_grad=True).backward()
     with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
         return FakeTensorMode(allow_non_fake_inputs=True)
 

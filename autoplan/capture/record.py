@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from autoplan.capture import private, semantics
 from autoplan.capture.blocks import Twin, block_of, call_key, difference, ownership, remember, repeat
 from autoplan.capture.failures import NoBlockError, TwinsDifferError
-from autoplan.capture.gradients import charge_meetings, edges
+from autoplan.capture.gradients import charge_meetings, edges, forget_unused
 from autoplan.capture.kernels import Kernels
 from autoplan.capture.normalise import classify, name_of, tensors
 from autoplan.capture.scope import Call, Meter, Scope, argument_leaves, leaves, merged, place
@@ -98,6 +98,8 @@ class Recorder(TorchFunctionMode):
             self._check_blocks()
             self._last = None
             self._meetings = edges(loss, self._watch)
+            for scope in (self.outer, *self.layers.values()):
+                forget_unused(self._meetings, self._by_sequence, scope.calls)
             wanted = [p for p in self.root.parameters() if p.requires_grad]
             self._stack[:] = ["its backward pass"]
             torch.autograd.grad(loss, wanted, allow_unused=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+from torch.distributed._tools.mem_tracker import _MemRefType
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoplan.adapt import adapt
@@ -18,6 +19,7 @@ from autoplan.capture.fake import build_on_meta
 from autoplan.capture.fx import capture_fx
 from autoplan.capture.model import capture_module, loss_of
 from autoplan.graph import Graph
+from autoplan.verify._torch import Peak
 
 DTYPE = torch.bfloat16
 
@@ -66,6 +68,16 @@ def named(tree: Any, path: str = "") -> dict[str, Tensor]:
     return found
 
 
+class Kept:
+    """A tensor that autograd keeps: alive for as long as the node that keeps it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # with its own node, which may keep it, it would never go
+
+    def unpack(self) -> Tensor:
+        return self.tensor
+
+
 @dataclass(frozen=True)
 class Step:
     loss: float
@@ -74,38 +86,42 @@ class Step:
 
 
 def step(module: nn.Module, inputs: dict[str, Any], loaded: LoadedModel) -> Step:
-    """One forward and backward pass: loss, FLOPs, bytes of all storages kept for the backward pass but for weights and inputs."""
-    sizes: dict[int, int] = {}
-    alive = []
-    given = (*module.parameters(), *module.buffers(), *named(inputs).values())
-    fixed = {tensor.untyped_storage().data_ptr() for tensor in given}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in fixed:
-            alive.append(tensor)
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    """One forward and backward pass."""
+    saved = kept(module, inputs, loaded)
     torch.manual_seed(1)
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = loss_of(module(**inputs), inputs, loaded.loss_fn, loaded.spec)
-        saved = sum(sizes.values())
+        loss = loss_of(module(**inputs), inputs, loaded.loss_fn, loaded.spec)
         loss.backward()
     return Step(loss.item(), counter.get_total_flops(), saved)
 
 
-def tracked(loaded: LoadedModel, batch: int) -> int:
-    """Bytes of activations that MemTracker finds alive when the forward pass of a real step is over, the loss apart."""
-    module, inputs = real(loaded), real_inputs(loaded, batch)
-    for owner in module.modules():  # the tracker hooks the gradient of every parameter: frozen ones become buffers
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            if not parameter.requires_grad:
-                delattr(owner, name)
-                owner.register_buffer(name, parameter.data)
+def kept(module: nn.Module, inputs: dict[str, Any], loaded: LoadedModel) -> int:
+    """Bytes of all storages that autograd keeps when a forward pass is over, but for weights and inputs."""
+    found: list[weakref.ref[Kept]] = []
+
+    def pack(tensor: Tensor) -> Kept:
+        packed = Kept(tensor)
+        found.append(weakref.ref(packed))
+        return packed
+
     torch.manual_seed(1)
-    tracker = MemTracker()
+    with torch.autograd.graph.saved_tensors_hooks(pack, Kept.unpack):
+        loss = loss_of(module(**inputs), inputs, loaded.loss_fn, loaded.spec)
+    assert loss.requires_grad  # what it needs is alive
+    given = (*module.parameters(), *module.buffers(), *named(inputs).values())
+    fixed = {tensor.untyped_storage().data_ptr() for tensor in given}
+    alive = [packed.tensor.untyped_storage() for packed in (reference() for reference in found) if packed is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in alive if storage.data_ptr() not in fixed}.values())
+
+
+def tracked(loaded: LoadedModel, batch: int) -> int:
+    """Bytes of activations that MemTracker finds alive when the forward pass of a real step is over, the loss apart.
+
+    Its statistics of modules are off: their hooks keep alive what nobody needs.
+    """
+    module, inputs = real(loaded), real_inputs(loaded, batch)
+    torch.manual_seed(1)
+    tracker = Peak()
     tracker.track_external(module, *named(inputs).values())
     with tracker:
         loss = loss_of(module(**inputs), inputs, loaded.loss_fn, loaded.spec)
