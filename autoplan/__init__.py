@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     __version__: str
 
 _FACE = (
+    "Timer",
     "apply",
+    "calibrate",
     "compare",
     "estimate",
     "explain",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from autoplan.errors import NothingFits, UsageError
 from autoplan.files.plan import load_plan, plan_json, save_plan
 from autoplan.graph import Graph
 from autoplan.hardware import HardwareProfile
+from autoplan.measurement import MeasuredSteps
 from autoplan.plan import Plan, Prediction
 from autoplan.profile.catalog import DEFAULT_HARDWARE, find_hardware, hardware_names
 from autoplan.workload import DType, OptimizerName, Workload
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autoplan.apply import ParallelModel
+    from autoplan.calibrate.calibration import Calibration
+    from autoplan.calibrate.timer import Timer
     from autoplan.capture import LoadedModel
     from autoplan.export.exported import Exported
     from autoplan.report.rows import Table
@@ -36,7 +40,9 @@ if TYPE_CHECKING:
     from autoplan.verify import DryRun
 
 __all__ = [
+    "Timer",
     "apply",
+    "calibrate",
     "compare",
     "estimate",
     "explain",
@@ -211,6 +217,45 @@ def verify(plan: Plan, model: str | LoadedModel | None = None) -> DryRun:
     return dry_run(plan, load_model(source) if isinstance(source, str) else source)
 
 
+def calibrate(
+    plans: Sequence[Plan],
+    steps: Sequence[MeasuredSteps],
+    *,
+    hardware: str | HardwareProfile | None = None,
+    model: str | LoadedModel | Graph | None = None,
+) -> Calibration:
+    """A hardware profile that would have predicted the `steps` that were measured of each of `plans`, and what was wrong.
+
+    `hardware` is the profile to correct, by default the first plan's; `model` defaults to the one that each plan names.
+    Raises `UsageError` when there is not one measurement for each plan, or a plan is not one of its model.
+    """
+    from autoplan.calibrate.calibration import Run, calibrated
+
+    if len(plans) != len(steps) or not plans:
+        raise UsageError(f"there are {len(plans)} plans and {len(steps)} measurements.", "Give one measurement for each plan.")
+    for plan, measured in zip(plans, steps, strict=True):
+        if measured.ranks != plan.mesh.size:
+            raise UsageError(
+                f"the steps were measured on {measured.ranks} ranks, the plan is for {plan.mesh.size}.", "Give the plan that ran."
+            )
+    given = hardware if hardware is not None else _hardware_of(plans[0])
+    profile = find_hardware(given) if isinstance(given, str) else given
+    graphs: dict[tuple[str, str], Graph] = {}
+    for plan in plans:
+        key = plan.model, plan.workload.compute_dtype
+        if key not in graphs:
+            source = model if model is not None else plan.model
+            graphs[key] = source if isinstance(source, Graph) else inspect(source, compute_dtype=plan.workload.compute_dtype)
+    runs = [Run(graphs[p.model, p.workload.compute_dtype], p, s) for p, s in zip(plans, steps, strict=True)]
+    return calibrated(profile, runs, date.today().isoformat())
+
+
+def _hardware_of(plan: Plan) -> str:
+    """The name of a plan's profile, or a file of that name here."""
+    here = Path(f"{plan.hardware}.yaml")
+    return plan.hardware if plan.hardware in hardware_names() or not here.is_file() else str(here)
+
+
 def report(plan: Plan) -> str:
     """The plan as one self-contained HTML page."""
     from autoplan.report.page import page
@@ -267,3 +312,11 @@ def apply(
     from autoplan.apply import apply as run
 
     return run(model, plan if isinstance(plan, Plan) else load_plan(plan), **options)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Timer":  # needs torch
+        from autoplan.calibrate.timer import Timer
+
+        return Timer
+    raise AttributeError(f"module 'autoplan.api' has no attribute '{name}'")

@@ -7,6 +7,7 @@ Stopped and started again, with this plan or another, it goes on where the last 
 """
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--checkpoint", type=Path, help="folder to write to, and to resume from")
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--time", type=Path, help="file for the steps' times, for `autoplan calibrate`")
     args = parser.parse_args()
 
     loaded = autoplan.load_model(args.model)
@@ -52,15 +54,20 @@ def main() -> None:
     start = 0
     if args.checkpoint and args.checkpoint.exists():
         start = parallel.load(args.checkpoint, optimizer)
+    timer = autoplan.Timer(args.time, plan=plan) if args.time else None
     for step in range(start, args.steps):
-        loss = parallel.step(batch(loaded.example_inputs, step, parallel, device))
-        parallel.clip_grad_norm_(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        samples = batch(loaded.example_inputs, step, parallel, device)
+        with timer.step() if timer else nullcontext():
+            loss = parallel.step(samples)
+            parallel.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
         if dist.get_rank() == 0:
             print(f"step {step + 1:5d}  loss {loss.item():.4f}", flush=True)
         if args.checkpoint and (step + 1) % args.every == 0:
             parallel.save(args.checkpoint, optimizer, step=step + 1)
+    if timer:
+        timer.write()
     dist.destroy_process_group()
 
 

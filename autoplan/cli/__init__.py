@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from autoplan.cli import (  # noqa: F401  (each adds its commands to `app`)
     applying,
+    calibrating,
     doctor,
     exporting,
     planning,

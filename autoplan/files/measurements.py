@@ -72,7 +72,11 @@ def load_steps(path: str | Path) -> MeasuredSteps:
     """Read a steps.json that `autoplan.Timer` wrote. Raises `UsageError` when it is not one."""
     path = Path(path)
     data = read_document(path, "file of measured steps")
-    data.setdefault("phases", {})
+    phases = data.setdefault("phases", {})
+    known = {*MeasuredSteps.__dataclass_fields__, *(f"phases.{name}" for name in Phases.__dataclass_fields__)}
+    unknown = sorted({*data, *(f"phases.{name}" for name in phases if isinstance(phases, dict))} - known)
+    if unknown:
+        raise UsageError(f"{path} is not a valid file of measured steps: '{unknown[0]}' is not a known key.")
     steps = validate(_STEPS, data, path, "file of measured steps")
     try:
         _POSITIVE.validate_python(steps.seconds)

@@ -13,7 +13,8 @@ from autoplan.profile.torch_bench import TorchBench
 SHORT = [
     Operation("launch", 4.0, "float32", (1,)),
     *(Operation("matmul", 2.0 * n**3, "float32", (n, n, n), layout) for n, layout in ((64, "nn"), (128, "nt"), (160, "tn"))),
-    *(Operation(kind, f * 4 * 2 * 64 * 64**2 / 2, "float32", (2, 64, 64)) for kind, f in (("attention", 1.0), ("attention_backward", 2.5))),
+    Operation("attention", 4.0 * 2 * 64 * 64**2 / 2, "float32", (2, 64, 64)),
+    Operation("attention_backward", 10.0 * 2 * 64 * 64**2 / 2, "float32", (2, 64, 64)),
     *(Operation(kind, 2.0**18, "float32") for kind in ("add", "gelu", "layer_norm", "softmax", "sum", "optimizer")),
     *(
         Operation(kind, size, "float32", (), "", 2)

@@ -1,0 +1,1 @@
+"""(Plan, HardwareProfile, measured steps) -> a HardwareProfile that would have predicted them."""
