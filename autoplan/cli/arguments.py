@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from autoplan.cli.talk import say
 from autoplan.errors import UsageError
 
 Model = Annotated[
@@ -33,6 +34,17 @@ def hardware_completions(incomplete: str) -> list[str]:
     from autoplan.profile.catalog import hardware_names
 
     return [name for name in hardware_names() if name.startswith(incomplete)]
+
+
+def hardware_here(name: str | None) -> str | None:
+    """The name that --hardware gives; for "auto" that of what is found on this machine, which is said."""
+    from autoplan.profile.catalog import AUTO, detected
+
+    if name != AUTO:
+        return name
+    choice = detected()
+    say("hardware", f"{choice.name} ({choice.reason})")
+    return choice.name
 
 
 def share(text: str) -> float:

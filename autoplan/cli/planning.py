@@ -34,7 +34,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="A profile of `autoplan hardware`, or a YAML file.",
+            help="A profile of `autoplan hardware`, a YAML file, or auto: what this machine has.",
             autocompletion=arguments.hardware_completions,
         ),
     ] = None,
@@ -58,6 +58,7 @@ def plan(
     """Find the fastest way to train MODEL on so many GPUs; write the plan and its report. Needs no GPU."""
     headroom, model_kwargs = arguments.share(memory_headroom), arguments.settings(settings)
     outputs.check((output, report), force)
+    hardware = arguments.hardware_here(hardware)
     from autoplan import api
 
     axes = {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}

@@ -17,6 +17,7 @@ from autoplan.errors import UsageError
 from autoplan.units import SECOND, parse
 
 if TYPE_CHECKING:
+    from autoplan.hardware import HardwareProfile
     from autoplan.profile.session import Step, Tell
 
 
@@ -68,13 +69,12 @@ def _profile(output: str, seconds: float, dtypes: tuple[str, ...], links: str | 
     """On every rank: measure; the first one writes."""
     talk.volume.quiet = quiet
     from autoplan.files.hardware import dump_hardware
-    from autoplan.profile.catalog import find_hardware
     from autoplan.profile.measure import finished, measure
     from autoplan.report import measured
 
     path = Path(output)
     with _bar() as tell:
-        found = measure(path, seconds, dtypes, find_hardware(links) if links else None, tell)
+        found = measure(path, seconds, dtypes, _borrowed(links), tell)
     if os.environ.get("RANK", "0") != "0":
         return
     page = path.with_suffix(".html")
@@ -84,6 +84,24 @@ def _profile(output: str, seconds: float, dtypes: tuple[str, ...], links: str | 
     finished(path)
     talk.show(measured.summary(found.profile, found.residuals))
     talk.say("wrote", f"{path} and {page}")
+
+
+def _borrowed(links: str | None) -> HardwareProfile | None:
+    """Whose links one GPU alone takes: by default the shipped profile's of the same card, if there is one."""
+    from autoplan.profile.catalog import find_hardware
+    from autoplan.profile.detect import choose, gpus
+
+    if links is not None:
+        return find_hardware(links)
+    found = gpus() if os.environ.get("WORLD_SIZE", "1") == "1" else None
+    if found is None or found.count > 1:
+        return None
+    from autoplan import api
+
+    try:
+        return find_hardware(choose(found, [find_hardware(name) for name in api.hardware_names()]).name)
+    except UsageError:
+        return None
 
 
 @contextmanager

@@ -9,9 +9,13 @@ from autoplan.errors import UsageError
 from autoplan.files.document import did_you_mean
 from autoplan.files.hardware import load_hardware
 from autoplan.hardware import HardwareProfile
+from autoplan.profile.detect import Choice, choose, gpus
 
 DEFAULT_HARDWARE = "h100-sxm-8x"
 """What is planned for when nothing is said."""
+
+AUTO = "auto"
+"""The name that stands for what this machine has."""
 
 _SUFFIXES = (".yaml", ".yml")
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -25,7 +29,8 @@ def hardware_names() -> list[str]:
 def find_hardware(name_or_path: str) -> HardwareProfile:
     """The profile of that name, or in that file. Raises `UsageError` when there is none, or it is broken.
 
-    A file wins over a name; the user's own `./hwprofiles` wins over the profiles that autoplan brings.
+    A file wins over a name; the user's own `./hwprofiles` wins over the profiles that autoplan brings. "auto" is the profile
+    of this machine.
     """
     path = Path(name_or_path)
     if path.suffix in _SUFFIXES or _is_file(path):
@@ -35,9 +40,16 @@ def find_hardware(name_or_path: str) -> HardwareProfile:
             candidate = folder / f"{name_or_path}{suffix}"
             if candidate.parent == folder and _is_file(candidate):
                 return load_hardware(candidate)
+    if name_or_path == AUTO:
+        return find_hardware(detected().name)
     names = hardware_names()
     hint = did_you_mean(name_or_path, names) or f"There are {', '.join(names) or 'none'}; or give a path to a .yaml file."
     raise UsageError(f"no hardware profile '{name_or_path[:80]}'.", hint)
+
+
+def detected() -> Choice:
+    """The profile that fits this machine's GPUs, or its CPU when it has none. Raises `UsageError` when none fits."""
+    return choose(gpus(), [find_hardware(name) for name in hardware_names()])
 
 
 def _folders() -> Iterator[Path]:

@@ -41,7 +41,7 @@ def run(output: str, dies_after: int | None) -> None:
     TorchBench.times = dying  # type: ignore[assignment,method-assign]
     from autoplan.profile import session
 
-    session.TOO_NOISY = 1e9  # tests run on busy machines
+    session.NOISY = session.TOO_NOISY = 1e9  # tests run on busy machines
     found = measure.measure(Path(output), 1.0)
     if os.environ["RANK"] == "0":
         Path(output).write_text("\n".join(str(m.operation) for m in found.measurements))
