@@ -39,6 +39,20 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """The axes of a mesh, outermost first."""
 
 
+class Within(NamedTuple):
+    """The axes whose devices share the work of one micro-batch on one stage."""
+
+    tp: int = 1
+    cp: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.tp * self.cp
+
+    def __str__(self) -> str:
+        return " x ".join(f"{axis} {size}" for axis, size in (("cp", self.cp), ("tp", self.tp)) if size > 1) or "1 device"
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Mesh:
     """Devices by axis, outermost first: neighbours in `tp` are neighbours in the machine."""
@@ -53,6 +67,10 @@ class Mesh:
     def dp(self) -> int:
         """Over how many groups of devices the batch is split."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def within(self) -> Within:
+        return Within(self.tp, self.cp)
 
     @property
     def shards(self) -> int:

@@ -14,6 +14,7 @@ import torch
 import autoplan
 from autoplan.apply import ParallelModel, apply
 from autoplan.apply.checkpoint import full
+from autoplan.cost.context import context_inputs
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.plan import Plan
 from autoplan.schedule import ScheduleKind
@@ -63,6 +64,8 @@ CASES: dict[int, dict[str, Case]] = {
         "tp": Case(Mesh(tp=2), 8),
         "tp + sp": Case(Mesh(tp=2), 8, SEQUENCE),
         "tp + sp, recompute": Case(Mesh(tp=2), 4, SEQUENCE, "full"),
+        "cp": Case(Mesh(cp=2), 4),
+        "cp, zero 1, recompute": Case(Mesh(cp=2), 1, recompute="full", zero=1),
     },
     4: {
         "hsdp": Case(Mesh(dp_replicate=2, dp_shard=2), 2),
@@ -70,6 +73,8 @@ CASES: dict[int, dict[str, Case]] = {
         "tp x fsdp": Case(Mesh(dp_shard=2, tp=2), 4),
         "tp + sp x fsdp, recompute": Case(Mesh(dp_shard=2, tp=2), 2, SEQUENCE, "full"),
         "tp + sp x dp": Case(Mesh(dp_replicate=2, tp=2), 4, SEQUENCE),
+        "cp x fsdp": Case(Mesh(dp_shard=2, cp=2), 2),
+        "cp x dp": Case(Mesh(dp_replicate=2, cp=2), 2, recompute="full"),
     },
 }
 PIPELINES: dict[int, dict[str, Case]] = {
@@ -89,6 +94,7 @@ PIPELINES: dict[int, dict[str, Case]] = {
         "zero 1, interleaved": Case(Mesh(pp=2, dp_shard=2), 1, zero=1, schedule="interleaved-1f1b", chunks=2),
         "fsdp, interleaved, recompute": Case(Mesh(pp=2, dp_shard=2), 1, REPLICATE, "full", 3, "interleaved-1f1b", 2),
         "dp": Case(Mesh(pp=2, dp_replicate=2), 1),
+        "cp": Case(Mesh(pp=2, cp=2), 2, recompute="full"),
         "tp": Case(Mesh(pp=2, tp=2), 2),
         "tp + sp": Case(Mesh(pp=2, tp=2), 2, SEQUENCE),
         "tp + sp, interleaved, recompute": Case(Mesh(pp=2, tp=2), 2, SEQUENCE, "full", 3, "interleaved-1f1b", 2),
@@ -117,7 +123,7 @@ def plan_of(name: str, case: Case) -> Plan:
     known = tables(name, case.mesh.pp > 1)
     chosen = {}
     for g in known.classes:
-        shardings = known.shardings(g, case.mesh.tp, case.micro_batch, case.stream)
+        shardings = known.shardings(g, case.mesh.within, case.micro_batch, case.stream)
         assert shardings, "the planner has no plan for this"
         chosen[g] = max(shardings, key=lambda sharding: sum(layout.sharded for _, layout in sharding.parameters))
         assert chosen[g].stream == case.stream
@@ -127,7 +133,8 @@ def plan_of(name: str, case: Case) -> Plan:
         layers, chosen[OUTER], case.mesh, micro_batch=case.micro_batch, batch=BATCH, recompute=case.recompute, zero=case.zero,
         schedule=case.schedule, chunks=case.chunks, cuts=case.cuts,
     )  # fmt: skip
-    return replace(plan, tied=known.graph.tied)
+    context = context_inputs(known.graph) if case.mesh.cp > 1 else ()
+    return replace(plan, tied=known.graph.tied, context=context)
 
 
 def optimizer(parameters: Any) -> torch.optim.Optimizer:

@@ -35,19 +35,33 @@ def is_context(mesh: DeviceMesh) -> bool:
 
 
 def cut_inputs(model: nn.Module, dims: dict[str, int], mesh: DeviceMesh) -> None:
-    """Have `model.forward` see its inputs named in `dims` cut along those dims."""
+    """Have `model.forward` see its inputs named in `dims` cut along those dims. A name is as the graph's: "ids", "batch.ids",
+    or several joined by "," when one tensor is passed several times."""
     forward = model.forward
     names = list(inspect.signature(forward).parameters)
+    places = [(place.split("."), dim) for leaf, dim in dims.items() for place in leaf.split(",")]
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        given = [_cut(value, dims[name], name, mesh) if name in dims else value for name, value in zip(names, args, strict=False)]
-        named = {name: _cut(value, dims[name], name, mesh) if name in dims else value for name, value in kwargs.items()}
-        return forward(*given, *args[len(given) :], **named)
+        given = dict(zip(names, args, strict=False))
+        for (first, *rest), dim in places:
+            for found in (given, kwargs):
+                if first in found:
+                    found[first] = _cut(found[first], rest, dim, first, mesh)
+        return forward(*given.values(), *args[len(given) :], **kwargs)
 
     model.forward = wrapped
 
 
-def _cut(value: Any, dim: int, name: str, mesh: DeviceMesh) -> Any:
+def _cut(value: Any, path: list[str], dim: int, name: str, mesh: DeviceMesh) -> Any:
+    """`value` with the tensor at `path` in it cut; the caller's containers stay as they are."""
+    if path:
+        key, *rest = path
+        if isinstance(value, dict):
+            return {**value, key: _cut(value[key], rest, dim, f"{name}.{key}", mesh)} if key in value else value
+        if isinstance(value, tuple | list):
+            items = [_cut(item, rest, dim, f"{name}.{key}", mesh) if str(i) == key else item for i, item in enumerate(value)]
+            return type(value)(items)
+        raise UsageError(f"input '{name}' is a {type(value).__name__}, in which '{key}' can't be cut.", "Pass tensors or dicts.")
     if not isinstance(value, torch.Tensor) or isinstance(value, DTensor):
         return value
     if value.ndim <= dim or value.shape[dim] % mesh.size():

@@ -42,6 +42,7 @@ def plan(
     pp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh; 1: no pipeline.")] = None,
     dp_replicate: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
     dp_shard: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
+    cp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh; 1: sequences stay whole.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
     memory_headroom: Annotated[
         str, typer.Option(metavar="SHARE", help="Share of each device's memory to keep free: 10%.")
@@ -61,7 +62,7 @@ def plan(
     hardware = arguments.hardware_here(hardware)
     from autoplan import api
 
-    axes = {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
+    axes = {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "tp": tp}
     wishes: dict[str, Any] = {"hardware": hardware} if hardware is not None else {}
     started = perf_counter()
     with talk.progress() as on_progress:

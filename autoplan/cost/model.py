@@ -57,11 +57,11 @@ class CostModel:
     def __init__(self, graph: Graph, hardware: HardwareProfile, workload: Workload) -> None:
         self.graph, self.hardware, self.workload = graph, hardware, workload
         hardware.device.peak_of(workload.compute_dtype)  # a profile without this dtype is the user's error, told early
-        self._models: dict[tuple[int, int, int], LayerModel] = {}
-        self._costs: dict[tuple[int, int, int, Sharding], LayerCost] = {}
-        self._parts: dict[tuple[tuple[int, ...], int, int, Sharding], LayerCost] = {}
+        self._models: dict[tuple[int, int, int, int], LayerModel] = {}
+        self._costs: dict[tuple[int, int, int, int, Sharding], LayerCost] = {}
+        self._parts: dict[tuple[tuple[int, ...], int, int, int, Sharding], LayerCost] = {}
         self._dp: dict[Hashable, DataParallel] = {}
-        self._passed: dict[tuple[int, int], Bytes] = {}
+        self._passed: dict[tuple[int, float], Bytes] = {}
         self.outer = OuterParts(graph)
 
     def with_batch(self, global_batch: int) -> CostModel:
@@ -70,9 +70,9 @@ class CostModel:
         other.workload = replace(self.workload, global_batch=global_batch)
         return other
 
-    def layer_model(self, body: int, tp: int, micro_batch: int) -> LayerModel:
+    def layer_model(self, body: int, tp: int, micro_batch: int, cp: int = 1) -> LayerModel:
         """The table of prices of a body (an index, or OUTER)."""
-        key = (body, tp, micro_batch)
+        key = (body, tp, micro_batch, cp)
         if key not in self._models:
             graph = self.graph
             blocks = tuple((block.name, block.body) for block in graph.blocks)
@@ -84,14 +84,15 @@ class CostModel:
                 micro_batch=micro_batch,
                 hardware=self.hardware,
                 dtype=self.workload.compute_dtype,
+                cp=cp,
             )
         return self._models[key]
 
-    def layer_cost(self, body: int, sharding: Sharding, tp: int, micro_batch: int) -> LayerCost:
+    def layer_cost(self, body: int, sharding: Sharding, tp: int, micro_batch: int, cp: int = 1) -> LayerCost:
         """Cost of one layer for one micro-batch. Raises `UsageError` when the sharding is not legal for it."""
-        key = (body, tp, micro_batch, sharding)
+        key = (body, tp, micro_batch, cp, sharding)
         if key not in self._costs:
-            self._costs[key] = layer_cost(self.layer_model(body, tp, micro_batch), sharding)
+            self._costs[key] = layer_cost(self.layer_model(body, tp, micro_batch, cp), sharding)
         return self._costs[key]
 
     def micro_batches(self, mesh: Mesh, micro_batch: int) -> int:
@@ -105,23 +106,23 @@ class CostModel:
 
     def layer_step(self, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int) -> LayerStep:
         """One layer's share of a step; OUTER: all that stands outside the layers."""
-        key = (body, mesh.tp, micro_batch, strategy.sharding)
-        cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch)
+        key = (body, mesh.tp, micro_batch, mesh.cp, strategy.sharding)
+        cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp)
         return self._step(key, cost, strategy, mesh, micro_batch, outer=body == OUTER)
 
     def outer_step(self, regions: tuple[int, ...], strategy: Strategy, mesh: Mesh, micro_batch: int) -> LayerStep:
         """The share of some regions of the outer body, see cost.outer."""
         if len(regions) == len(self.outer.busy):
             return self.layer_step(OUTER, strategy, mesh, micro_batch)
-        key = (regions, mesh.tp, micro_batch, strategy.sharding)
-        return self._step(
-            key, self._part(regions, strategy.sharding, mesh.tp, micro_batch), strategy, mesh, micro_batch, outer=True
-        )
+        key = (regions, mesh.tp, micro_batch, mesh.cp, strategy.sharding)
+        cost = self._part(regions, strategy.sharding, mesh, micro_batch)
+        return self._step(key, cost, strategy, mesh, micro_batch, outer=True)
 
-    def _part(self, regions: tuple[int, ...], sharding: Sharding, tp: int, micro_batch: int) -> LayerCost:
-        key = (regions, tp, micro_batch, sharding)
+    def _part(self, regions: tuple[int, ...], sharding: Sharding, mesh: Mesh, micro_batch: int) -> LayerCost:
+        key = (regions, mesh.tp, micro_batch, mesh.cp, sharding)
         if key not in self._parts:
-            self._parts[key] = self.outer.cost(self.layer_model(OUTER, tp, micro_batch), sharding, regions)
+            model = self.layer_model(OUTER, mesh.tp, micro_batch, mesh.cp)
+            self._parts[key] = self.outer.cost(model, sharding, regions)
         return self._parts[key]
 
     def ideal_step(
@@ -129,19 +130,19 @@ class CostModel:
     ) -> LayerStep:
         """`layer_step`, or `outer_step` of some regions, with dp axes that cost nothing (cost.step.ideal_data_parallel)."""
         if regions is None or len(regions) == len(self.outer.busy):
-            cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch)
+            cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp)
         else:
-            cost = self._part(regions, strategy.sharding, mesh.tp, micro_batch)
+            cost = self._part(regions, strategy.sharding, mesh, micro_batch)
         dp, again = ideal_data_parallel(cost, mesh), strategy.recompute == "full"
         return layer_step(cost, dp, 3, again, 1, self.hardware, self.workload, outer=body == OUTER)
 
     def _step(
         self, key: Hashable, cost: LayerCost, strategy: Strategy, mesh: Mesh, micro_batch: int, *, outer: bool
     ) -> LayerStep:
-        of = (key, mesh.dp_replicate, mesh.dp_shard)
+        of = (key, mesh.dp_replicate, mesh.dp_shard)  # cp is in the key
         if of not in self._dp:
             self._dp[of] = data_parallel(cost, mesh, self.hardware, self.workload)
-        zero: Zero = strategy.zero if mesh.dp_shard > 1 else 3
+        zero: Zero = strategy.zero if mesh.shards > 1 else 3
         again = strategy.recompute == "full"
         m = self.micro_batches(mesh, micro_batch)
         return layer_step(cost, self._dp[of], zero, again, m, self.hardware, self.workload, outer=outer)
@@ -150,19 +151,19 @@ class CostModel:
         """Most bytes that a rank passes on to the next stage for one micro-batch, at any cut."""
         if mesh.pp == 1:
             return 0.0
-        key = (mesh.tp if stream.sharded else 1, micro_batch)
+        key = (mesh.tp if stream.sharded else 1, micro_batch / mesh.cp)
         if key not in self._passed:
             self._passed[key] = max((self._size(values, *key) for values in self.outer.crossing), default=0.0)
         return self._passed[key]
 
-    def _size(self, values: Sequence[Value], cut: int, micro_batch: int) -> Bytes:
+    def _size(self, values: Sequence[Value], cut: int, samples: float) -> Bytes:
         streams = self.outer.from_blocks
-        return sum(v.bytes_at(micro_batch) / (cut if v.requires_grad and v.id in streams else 1) for v in values)
+        return sum(v.bytes_at(samples) / (cut if v.requires_grad and v.id in streams else 1) for v in values)
 
     def hop(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Seconds:
         """Seconds of passing one micro-batch's activations, or their gradients, to the neighbouring stage."""
         size = self.passed(mesh, micro_batch, stream)
-        return collective_time("send_recv", size, 2, mesh.dp * mesh.tp, self.hardware) if mesh.pp > 1 else 0.0
+        return collective_time("send_recv", size, 2, mesh.dp * mesh.cp * mesh.tp, self.hardware) if mesh.pp > 1 else 0.0
 
     def passing(self, mesh: Mesh, micro_batch: int, stream: Layout, cut: Cut) -> tuple[Bytes, ...]:
         """Bytes for what passes between stages, by pipeline rank: of every virtual stage but the last what it has sent, until

@@ -1,13 +1,14 @@
 """What one operation, one border and one parameter of a layer cost on one device: the table that everything is added up from.
 
-For an operation `o` on `n` devices of the `tp` axis,
+For an operation `o` of `micro_batch / cp` samples (a cp group shares the positions of each) on `n` devices of the `tp` axis,
 
     seconds = kernel_time(flops_o / s_o, bytes_o * q_o)      s_o = n if the operation is sharded, else 1; a causal kernel
                                                              skips half of the products
                                                              q_o = local / global bytes of its operands
 
-(`LayerModel.op`); a border costs the collectives of `autoplan.strategy`'s table (`.border`), a GATHERED parameter one
-all_reduce of its gradient (`.parameter_sync`).
+(`LayerModel.op`), and for attention an all_to_all over cp of every operand, forward and backward; a border costs the
+collectives of `autoplan.strategy`'s table (`.border`), a GATHERED parameter one all_reduce of its gradient
+(`.parameter_sync`).
 """
 
 from __future__ import annotations
@@ -67,9 +68,11 @@ class LayerModel:
     """The prices of one body at one tp degree and micro-batch."""
 
     def __init__(self, body: Body, bodies: tuple[Body, ...], blocks: tuple[tuple[str, int], ...], *, tp: int, micro_batch: int,
-                 hardware: HardwareProfile, dtype: str) -> None:  # fmt: skip
+                 hardware: HardwareProfile, dtype: str, cp: int = 1) -> None:  # fmt: skip
         self.body, self.bodies, self.blocks = body, bodies, blocks
-        self.tp, self.micro_batch, self.hardware, self.dtype = tp, micro_batch, hardware, dtype
+        self.tp, self.cp, self.hardware, self.dtype = tp, cp, hardware, dtype
+        self.samples = micro_batch / cp
+        """Samples' worth of work: a device of a cp group has a part of the sequence of each."""
         self._op_costs: dict[tuple[int, tuple[Layout, ...], tuple[Layout, ...]], OpCost] = {}
         self._border_costs: dict[tuple[int, Layout, Layout], tuple[Seconds, Seconds]] = {}
 
@@ -92,7 +95,7 @@ class LayerModel:
         return packings(self.body)
 
     def local_bytes(self, value: Value, layout: Layout) -> Bytes:
-        return value.bytes_at(self.micro_batch) / (self.tp if layout.sharded else 1)
+        return value.bytes_at(self.samples) / (self.tp if layout.sharded else 1)
 
     def op(self, index: int, outcome: Outcome) -> OpCost:
         """Price of running operation `index` as `outcome` says."""
@@ -102,7 +105,7 @@ class LayerModel:
         return self._op_costs[key]
 
     def _price(self, op: Op, outcome: Outcome) -> OpCost:
-        batch = self.micro_batch
+        batch = self.samples
         share = (self.tp if outcome.sharded else 1) * (2 if op.causal else 1)  # a causal kernel skips half of the products
         operands = [
             (self.body.values[i], layout)
@@ -122,14 +125,21 @@ class LayerModel:
             rows = self.body.values[op.inputs[0]].shape[0] * batch
             statistic = rows * DTYPE_BYTES["float32"]
             tp_forward = self._collective("all_reduce", statistic) + self._collective("all_reduce", 2 * statistic)
+        exchanged = self._exchanged(operands) if op.kind == "attention" else 0.0
         return OpCost(
             forward,
             backward,
-            tp_forward,
-            0.0,
+            tp_forward + exchanged,
+            exchanged,
             op.saved_extra.at(batch) / (self.tp if outcome.sharded else 1),
             self._temporary(op, outcome),
         )
+
+    def _exchanged(self, operands: list[tuple[Value, Layout]]) -> Seconds:
+        """Seconds of one pass of exchanging queries, keys and values, or their gradients, for heads over cp, and the result
+        back (`apply.context_parallel`)."""
+        sizes = (self.local_bytes(value, layout) * self.cp for value, layout in operands if value.requires_grad)
+        return sum(collective_time("all_to_all", size, self.cp, self.tp, self.hardware) for size in sizes)
 
     def _temporary(self, op: Op, outcome: Outcome) -> Bytes:
         """Gradients of inputs and outputs meet in the backward pass of an operation; a vocabulary-sharded embedding makes
@@ -143,7 +153,7 @@ class LayerModel:
         )
         if op.kind == "cross_entropy" and not outcome.sharded:
             # softmax and its gradient in float32, both of the logits' shape; the vocabulary-parallel form works in place
-            gradients = max(gradients, 2 * prod(self.body.values[op.inputs[0]].shape) * self.micro_batch * DTYPE_BYTES["float32"])
+            gradients = max(gradients, 2 * prod(self.body.values[op.inputs[0]].shape) * self.samples * DTYPE_BYTES["float32"])
         if op.kind == "embedding" and outcome.sharded:
             table = self.body.values[op.inputs[1]]
             gradients += prod(table.shape) * DTYPE_BYTES[self.dtype]
@@ -156,7 +166,7 @@ class LayerModel:
         key = (value.id, source, target)
         if key not in self._border_costs:
             pair = BORDER_COLLECTIVES[source.kind, target.kind]
-            size = value.bytes_at(self.micro_batch)
+            size = value.bytes_at(self.samples)
             forward, backward = (self._collective(kind, size) if kind else 0.0 for kind in pair)
             self._border_costs[key] = forward, backward
         return self._border_costs[key]

@@ -250,12 +250,12 @@ def _view(
     if x in (GATHERED, PARTIAL):
         yield Outcome((x,), (x,), False)
     elif x.sharded:
-        target = _through_view(values[0], results[0], x)
+        target = through_view(values[0], results[0], x)
         if target is not None:
             yield Outcome((x,), (target,), True)
 
 
-def _through_view(source: Value, result: Value, layout: Layout) -> Layout | None:
+def through_view(source: Value, result: Value, layout: Layout) -> Layout | None:
     """The sharded dim must lead its group of dims: the devices' parts are then whole pieces of the result too."""
     for before, after in _groups(_full_shape(source), _full_shape(result)):
         if layout.dim not in before:

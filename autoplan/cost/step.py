@@ -3,7 +3,7 @@
 For a layer (cost.layer) with forward `F = forward + tp_forward`, recomputed forward `R = F` if the layer is recomputed,
 backward `B = backward + tp_backward + R`, and
 
-    g  all_gather of its parameters over dp_shard, in the compute dtype
+    g  all_gather of its parameters over dp_shard (and cp), in the compute dtype
     r  reduce_scatter of its gradients over dp_shard, in the reduce dtype
     a  all_reduce of its gradient shards over dp_replicate, once a step
     e(c, q) = max(0, q - c) + overlap min(c, q)        what communication of q seconds beside c seconds of computation costs
@@ -134,13 +134,13 @@ def data_parallel(cost: LayerCost, mesh: Mesh, hardware: HardwareProfile, load: 
     and of the optimizer."""
     whole = sum(p.numel(1) for p in cost.parameters)
     whole_trainable = sum(p.numel(1) for p in cost.parameters if p.trainable)
-    numel = sum(p.numel(mesh.dp_shard) for p in cost.parameters)
-    trainable = sum(p.numel(mesh.dp_shard) for p in cost.parameters if p.trainable)
+    numel = sum(p.numel(mesh.shards) for p in cost.parameters)
+    trainable = sum(p.numel(mesh.shards) for p in cost.parameters if p.trainable)
     reduced = whole_trainable * DTYPE_BYTES[load.reduce_dtype]
     return DataParallel(
-        collective_time("all_gather", whole * DTYPE_BYTES[load.compute_dtype], mesh.dp_shard, mesh.tp, hardware),
-        collective_time("reduce_scatter", reduced, mesh.dp_shard, mesh.tp, hardware),
-        collective_time("all_reduce", reduced / mesh.dp_shard, mesh.dp_replicate, mesh.tp * mesh.dp_shard, hardware),
+        collective_time("all_gather", whole * DTYPE_BYTES[load.compute_dtype], mesh.shards, mesh.tp, hardware),
+        collective_time("reduce_scatter", reduced, mesh.shards, mesh.tp, hardware),
+        collective_time("all_reduce", reduced / mesh.shards, mesh.dp_replicate, mesh.tp * mesh.shards, hardware),
         optimizer_time(trainable * DTYPE_BYTES[load.param_dtype], OPTIMIZER_STATES[load.optimizer], hardware.device),
         numel,
         trainable,
@@ -151,8 +151,8 @@ def data_parallel(cost: LayerCost, mesh: Mesh, hardware: HardwareProfile, load: 
 
 def ideal_data_parallel(cost: LayerCost, mesh: Mesh) -> DataParallel:
     """No dp axes are better: they take no time, and cut all states; gathered parameters take no room."""
-    numel = sum(p.numel(mesh.dp) for p in cost.parameters)
-    trainable = sum(p.numel(mesh.dp) for p in cost.parameters if p.trainable)
+    numel = sum(p.numel(mesh.dp * mesh.cp) for p in cost.parameters)
+    trainable = sum(p.numel(mesh.dp * mesh.cp) for p in cost.parameters if p.trainable)
     return DataParallel(0.0, 0.0, 0.0, 0.0, numel, trainable, 0.0, 0.0)
 
 

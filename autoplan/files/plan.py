@@ -96,6 +96,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "outer": plan.outer,
         "layers": [{ranges(run.layers): run.strategy} for run in plan.runs],
         "strategies": {name: _strategy_document(strategy) for name, strategy in plan.strategies},
+        **({"context": dict(plan.context)} if plan.context else {}),
         **({"tied": [list(group) for group in plan.tied]} if plan.tied else {}),
         "memory_limit": exact(plan.memory_limit, BYTE),
         "prediction": _prediction_document(plan.prediction),
@@ -187,6 +188,7 @@ def _plan(data: PlanDocument) -> Plan:
         outer=data.outer,
         runs=runs,
         pipeline=_pipeline(data.pipeline) if data.pipeline else None,
+        context=tuple(data.context.items()),
         tied=tuple(tuple(group) for group in data.tied),
         memory_limit=data.memory_limit,
         prediction=prediction,
@@ -247,6 +249,10 @@ def _check(plan: Plan) -> None:
         sharded = any(layout.sharded for _, layout in strategy.sharding.parameters) or strategy.sharding.borders
         if sharded and mesh.tp == 1:
             raise UsageError(f"strategies.{name} shards over tp, but mesh.tp is 1.")
+    if mesh.cp > 1 and mesh.tp > 1:
+        raise UsageError(f"mesh: cp {mesh.cp} and tp {mesh.tp} can't be combined yet.", "Set one of them to 1.")
+    if mesh.cp > 1 and not plan.context:
+        raise UsageError(f"mesh.cp is {mesh.cp}, but no input is cut.", "Say which inputs and along which dim: context.")
 
 
 def _check_pipeline(plan: Plan, layers: list[str]) -> None:

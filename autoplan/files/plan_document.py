@@ -162,6 +162,7 @@ class PlanDocument(_Document):
     pipeline: PipelineDocument | None = None
     layers: list[dict[str, str]]
     strategies: dict[str, StrategyDocument]
+    context: dict[str, Annotated[int, Field(ge=0)]] = {}
     tied: list[list[str]] = []
     memory_limit: _Bytes
     prediction: PredictionDocument

@@ -18,7 +18,7 @@ from autoplan.cost.step import LayerStep, best_of
 from autoplan.graph import DTYPE_BYTES
 from autoplan.search.options import Column, Options, unbeaten_columns
 from autoplan.search.shardings import fastest_seconds, pareto_shardings, streams
-from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy, Zero
+from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy, Within, Zero
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES
 
@@ -65,10 +65,10 @@ class Tables:
         """Body -> number of layers."""
         for block in self.graph.blocks:
             self.classes[block.body] = self.classes.get(block.body, 0) + 1
-        self._shardings: dict[tuple[int, int, int, Layout], list[Sharding]] = {}
+        self._shardings: dict[tuple[int, Within, int, Layout], list[Sharding]] = {}
         self._priced: dict[tuple[Mesh, int, Layout], Priced | None] = {}
         self._ideal: dict[tuple[Mesh, int, Layout], Priced | None] = {}
-        self._fastest: dict[tuple[int, int, int, Layout], Seconds | None] = {}
+        self._fastest: dict[tuple[int, Within, int, Layout], Seconds | None] = {}
 
     def with_batch(self, global_batch: int) -> Tables:
         """The same tables for another global batch: shardings and layer costs do not depend on it."""
@@ -87,9 +87,9 @@ class Tables:
         own = [p for _, body in self.graph.members() for p in body.parameters if not p.buffer]
         return DTYPE_BYTES[load.param_dtype] * sum(p.numel * (trained if p.trainable else 1) for p in own)
 
-    def least_moment(self, tp: int, micro_batch: int) -> Bytes:
-        """No way to run a layer needs less while its backward pass runs: all that it saves, cut by tp."""
-        return max((body.saved.at(micro_batch) for body in self.graph.bodies), default=0.0) / tp
+    def least_moment(self, within: Within, micro_batch: int) -> Bytes:
+        """No way to run a layer needs less while its backward pass runs: all that it saves, cut by tp and cp."""
+        return max((body.saved.at(micro_batch / within.cp) for body in self.graph.bodies), default=0.0) / within.tp
 
     def streams(self, tp: int) -> list[Layout]:
         """The layouts in which activations may pass between all layers."""
@@ -101,17 +101,17 @@ class Tables:
         ]
         return streams(inputs, tp) if tp > 1 else [REPLICATE]
 
-    def shardings(self, g: int, tp: int, micro_batch: int, stream: Layout) -> list[Sharding]:
-        key = (g, tp, micro_batch, stream)
+    def shardings(self, g: int, within: Within, micro_batch: int, stream: Layout) -> list[Sharding]:
+        key = (g, within, micro_batch, stream)
         if key not in self._shardings:
-            self._shardings[key] = pareto_shardings(self.costs.layer_model(g, tp, micro_batch), stream)
+            self._shardings[key] = pareto_shardings(self.costs.layer_model(g, within.tp, micro_batch, within.cp), stream)
         return self._shardings[key]
 
-    def fastest(self, g: int, tp: int, micro_batch: int, stream: Layout) -> Seconds | None:
+    def fastest(self, g: int, within: Within, micro_batch: int, stream: Layout) -> Seconds | None:
         """Seconds of one layer and micro-batch at its fastest sharding; None when there is no legal one."""
-        key = (g, tp, micro_batch, stream)
+        key = (g, within, micro_batch, stream)
         if key not in self._fastest:
-            self._fastest[key] = fastest_seconds(self.costs.layer_model(g, tp, micro_batch), stream)
+            self._fastest[key] = fastest_seconds(self.costs.layer_model(g, within.tp, micro_batch, within.cp), stream)
         return self._fastest[key]
 
     def priced(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Priced | None:
@@ -138,7 +138,7 @@ class Tables:
             g: unbeaten_columns(
                 [
                     Column(strategy, self.costs.ideal_step(g, strategy, mesh, micro_batch))
-                    for sharding in self.shardings(g, mesh.tp, micro_batch, stream)
+                    for sharding in self.shardings(g, mesh.within, micro_batch, stream)
                     for strategy in (Strategy(sharding, again) for again in (("none",) if g == OUTER else ALL_RECOMPUTES))
                 ]
             )
@@ -146,7 +146,7 @@ class Tables:
         }
         if not all(columns.values()):
             return None
-        outers = self.shardings(OUTER, mesh.tp, micro_batch, stream) if mesh.pp > 1 else []
+        outers = self.shardings(OUTER, mesh.within, micro_batch, stream) if mesh.pp > 1 else []
         if mesh.pp > 1 and not outers:
             return None
         parts = {
@@ -174,8 +174,8 @@ class Tables:
 
     def _placeable(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Iterator[Sharding]:
         """FSDP cuts a packed parameter along dim 1, and only evenly."""
-        for sharding in self.shardings(g, mesh.tp, micro_batch, stream):
-            cost = self.costs.layer_cost(g, sharding, mesh.tp, micro_batch)
+        for sharding in self.shardings(g, mesh.within, micro_batch, stream):
+            cost = self.costs.layer_cost(g, sharding, mesh.tp, micro_batch, mesh.cp)
             if not any(p.fsdp_dim and p.shape[p.fsdp_dim] % mesh.shards for p in cost.parameters):
                 yield sharding
 

@@ -8,6 +8,7 @@ from math import inf
 from time import monotonic
 from typing import Literal
 
+from autoplan.cost.context import context_inputs
 from autoplan.cost.model import CostModel
 from autoplan.errors import SolverError
 from autoplan.graph import Graph
@@ -108,6 +109,7 @@ def written(
         outer=outer,
         runs=runs,
         pipeline=Pipeline(schedule=cut.schedule, chunks=cut.chunks, split_before=starts) if mesh.pp > 1 else None,
+        context=context_inputs(graph) if mesh.cp > 1 else (),
         tied=graph.tied,
         prediction=prediction,
         memory_limit=limit,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
+from autoplan.cost.context import Context
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
 from autoplan.plan import Candidate
@@ -18,8 +19,10 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def meshes(gpus: int, fixed: Mapping[str, int]) -> Iterator[Mesh]:
-    """Every way to arrange exactly `gpus` devices, with the axes in `fixed` as given.
+def meshes(gpus: int, fixed: Mapping[str, int], cps: Sequence[int] = (1,)) -> Iterator[Mesh]:
+    """Every way to arrange exactly `gpus` devices, with the axes in `fixed` as given and cp one of `cps`.
+
+    cp and tp are not combined: nothing runs them together yet.
 
     Raises `UsageError` when an axis is unknown or its size does not divide `gpus`.
     """
@@ -34,12 +37,15 @@ def meshes(gpus: int, fixed: Mapping[str, int]) -> Iterator[Mesh]:
         mesh
         for pp, dp_replicate, dp_shard in product(divisors(gpus), repeat=3)
         if gpus % (pp * dp_replicate * dp_shard) == 0
-        for mesh in [Mesh(pp, dp_replicate, dp_shard, gpus // (pp * dp_replicate * dp_shard))]
+        for rest in [gpus // (pp * dp_replicate * dp_shard)]
+        for cp, tp in {(1, rest), (rest, 1)}
+        for mesh in [Mesh(pp, dp_replicate, dp_shard, cp, tp)]
         if all(getattr(mesh, axis) == size for axis, size in fixed.items())
     ]
+    legal = sorted(mesh for mesh in found if mesh.cp in cps)
     if not found:
         raise UsageError(f"{' x '.join(f'{axis} {size}' for axis, size in fixed.items())} does not make {gpus} devices.")
-    yield from found
+    yield from legal
 
 
 def check_parameters(graph: Graph) -> None:
@@ -93,6 +99,17 @@ def unstageable(mesh: Mesh, graph: Graph, order: Sequence[int]) -> Candidate | N
     else:
         return None
     return Candidate(mesh=mesh, micro_batch=1, status="illegal", reason=reason)
+
+
+def uncut(gpus: int, fixed: Mapping[str, int], context: Context) -> tuple[list[int], list[Candidate]]:
+    """The sizes of cp that the model can be cut into, and the candidate of the first that it can't."""
+    sizes = [size for size in divisors(gpus) if size == fixed.get("cp", size)]
+    refused = [size for size in sizes if context.refusal(size, 1)]
+    told = [
+        Candidate(mesh=Mesh(dp_shard=gpus // cp, cp=cp), micro_batch=1, status="illegal", reason=context.refusal(cp, 1))
+        for cp in refused[:1]
+    ]
+    return [size for size in sizes if size not in refused], told
 
 
 def unplaceable(mesh: Mesh, micro_batch: int) -> Candidate:

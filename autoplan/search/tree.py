@@ -1,8 +1,8 @@
 """Best-first branch and bound over meshes, micro-batches and schedules.
 
-A *family* is a tp degree with a layout in which activations pass between layers; it splits into *groups*, one a micro-batch,
-a group into *shapes*, one a number of stages and a schedule, and a shape into *stagings*, one a mesh and outer strategy. Each
-has a lower bound on the step that is valid for everything in it:
+A *family* is a size of tp and of cp with a layout in which activations pass between layers; it splits into *groups*, one a
+micro-batch, a group into *shapes*, one a number of stages and a schedule, and a shape into *stagings*, one a mesh and outer
+strategy. Each has a lower bound on the step that is valid for everything in it:
 
     family, group   (m / pp) sum_g N_g fastest_seconds(g)          forward and backward of the fastest sharding of every layer;
                                                                    memory, bubble and the data-parallel axes ignored. m / pp is
@@ -26,15 +26,16 @@ from heapq import heappop, heappush
 from math import inf
 from time import monotonic
 
+from autoplan.cost.context import Context
 from autoplan.plan import Baseline, Candidate
 from autoplan.schedule import ScheduleKind, exposed_hops
 from autoplan.search.baselines import baselines
 from autoplan.search.candidates import best_of_each, out_of_memory, rank, slower, told, too_big
 from autoplan.search.columns import Tables
 from autoplan.search.ilp import UnsolvedError
-from autoplan.search.space import indivisible, meshes, micro_batches, schedules, unplaceable, unstageable
+from autoplan.search.space import indivisible, meshes, micro_batches, schedules, uncut, unplaceable, unstageable
 from autoplan.search.stages import Solution, Staging
-from autoplan.strategy import Layout, Mesh
+from autoplan.strategy import Layout, Mesh, Within
 from autoplan.units import Bytes, Seconds
 
 
@@ -65,17 +66,17 @@ ATTEMPTS = 24
 
 @dataclass(frozen=True)
 class _Family:
-    """All meshes and micro-batches of one tp degree and stream layout."""
+    """All meshes and micro-batches of one size of tp and cp, and stream layout."""
 
-    tp: int
+    within: Within
     stream: Layout
 
 
 @dataclass(frozen=True)
 class _Group:
-    """All meshes of one tp degree, stream layout and micro-batch."""
+    """All meshes of one size of tp and cp, stream layout and micro-batch."""
 
-    tp: int
+    within: Within
     stream: Layout
     micro_batch: int
 
@@ -84,7 +85,7 @@ class _Group:
 class _Shape:
     """... of one number of stages and one schedule."""
 
-    tp: int
+    within: Within
     stream: Layout
     micro_batch: int
     pp: int
@@ -117,8 +118,8 @@ class Tree:
     ) -> None:
         self.tables, self.gpus, self.limit, self.gap = tables, gpus, limit, gap
         self.deadline, self.tell = deadline, tell
-        self.meshes: dict[tuple[int, int], list[Mesh]] = {}
-        """By (tp, pp)."""
+        self.meshes: dict[tuple[Within, int], list[Mesh]] = {}
+        """By (tp and cp, pp)."""
         self.refused: list[Candidate] = []
         self.stagings: list[Staging] = []
         self.verdicts: list[Candidate] = []
@@ -135,23 +136,25 @@ class Tree:
         self.bounds: list[Seconds] = []
         self.open: list[tuple[Seconds, int, _Node]] = []
         self.pushed = 0
-        self._known_sizes: dict[tuple[int, int | None], list[int]] = {}
+        self._known_sizes: dict[tuple[Within, int | None], list[int]] = {}
         load, order = tables.costs.workload, tables.costs.outer.order
-        for mesh in meshes(gpus, fixed):
+        cps, uncuttable = uncut(gpus, fixed, Context(tables.graph))
+        self.refused += uncuttable
+        for mesh in meshes(gpus, fixed, cps):
             refused = unstageable(mesh, tables.graph, order)
             if refused is None and not micro_batches(mesh, load):
                 refused = indivisible(mesh, load)
             if refused is None:
-                self.meshes.setdefault((mesh.tp, mesh.pp), []).append(mesh)
+                self.meshes.setdefault((mesh.within, mesh.pp), []).append(mesh)
             else:
                 self.refused.append(refused)
 
     def run(self) -> bool:
         """Open nodes until the best solution is proven, or there is none; False when time ran out first."""
         self.baselines = baselines(self.tables, self.gpus, self.limit)
-        for tp in sorted({tp for tp, _ in self.meshes}):
-            for stream in self.tables.streams(tp):
-                self._push(self._least_seconds(tp, stream, self._sizes(tp)[-1]), _Family(tp, stream))
+        for within in sorted({within for within, _ in self.meshes}):
+            for stream in self.tables.streams(within.tp):
+                self._push(self._least_seconds(within, stream, self._sizes(within)[-1]), _Family(within, stream))
         while self.open and (self.best is None or self.open[0][0] < self.best[1].seconds * (1 - self.gap)):
             if monotonic() > self.deadline:
                 return False
@@ -176,13 +179,13 @@ class Tree:
                 self._solve(staging, staging.quick_bound, inf)
                 solved += 1
 
-    def _sizes(self, tp: int, pp: int | None = None) -> list[int]:
-        """Micro-batches that some mesh of this tp (and pp) can run."""
-        if (tp, pp) not in self._known_sizes:
+    def _sizes(self, within: Within, pp: int | None = None) -> list[int]:
+        """Micro-batches that some mesh of this tp and cp (and pp) can run."""
+        if (within, pp) not in self._known_sizes:
             load = self.tables.costs.workload
-            some = [meshes[0] for at, meshes in self.meshes.items() if at[0] == tp and pp in (None, at[1])]
-            self._known_sizes[tp, pp] = sorted({size for mesh in some for size in micro_batches(mesh, load)})
-        return self._known_sizes[tp, pp]
+            some = [meshes[0] for at, meshes in self.meshes.items() if at[0] == within and pp in (None, at[1])]
+            self._known_sizes[within, pp] = sorted({size for mesh in some for size in micro_batches(mesh, load)})
+        return self._known_sizes[within, pp]
 
     def _open_next(self) -> None:
         bound, number, node = heappop(self.open)
@@ -195,11 +198,11 @@ class Tree:
     def _open(self, bound: Seconds, node: _Node) -> None:
         self._report(bound, node)
         if isinstance(node, _Family):
-            for size in self._sizes(node.tp):
-                if self.tables.least_moment(node.tp, size) > self.limit:
-                    self._crowd(node.tp, size)
+            for size in self._sizes(node.within):
+                if self.tables.least_moment(node.within, size) > self.limit:
+                    self._crowd(node.within, size)
                     continue
-                self._push(self._least_seconds(node.tp, node.stream, size), _Group(node.tp, node.stream, size))
+                self._push(self._least_seconds(node.within, node.stream, size), _Group(node.within, node.stream, size))
         elif isinstance(node, _Group):
             self._shapes(node, bound)
         elif isinstance(node, _Shape):
@@ -209,9 +212,9 @@ class Tree:
         else:
             self._solve(node.staging, bound, self.known)
 
-    def _crowd(self, tp: int, micro_batch: int) -> None:
+    def _crowd(self, within: Within, micro_batch: int) -> None:
         for (at, pp), some in self.meshes.items():
-            if at == tp and micro_batch in self._sizes(tp, pp):
+            if at == within and micro_batch in self._sizes(within, pp):
                 self.crowded.update((mesh, micro_batch) for mesh in some)
 
     def _push(self, bound: Seconds | None, node: _Node) -> None:
@@ -219,32 +222,32 @@ class Tree:
             self.pushed += 1
             heappush(self.open, (bound, self.pushed, node))
 
-    def _slot(self, tp: int, stream: Layout, micro_batch: int) -> Seconds | None:
+    def _slot(self, within: Within, stream: Layout, micro_batch: int) -> Seconds | None:
         """Seconds of one micro-batch through all layers at their fastest shardings; None when some layer has none."""
-        seconds = [self.tables.fastest(g, tp, micro_batch, stream) for g in self.tables.classes]
+        seconds = [self.tables.fastest(g, within, micro_batch, stream) for g in self.tables.classes]
         if any(t is None for t in seconds):
             return None
         return sum(n * t for n, t in zip(self.tables.classes.values(), seconds, strict=True) if t is not None)
 
-    def _least_seconds(self, tp: int, stream: Layout, micro_batch: int) -> Seconds | None:
-        slot = self._slot(tp, stream, micro_batch)
-        return None if slot is None else self.tables.costs.workload.global_batch * tp / (self.gpus * micro_batch) * slot
+    def _least_seconds(self, within: Within, stream: Layout, micro_batch: int) -> Seconds | None:
+        slot = self._slot(within, stream, micro_batch)
+        return None if slot is None else self.tables.costs.workload.global_batch * within.size / (self.gpus * micro_batch) * slot
 
     def _shapes(self, group: _Group, bound: Seconds) -> None:
-        slot = self._slot(group.tp, group.stream, group.micro_batch)
+        slot = self._slot(group.within, group.stream, group.micro_batch)
         costs = self.tables.costs
-        for (tp, pp), some in self.meshes.items():
-            if tp != group.tp or slot is None or group.micro_batch not in self._sizes(tp, pp):
+        for (within, pp), some in self.meshes.items():
+            if within != group.within or slot is None or group.micro_batch not in self._sizes(within, pp):
                 continue
             m = costs.micro_batches(some[0], group.micro_batch)
             hop = costs.hop(some[0], group.micro_batch, group.stream)
             for schedule, chunks in schedules(some[0], m, self.tables.graph):
                 work = (m + (pp - 1) / chunks) / pp * slot + exposed_hops(schedule, pp, m, chunks) * hop
-                shape = _Shape(tp, group.stream, group.micro_batch, pp, schedule, chunks)
+                shape = _Shape(within, group.stream, group.micro_batch, pp, schedule, chunks)
                 self._push(max(bound, work), shape)
 
     def _split(self, shape: _Shape, bound: Seconds) -> None:
-        some = self.meshes[shape.tp, shape.pp]
+        some = self.meshes[shape.within, shape.pp]
         ideal = self.tables.ideal(some[0], shape.micro_batch, shape.stream)
         if ideal is None:
             self.refused += [unplaceable(mesh, shape.micro_batch) for mesh in some]
@@ -254,7 +257,7 @@ class Tree:
             self.dropped.append(best_case)
             self.covered.update((mesh, shape.micro_batch) for mesh in some)
             return
-        for mesh in self.meshes[shape.tp, shape.pp]:
+        for mesh in self.meshes[shape.within, shape.pp]:
             if self.tables.least_states(mesh) > self.limit:
                 self.crowded.add((mesh, shape.micro_batch))
                 continue
@@ -274,7 +277,7 @@ class Tree:
 
     @property
     def _by_hand(self) -> Seconds:
-        kept = [b for b in self.baselines if b.mesh in self.meshes.get((b.mesh.tp, b.mesh.pp), ())]
+        kept = [b for b in self.baselines if b.mesh in self.meshes.get((b.mesh.within, b.mesh.pp), ())]
         return min((b.step_time for b in kept if b.step_time is not None), default=inf)
 
     def _bound(self, staging: Staging, bound: Seconds) -> None:
@@ -308,7 +311,7 @@ class Tree:
     def _report(self, bound: Seconds, node: _Node) -> None:
         if self.tell is not None:
             staging = node.staging if isinstance(node, _Bounded) else node
-            what = str(staging.priced.mesh) if isinstance(staging, Staging) else f"tp {staging.tp}"
+            what = str(staging.priced.mesh) if isinstance(staging, Staging) else str(staging.within)
             best = self.best[1].seconds if self.best else None
             self.tell(Progress(self.pushed - len(self.open) - 1, self.pushed, best, bound, what))
 
@@ -352,7 +355,7 @@ class Tree:
         return found
 
     def _crowded(self, mesh: Mesh, micro_batch: int) -> Candidate:
-        needed = max(self.tables.least_states(mesh), self.tables.least_moment(mesh.tp, micro_batch))
+        needed = max(self.tables.least_states(mesh), self.tables.least_moment(mesh.within, micro_batch))
         return out_of_memory(mesh, micro_batch, "", needed, self.limit)
 
     def _verdict(self, staging: Staging, best: Seconds) -> Candidate:
@@ -366,10 +369,10 @@ class Tree:
             if isinstance(staging, Staging):
                 yield slower(staging, bound, bound=True)
                 continue
-            for (tp, pp), some in self.meshes.items():
-                if tp != staging.tp or (isinstance(staging, _Shape) and pp != staging.pp):
+            for (within, pp), some in self.meshes.items():
+                if within != staging.within or (isinstance(staging, _Shape) and pp != staging.pp):
                     continue
-                sizes = self._sizes(tp, pp)
+                sizes = self._sizes(within, pp)
                 for size in sizes if isinstance(staging, _Family) else [staging.micro_batch]:
                     if size in sizes:
                         for mesh in some:

@@ -51,14 +51,14 @@ def _sent(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
         for i, layout in zip(op.outputs, outcome.outputs, strict=True):
             yield _border(model, step, values[i], stream_layout(values[i], stream), layout, False)
     elif op.kind == "cross_entropy" and outcome.sharded:
-        rows = values[op.inputs[0]].shape[0] * model.micro_batch * DTYPE_BYTES["float32"]
+        rows = values[op.inputs[0]].shape[0] * model.samples * DTYPE_BYTES["float32"]
         yield _Sent(step.index, True, (("all_reduce", rows), ("all_reduce", 2 * rows)))
 
 
 def _border(model: LayerModel, step: Step, value: Value, source: Layout, target: Layout, inside: bool) -> _Sent:
     if source == target:
         return _Sent(step.index, inside)
-    size = value.bytes_at(model.micro_batch)
+    size = value.bytes_at(model.samples)
     forward, backward = BORDER_COLLECTIVES[source.kind, target.kind]
     return _Sent(step.index, inside, _one(forward, size), _one(backward, size if value.requires_grad else 0))
 

@@ -16,7 +16,7 @@ from autoplan.apply.checkpoint import full
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.cost.rules import BORDER_COLLECTIVES
 from autoplan.search.columns import Tables
-from autoplan.strategy import Mesh
+from autoplan.strategy import Mesh, Within
 from autoplan.workload import Workload
 from tests.apply.plans import make
 from tests.apply.ranks import run
@@ -42,7 +42,7 @@ def shardings(name, tp):
     graph = inspect(loaded, compute_dtype="bfloat16")
     tables = Tables(CostModel(graph, load_hardware("h100-sxm-8x"), Workload(global_batch=4)))
     for stream in tables.streams(tp):
-        lists = {g: tables.shardings(g, tp, 4, stream) for g in tables.classes}
+        lists = {g: tables.shardings(g, Within(tp), 4, stream) for g in tables.classes}
         if not all(lists.values()):
             continue
         count = min(max(map(len, lists.values())), MOST)

@@ -14,7 +14,7 @@ from autoplan.cost.model import OUTER, CostModel
 from autoplan.errors import UsageError
 from autoplan.plan import Prediction
 from autoplan.search.columns import Tables
-from autoplan.strategy import REPLICATE, UNSHARDED, Mesh, Sharding, Strategy, shard
+from autoplan.strategy import REPLICATE, UNSHARDED, Mesh, Sharding, Strategy, Within, shard
 from autoplan.workload import Workload
 from tests.bodies import mlp_block, model
 from tests.hardware import machine
@@ -103,7 +103,7 @@ def test_without_tensor_parallelism_nothing_is_sent_over_tp() -> None:
 def test_every_sharding_the_search_finds_costs_no_more_compute(tp: int, stream: object) -> None:
     tables = Tables(CostModel(GRAPH, machine(), Workload(global_batch=64)))
     whole = tables.costs.layer_cost(0, UNSHARDED, 1, 2)
-    for sharding in tables.shardings(0, tp, 2, stream):  # type: ignore[arg-type]
+    for sharding in tables.shardings(0, Within(tp), 2, stream):  # type: ignore[arg-type]
         cost = tables.costs.layer_cost(0, sharding, tp, 2)
         assert cost.forward <= whole.forward * (1 + 1e-12)
         assert sum(p.numel(1) for p in cost.parameters) <= sum(p.numel(1) for p in whole.parameters)
