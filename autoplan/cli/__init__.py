@@ -19,6 +19,7 @@ from autoplan.cli import (  # noqa: F401  (each adds its commands to `app`)
     planning,
     profiling,
     showing,
+    tuning,
     verifying,
 )
 from autoplan.cli.app import app

@@ -54,13 +54,14 @@ def profile(
         raise UsageError(f"'{output}' is no name for a profile.", "Let it end in .yaml.")
     if os.environ.get("RANK", "0") == "0":
         outputs.check((output, page), force)
-    from autoplan.profile.measure import ranks_here, start
+    from autoplan.profile.measure import AGAIN
+    from autoplan.profile.ranks import ranks_here, start
 
     wanted = (str(output), seconds, tuple(dtype or ()), links, talk.volume.quiet)
     if "WORLD_SIZE" in os.environ or (ranks or ranks_here()) == 1:
         _profile(*wanted)
     else:
-        start(ranks or ranks_here(), _profile, *wanted)
+        start(ranks or ranks_here(), _profile, *wanted, hint=AGAIN)
     if open_page and os.environ.get("RANK", "0") == "0":
         outputs.open_in_browser(page)
 

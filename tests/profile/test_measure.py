@@ -11,6 +11,7 @@ from autoplan.errors import UsageError
 from autoplan.files.hardware import load_hardware
 from autoplan.files.measurements import SideFile
 from autoplan.profile import measure, session
+from autoplan.profile.ranks import start
 from tests.profile import faults
 
 
@@ -77,12 +78,12 @@ def test_a_rank_dies_and_the_next_run_goes_on(tmp_path: Path) -> None:
     output = tmp_path / "my.yaml"
     output.write_text("precious")
     with pytest.raises(UsageError, match=r"a rank ended before its time|one of the others ended"):
-        measure.start(2, faults.run, str(output), 9)
+        start(2, faults.run, str(output), 9)
     assert output.read_text() == "precious"
     [side] = [path for path in tmp_path.iterdir() if path != output]
     kept = side.read_text().splitlines()[1:]
     assert len(kept) == 9
-    measure.start(2, faults.run, str(output), None)
+    start(2, faults.run, str(output), None)
     assert output.read_text().splitlines() == [str(op) for op in faults.SHORT]
     assert not side.exists()
 
