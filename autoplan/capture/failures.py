@@ -35,6 +35,7 @@ _REMEDIES = {
     r"expected scalar type|must have the same dtype": (
         "Parameters and inputs are of the compute dtype: cast what meets them, or set compute_dtype to 'float32' in workload."
     ),
+    r"heads in key and value must divide": "Make the number of attention heads a multiple of the number of key-value heads.",
     r"TorchScript": "Give the Python function or module, without torch.jit.",
     r"[Pp]rocess group": "Give the model as it is on one device, without torch.distributed: autoplan spreads it.",
     r"CUDA|NVIDIA|cuda": "Planning needs no GPU: leave the line out, or run it only if torch.cuda.is_available().",

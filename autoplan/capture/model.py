@@ -57,14 +57,20 @@ def capture_module(
     title = name or type(module).__name__
     options = Options(stubs=stubs, kernels=kernels)
     sizes: tuple[int, ...] = batches
-    root, recorders = record(module, example_inputs, loss_fn, title, compute_dtype, sizes, options)
+    given = (module, example_inputs, loss_fn, title, compute_dtype)
+    root, recorders = record(*given, sizes, options)
     if samples_meet(*recorders):  # then costs are quadratic in the batch, and take a third point
         sizes = (*batches, sum(batches))
-        root, recorders = record(module, example_inputs, loss_fn, title, compute_dtype, sizes, options)
+        root, recorders = record(*given, sizes, options)
     try:
         return merge(title, compute_dtype, root, recorders, sizes)
-    except UsageError:  # perhaps the model does something in its first step alone: each batch size is a first step, then
-        each = [record(module, example_inputs, loss_fn, title, compute_dtype, (size,), options) for size in sizes]
+    except UsageError:  # perhaps the model does something in its first step alone
+        pass
+    try:
+        root, recorders = record(*given, (sizes[0], *sizes), options)
+        return merge(title, compute_dtype, root, recorders[1:], sizes)
+    except UsageError:  # or in the first step with each batch size
+        each = [record(*given, (size,), options) for size in sizes]
         return merge(title, compute_dtype, each[0][0], [recorders[0] for _, recorders in each], sizes)
 
 
@@ -86,9 +92,9 @@ def record(
         root.train()
     adapt(root)
     samples = [fake_inputs(example_inputs(batch), mode, dtype) for batch in batches]
-    if len(samples) > 1 and _shapes(samples[0]) == _shapes(samples[1]):
+    if len(samples) > 1 and _shapes(samples[0]) == _shapes(samples[-1]):
         raise UsageError(
-            f"The example inputs of {title} are as large for {batches[0]} samples as for {batches[1]}.",
+            f"The example inputs of {title} are as large for {batches[0]} samples as for {batches[-1]}.",
             "Make a first dim of batch_size in example_inputs(batch_size).",
         )
     excluded: frozenset[str] = frozenset()

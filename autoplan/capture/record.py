@@ -75,7 +75,7 @@ class Recorder(TorchFunctionMode):
         self.meetings = 0.0
         """Bytes that it costs by the rule of `gradients`."""
         self._external: set[int] = set()
-        self._alive: list[Any] = []
+        self._alive: list[Any] = [*root.modules()]  # so that what takes their place has another id
         self._module_call = private.module_call()
 
     # --- the run ---------------------------------------------------------------------------------------------------

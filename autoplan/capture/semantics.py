@@ -39,13 +39,20 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`F.scaled_dot_product_attention` by the kernel that CUDA would take. float32 has no flash kernel."""
-    if query.dim() != 4 or query.dtype == torch.float64:
+    if query.dim() != 4 or query.dtype == torch.float64 or not _fused(query, key, value, enable_gqa):
         return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     scale = query.size(-1) ** -0.5 if scale is None else scale
     half = query.dtype in (torch.bfloat16, torch.float16) and key.dtype == value.dtype == query.dtype
     if half and attn_mask is None and query.size(-1) == value.size(-1) <= FLASH_HEAD_DIM:
         return _flash(query, key, value, dropout_p, is_causal, scale)
     return _memory_efficient(query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether a fused kernel takes these batches and heads. Others are broadcast, or refused, by the one in plain products."""
+    heads, shared = query.size(1), key.size(1)
+    grouped = enable_gqa and shared > 0 and heads % shared == 0
+    return query.size(0) == key.size(0) == value.size(0) and shared == value.size(1) and (shared == heads or grouped)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, scale: float) -> Tensor:

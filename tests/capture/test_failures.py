@@ -87,6 +87,8 @@ def twice(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 """
 FAKE = "\n@twice.register_fake\ndef _(x):\n    return torch.empty_like(x)\n"
+SIX_AND_FOUR = """F.scaled_dot_product_attention(
+            *(x[:, None].expand(-1, heads, -1, -1) for heads in (6, 4, 4)), enable_gqa=True)[:, 0]"""
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -103,6 +105,7 @@ FAKE = "\n@twice.register_fake\ndef _(x):\n    return torch.empty_like(x)\n"
         ({"forward": "x = twice(x)", "before": OPERATOR.format(name="bare")}, "layers.0 (bare.default)", "register_fake"),
         ({"forward": "x = twice(x)", "before": OPERATOR.format(name="half") + FAKE}, "its backward pass", "register_autograd"),
         ({"forward": "x = torch.vmap(self.up)(x)"}, "while it ran layers.0", "whole batches"),
+        ({"forward": f"x = {SIX_AND_FOUR}"}, "layers.0 (scaled_dot_product_attention)", "multiple of the number"),
         ({"forward": "torch.distributed.all_reduce(x)"}, "layers.0 (all_reduce)", "autoplan spreads it"),
         ({"forward": "raise SystemExit(3)"}, "layers.0: SystemExit: 3", "one training step"),
         ({"forward": "assert x.shape[0] == 1"}, "layers.0: AssertionError (", "one training step"),
@@ -215,6 +218,11 @@ def test_fake_tensors_do_not_log_the_failure(tmp_path: Path, caplog: pytest.LogC
     with pytest.raises(UsageError, match=r"layers\.0 \(add\)"):
         captured(write(tmp_path, forward="x = x + torch.ones(7)"))
     assert not caplog.records
+
+
+def test_a_step_is_one_after_the_first(tmp_path: Path) -> None:
+    plain = captured(write(tmp_path))
+    assert captured(write(tmp_path, forward="if self.first: x, self.first = x * 2, False", init="self.first = True")) == plain
 
 
 def test_what_cannot_be_copied_is_shared(tmp_path: Path) -> None:
