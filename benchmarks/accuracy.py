@@ -7,21 +7,28 @@ For every source of rows, of the error e = predicted / measured - 1 of step seco
     regret    measured seconds of the configuration predicted best in its (model, GPUs), over the measured best, minus 1
     noise     mean relative spread of runs of one configuration: what no model can be better than
 
-each for the fit half and for the held-out half, and of peak memory mean |e| and how often it was predicted too small.
+each for the fit half and for the held-out half, and of peak memory mean |e|, how often it was predicted too small, and how often
+by more than the margin that every profile keeps free (`reserved`). Runs that failed are compared with memory too: how many of
+them, and of those that ran, are predicted not to fit. A row that cannot be priced is counted with its reason.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
+from autoplan.errors import UsageError
+from autoplan.profile.catalog import find_hardware
 from benchmarks.pricing import Pricer, frameworks
-from benchmarks.runs import Refused, Run, read, run_of
+from benchmarks.rows import Refused, Row, read
+from benchmarks.runs import Run, run_of
 
 RIVALS = {
     "megatron-2022": "Calculon 3.65 % (2.5 % with a head), SimuMax 4.3 %, llm-analysis 8.4 % tuned (Table 5)",
@@ -32,8 +39,9 @@ RIVALS = {
 TARGETS = {
     "megatron-2022 Table 5": "2.5 %",
     "megatron-2021 Table 1": "3 %, one constant",
+    "megatron-bridge, H100": "8 % (bf16; its rows here are in fp8)",
     "vtrain": "7 %",
-    "torchtitan, all": "6 %",
+    "torchtitan, bf16": "6 %, memory 6 %",
     "llm-foundry": "8 %",
     "nanotron": "median 12 %, Spearman 0.95, median regret 3 %",
     "simumax": "time 5 %, memory 2 %",
@@ -41,8 +49,12 @@ TARGETS = {
 PARTS = {
     "megatron-2022 Table 5": lambda run: run.source == "megatron-2022" and not run.single_layer,
     "megatron-2021 Table 1": lambda run: run.id.startswith("narayanan-t1"),
+    "megatron-bridge, H100": lambda run: run.source == "megatron-bridge" and run.hardware.startswith("h100"),
     "nanotron, tp <= 8, all": lambda run: run.source.startswith("nanotron"),
     "torchtitan, all": lambda run: run.source.startswith("torchtitan"),
+    "torchtitan, bf16": lambda run: run.source.startswith("torchtitan") and not run.float8 and run.cp == 1,
+    "torchtitan, fp8": lambda run: run.source.startswith("torchtitan") and run.float8 and run.cp == 1,
+    "context parallel": lambda run: run.cp > 1,
 }
 """Slices that a target names, beside the sources."""
 
@@ -54,28 +66,64 @@ class Scored:
     run: Run
     seconds: float
     memory: float | None
+    fits: bool = True
 
     @property
     def error(self) -> float:
         return self.seconds / self.run.seconds - 1
 
 
-def score(paths: Iterable[Path]) -> tuple[list[Scored], dict[str, Counter[str]], dict[str, int]]:
-    """(priced runs, refusals by file and reason, rows by file)."""
-    pricer, scored = Pricer(frameworks()), []
-    refused: dict[str, Counter[str]] = defaultdict(Counter)
-    rows: dict[str, int] = {}
-    for path in paths:
-        table = read(path)
-        rows[path.name] = len(table)
-        for row in table:
-            try:
-                run = run_of(row)
-                seconds = pricer.seconds(run)
-                scored.append(Scored(run, seconds, pricer.memory(run) if run.memory else None))
-            except Refused as reason:
-                refused[path.name][str(reason)] += 1
-    return scored, refused, rows
+@dataclass(frozen=True, slots=True)
+class Fits:
+    """Runs by whether they ran and whether they are predicted to fit into the device."""
+
+    ran: int = 0
+    ran_not_fitting: int = 0
+    failed: int = 0
+    failed_not_fitting: int = 0
+
+
+class Exam:
+    """What was made of the rows of some files."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.pricer = Pricer(frameworks())
+        self.scored: list[Scored] = []
+        self.rows: dict[str, int] = {}
+        self.refused: dict[str, Counter[str]] = defaultdict(Counter)
+        self.failures: dict[str, Counter[bool]] = defaultdict(Counter)
+        """By source, how many failed runs are predicted to fit (True) or not."""
+        for path in paths:
+            table = read(path)
+            self.rows[path.name] = self.rows.get(path.name, 0) + len(table)
+            for row in table:
+                self._take(path.name, row)
+
+    def _take(self, name: str, row: Row) -> None:
+        try:
+            self.scored.append(self._score(row))
+        except Refused as reason:
+            self.refused[name][str(reason)] += 1
+            self._failure(row)
+        except Exception as error:  # a table that nobody has seen must not end the exam: the row is counted instead
+            self.refused[name][f"the model stops with {type(error).__name__}"] += 1
+
+    def _score(self, row: Row) -> Scored:
+        run = run_of(row)
+        told = run.memory and run.recompute != "unknown"
+        return Scored(run, self.pricer.seconds(run), self.pricer.memory(run) if told else None, self.pricer.fits(run))
+
+    def _failure(self, row: Row) -> None:
+        try:
+            run = run_of(row, failed=True)
+            self.failures[run.source][self.pricer.fits(run)] += 1
+        except Refused:
+            return
+
+    def fits(self, source: str) -> Fits:
+        ran = [s.fits for s in self.scored if s.run.source.removesuffix("-slow") == source]
+        failed = self.failures.get(source, Counter())
+        return Fits(len(ran), ran.count(False), failed.total(), failed[False])
 
 
 def figures(scored: Sequence[Scored]) -> dict[str, float]:
@@ -96,7 +144,7 @@ def figures(scored: Sequence[Scored]) -> dict[str, float]:
     ranked = [group for group in groups.values() if len(group) >= 5]
     if ranked:
         pairs = [ordered for group in groups.values() for ordered in _pairs(group)]
-        found["order"] = mean(pairs)
+        found["order"] = mean(pairs) if pairs else 1.0  # all took equally long
         found["spearman"] = median(_spearman(group) for group in ranked)
         regrets = [_regret(group) for group in ranked]
         found["regret"], found["groups"] = median(regrets), len(ranked)
@@ -106,8 +154,13 @@ def figures(scored: Sequence[Scored]) -> dict[str, float]:
     kept = [s.memory / s.run.memory - 1 for s in scored if s.memory and s.run.memory]
     if kept:
         found["memory"], found["memory_under"] = mean(map(abs, kept)), sum(e < 0 for e in kept) / len(kept)
+        found["memory_over_margin"] = sum(_beyond_margin(s) for s in scored if s.memory) / len(kept)
         found["memory_rows"] = len(kept)
     return found
+
+
+def _beyond_margin(s: Scored) -> bool:
+    return bool(s.memory and s.run.memory and s.run.memory > s.memory + find_hardware(s.run.hardware).device.reserved)
 
 
 def _pairs(group: Sequence[Scored]) -> Iterable[bool]:
@@ -152,9 +205,9 @@ def slices(scored: Sequence[Scored]) -> dict[str, list[Scored]]:
     return {name: found[name] for name in sorted(found) if found[name]}
 
 
-def report(scored: Sequence[Scored], refused: dict[str, Counter[str]], rows: dict[str, int]) -> dict[str, object]:
+def report(exam: Exam) -> dict[str, object]:
     return {
-        "files": {name: {"rows": n, "refused": dict(refused[name])} for name, n in rows.items()},
+        "files": {name: {"rows": n, "refused": dict(exam.refused[name])} for name, n in exam.rows.items()},
         "sources": {
             name: {
                 "fit": figures([s for s in some if not s.run.held_out]),
@@ -163,23 +216,46 @@ def report(scored: Sequence[Scored], refused: dict[str, Counter[str]], rows: dic
                 "rivals": RIVALS.get(name, ""),
                 "target": TARGETS.get(name, ""),
             }
-            for name, some in slices(scored).items()
+            for name, some in slices(exam.scored).items()
         },
+        "failures": {name: asdict(exam.fits(name)) for name in sorted(exam.failures)},
+        "rows": [
+            {
+                "id": s.run.id,
+                "source": s.run.source,
+                "half": "held out" if s.run.held_out else "fit",
+                "seconds": s.run.seconds,
+                "predicted_seconds": s.seconds,
+                "bytes": s.run.memory,
+                "predicted_bytes": s.memory,
+            }
+            for s in exam.scored
+        ],
     }
 
 
-def text(document: dict[str, object]) -> str:
+def text(document: dict[str, Any]) -> str:
     lines = []
-    for name, file in document["files"].items():  # type: ignore[attr-defined]
+    for name, file in document["files"].items():
         out = sum(file["refused"].values())
         lines.append(f"{name}: {file['rows']} rows, {file['rows'] - out} predicted, {out} refused")
         lines += [f"    {n:5d}  {reason}" for reason, n in sorted(file["refused"].items(), key=lambda item: -item[1])]
-    lines.append(f"\n{'source':24s}{'half':10s}{'rows':>5s}" + "".join(f"{title:>9s}" for title, _ in COLUMNS))
-    for name, source in document["sources"].items():  # type: ignore[attr-defined]
+    lines.append(f"\n{'source':24s}{'half':10s}{'rows':>5s}" + "".join(f"{title:>10s}" for title, _ in COLUMNS))
+    for name, source in document["sources"].items():
         for half in ("fit", "held out", "all"):
             if source[half]:
-                lines.append(f"{name:24s}{half:10s}{source[half]['rows']:5d}{''.join(f'{x:>9s}' for x in cells(source[half]))}")
+                lines.append(f"{name:24s}{half:10s}{source[half]['rows']:5d}{''.join(f'{x:>10s}' for x in cells(source[half]))}")
+    lines += [f"\n{line}" for line in failures(document)]
     return "\n".join(lines)
+
+
+def failures(document: dict[str, Any]) -> list[str]:
+    """A sentence for every source that tells of failed runs."""
+    return [
+        f"{name}: of {found['failed']} failed runs that can be priced, {found['failed_not_fitting']} are predicted not to fit "
+        f"into the device; of {found['ran']} that ran, {found['ran_not_fitting']}."
+        for name, found in document["failures"].items()
+    ]
 
 
 COLUMNS = (
@@ -193,6 +269,7 @@ COLUMNS = (
     ("noise", "noise"),
     ("memory", "memory"),
     ("too small", "memory_under"),
+    ("by margin", "memory_over_margin"),
 )
 
 
@@ -205,19 +282,29 @@ def _cell(key: str, value: float) -> str:
     return f"{value:.3f}" if key == "spearman" else f"{value:+.1%}" if key == "bias" else f"{value:.1%}"
 
 
-def main(arguments: Sequence[str]) -> None:
-    paths = [Path(a) for a in arguments if not a.startswith("--")]
-    scored, refused, rows = score(paths)
-    document = report(scored, refused, rows)
-    if "--json" in arguments:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description="The exam of the cost model.")
+    parser.add_argument("files", nargs="+", type=Path, metavar="ROWS.csv", help="tables in the schema of benchmarks/published")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--json", action="store_true", help="all figures, and every row with its prediction")
+    kinds.add_argument("--markdown", action="store_true", help="the page docs/accuracy.md, with its plots beside it")
+    options = parser.parse_args(arguments)
+    try:
+        exam = Exam(options.files)
+    except UsageError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 2
+    document = report(exam)
+    if options.json:
         print(json.dumps(document, indent=1))
-    elif "--markdown" in arguments:
+    elif options.markdown:
         from benchmarks.accuracy_page import page
 
-        print(page(document, scored))
+        print(page(document, exam.scored))
     else:
         print(text(document))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from benchmarks.accuracy import COLUMNS, Scored, cells, slices
-from benchmarks.pricing import FRAMEWORKS
+from benchmarks.software import FRAMEWORKS
 
 HEAD = """# How accurate the cost model is
 

@@ -11,18 +11,16 @@ timeline of the schedule (`autoplan.schedule`), with send_recv of one micro-batc
 it come, of the slowest stage, the reductions that the last backward pass does not hide, and the optimizer. With one stage
 and FSDP this is `CostModel.predict` up to the outer layer's reduction in the first of several micro-batches (a test).
 
-Bytes of stage s: its states, what its micro-batches in flight keep (`Timeline.in_flight`: p - s under 1f1b), and the
-largest moment of one of its layers.
-
-`Software` is what a training framework adds to or takes from a machine: fused kernels, overlap, host time. Its neutral
-values are what the planner assumes.
+Context parallelism cuts the sequence: a rank has 1/cp of the tokens and of attention's products (balanced under a causal
+mask), which costs what 1/cp of a sample does; besides, keys and values go round the cp ranks beside attention. Parameters
+are those of dp x cp ranks. Asynchronous tp sends beside the products instead of between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from typing import cast
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import optimizer_time
@@ -32,47 +30,15 @@ from autoplan.cost.step import data_parallel
 from autoplan.cost.walk import Step, walk
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES
-from autoplan.schedule import ScheduleKind, in_flight, pipeline_seconds
+from autoplan.schedule import ScheduleKind, pipeline_seconds
 from autoplan.strategy import Mesh, Sharding
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES
+from benchmarks.memory import memory, numel
+from benchmarks.software import NEUTRAL, Software
 
 Recomputed = Callable[[Step], bool]
 """Which operations of a layer run again in the backward pass."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Software:
-    """A framework's own numbers, beside the machine's."""
-
-    compute: float = 1.0
-    """All kernels take so many times longer."""
-    attention: float = 1.0
-    """Attention kernels besides."""
-    elementwise: float = 1.0
-    """All other kernels but matrix products besides: below 1 where they are fused."""
-    tp_exposed: float = 1.0
-    """Fraction of the tp collectives that computation does not hide."""
-    dp_exposed: float = 0.0
-    """Fraction of gradient reductions (and ZeRO's gathers) that even a long backward pass does not hide."""
-    network: float = 1.0
-    """Collectives that leave the node take so many times longer."""
-    layer: Seconds = 0.0
-    """Least time of the host for one layer and micro-batch, forward and backward; a third of it is the forward pass's."""
-    layer_tp: Seconds = 0.0
-    """Further host time of a layer under tp."""
-    layer_hop: Seconds = 0.0
-    """Least time of a layer under tp when the stages lie on several nodes, and `layer_hop_tp` more for every tp rank."""
-    layer_hop_tp: Seconds = 0.0
-    optimizer: float = 1.0
-    """The optimizer moves so many times the bytes: copies and checks of mixed precision."""
-    step: Seconds = 0.0
-    """Host time of every step."""
-    gathers_again: bool = False
-    """Under sequence parallelism the backward pass gathers a linear's input again instead of keeping it (Megatron)."""
-    resident: Bytes = 0.0
-    """Bytes kept for a parameter on every rank that holds it, and `sharded` ones cut by dp; 0 and 0: `Workload`'s dtypes."""
-    sharded: Bytes = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +47,12 @@ class Arrangement:
 
     tp: int
     dp: int
+    """All ranks that share a parameter: those of cp too."""
     pp: int
-    micro_batch: int
+    micro_batch: float
+    """Samples of one rank: a fraction of one where cp cuts them."""
     zero: int
+    cp: int = 1
     schedule: ScheduleKind = "1f1b"
     chunks: int = 1
     block: Sharding
@@ -95,6 +64,17 @@ class Arrangement:
     """Fraction of the layers whose forward runs again, where any does."""
     stays: bool = False
     """Gathered parameters stay until the backward pass has used them (ZeRO-2 of FSDP)."""
+    policy: bool = False
+    """What is not recomputed is kept whether or not somebody needs it (torchtitan's choice by operation)."""
+    asynchronous: bool = False
+    """Collectives of tp run beside the products."""
+    float8: bool = False
+    """The blocks' linears multiply in fp8."""
+
+    @property
+    def samples(self) -> int:
+        """`micro_batch` for the cost model, whose prices are affine in it: a fraction does not harm them."""
+        return cast(int, self.micro_batch)
 
     @property
     def dealt(self) -> tuple[int, ...]:
@@ -118,18 +98,19 @@ class ArrangedStep:
 class Arranged:
     """Prices arrangements of one model with the tables of a `CostModel`."""
 
-    def __init__(self, costs: CostModel, software: Software = Software(), recomputed: Recomputed | None = None) -> None:
+    def __init__(self, costs: CostModel, software: Software = NEUTRAL, recomputed: Recomputed | None = None) -> None:
         self.costs, self.software, self.recomputed = costs, software, recomputed
         self._parts: dict[tuple[object, ...], LayerCost] = {}
 
     def price(self, at: Arrangement) -> ArrangedStep:
         """Raises `UsageError` where a sharding or a schedule does not fit the model."""
-        m = self.costs.micro_batches(Mesh(dp_replicate=at.dp, tp=at.tp), at.micro_batch)
-        block, embed, head = (self._scaled(cost) for cost in self._costs(at))
+        m = self.micro_batches(at)
+        block, embed, head = (self._scaled(cost, place) for cost, place in zip(self.parts(at), (at, None, None), strict=True))
         again = at.again * self._again(at)
         virtual = at.pp * at.chunks
         counts = at.dealt
-        forward, backward = _seconds(block)
+        ring = self._ring(block, at)
+        forward, backward = (passes + sent for passes, sent in zip(_seconds(block), ring, strict=True))
         host = self._host(at)
         forward, backward = max(forward, host / 3), max(backward + again, host * 2 / 3)
         gather = reduce = regather = 0.0
@@ -156,7 +137,7 @@ class Arranged:
         tail = optimizer = 0.0
         for s in range(at.pp):
             own = [k for k in range(virtual) if k % at.pp == s]
-            held = self._held(at, sum(counts[k] for k in own), embed if 0 in own else None, head if virtual - 1 in own else None)
+            held = self.held(at, sum(counts[k] for k in own), embed if 0 in own else None, head if virtual - 1 in own else None)
             optimizer = max(optimizer, self.software.optimizer * self._optimizer(held, at))
             if at.zero < 3:
                 tail = max(tail, self._reduction(held, at, sum(b[k] for k in own) / len(own)))
@@ -168,41 +149,78 @@ class Arranged:
             optimizer=optimizer,
         )
 
-    def _costs(self, at: Arrangement) -> tuple[LayerCost, LayerCost, LayerCost]:
-        block = self.costs.layer_cost(0, at.block, at.tp, at.micro_batch)
+    def micro_batches(self, at: Arrangement) -> int:
+        return int(self.costs.micro_batches(Mesh(dp_replicate=at.dp, tp=at.tp), at.samples))
+
+    def parts(self, at: Arrangement) -> tuple[LayerCost, LayerCost, LayerCost]:
+        block = self.costs.layer_cost(0, at.block, at.tp, at.samples)
         first = next(i for i, op in enumerate(self.costs.graph.outer.ops) if op.kind == "call")
         embed = self._part(OUTER, at.outer, at, "embed", lambda step: step.index <= first)
         head = self._part(OUTER, at.outer, at, "head", lambda step: step.index > first)
         return block, embed, head
 
     def _outer(self, at: Arrangement) -> LayerCost:
-        return self.costs.layer_cost(OUTER, at.outer, at.tp, at.micro_batch)
+        return self.costs.layer_cost(OUTER, at.outer, at.tp, at.samples)
 
     def _part(self, body: int, sharding: Sharding, at: Arrangement, name: str, only: Recomputed) -> LayerCost:
         key = (body, sharding, at.tp, at.micro_batch, name)
         if key not in self._parts:
-            self._parts[key] = layer_cost(self.costs.layer_model(body, at.tp, at.micro_batch), sharding, only)
+            self._parts[key] = layer_cost(self.costs.layer_model(body, at.tp, at.samples), sharding, only)
         return self._parts[key]
 
-    def _scaled(self, cost: LayerCost) -> LayerCost:
-        own = self.software
-        if own == Software():
+    def _scaled(self, cost: LayerCost, at: Arrangement | None = None) -> LayerCost:
+        """As the framework runs it; `at`: of a block, whose products and tp collectives may be special."""
+        own, device = self.software, self.costs.hardware.device
+        if own == NEUTRAL and not (at and (at.float8 or at.asynchronous)):
             return cost
+        product, load = own.compute, self.costs.workload
+        if at and at.float8:
+            product *= device.peak_of(load.compute_dtype) / device.peak_of("float8") / own.float8
         times = zip(cost.products, cost.attention, (cost.forward, cost.backward), strict=True)
-        f, b = (p + own.attention * a + own.elementwise * (t - p - a) for p, a, t in times)
+        norms = self._norms(at) if at and own.norm != 1.0 else (0.0, 0.0)
+        rests = [
+            own.compute * (own.attention * a + own.elementwise * (t - p - a) + (own.norm - own.elementwise) * n)
+            for (p, a, t), n in zip(times, norms, strict=True)
+        ]
+        sent = [own.tp_exposed * t for t in (cost.tp_forward, cost.tp_backward)]
+        products = [product * p for p in cost.products]
+        if at and at.asynchronous:
+            late = (1 - own.tp_backward_hidden) * sent[1]
+            sent = [self._beside(products[0], sent[0]), late + self._beside(products[1], sent[1] - late)]
+        (f, b), (tp_f, tp_b) = (p + r for p, r in zip(products, rests, strict=True)), sent
         return replace(
             cost,
-            forward=own.compute * f,
-            backward=own.compute * b,
-            tp_forward=own.tp_exposed * cost.tp_forward,
-            tp_backward=own.tp_exposed * cost.tp_backward,
+            forward=f,
+            backward=b,
+            tp_forward=tp_f,
+            tp_backward=tp_b,
+            attention=(own.compute * own.attention * cost.attention[0], own.compute * own.attention * cost.attention[1]),
         )
+
+    def _norms(self, at: Arrangement) -> tuple[Seconds, Seconds]:
+        """What of a block's forward and backward seconds are norms."""
+        cost = self._part(0, at.block, at, "norms", lambda step: step.op.kind == "norm")
+        return cost.forward, cost.backward
+
+    def _ring(self, block: LayerCost, at: Arrangement) -> tuple[Seconds, Seconds]:
+        """Seconds (forward, backward) that passing keys and values round the cp ranks adds to a layer's attention; the backward
+        pass sends their gradients too."""
+        body, hardware = self.costs.graph.bodies[0], self.costs.hardware
+        pairs = [op.inputs[1:3] for op in body.ops if op.kind == "attention"]
+        if at.cp == 1:
+            return 0.0, 0.0
+        size = sum(body.values[i].bytes_at(at.micro_batch * at.cp) for pair in pairs for i in pair) / at.tp
+        slower = self._slower(at.cp * at.tp)
+        gather, reduce = (
+            slower * collective_time(kind, size, at.cp, at.tp, hardware) for kind in ("all_gather", "reduce_scatter")
+        )
+        return self._beside(block.attention[0], gather), self._beside(block.attention[1], gather + reduce)
 
     def _again(self, at: Arrangement) -> Seconds:
         """Seconds of running a layer's forward again, as far as it is recomputed."""
         if self.recomputed is None:
             return 0.0
-        cost = self._scaled(self._part(0, at.block, at, "again", self.recomputed))
+        cost = self._scaled(self._part(0, at.block, at, "again", self.recomputed), at)  # no policy keeps a norm
         return cost.forward + cost.tp_forward
 
     def _host(self, at: Arrangement) -> Seconds:
@@ -217,6 +235,10 @@ class Arranged:
         """e(c, q): what communication beside `cover` seconds of computation costs."""
         hidden = min(cover, sent) * (1 - self.software.dp_exposed)
         return sent - hidden + self.costs.hardware.overlap * hidden
+
+    def _beside(self, cover: Seconds, sent: Seconds) -> Seconds:
+        """e(c, q) of cost.step: of communication that the framework always hides as far as it goes."""
+        return max(0.0, sent - cover) + self.costs.hardware.overlap * min(cover, sent)
 
     def _slower(self, span: int) -> float:
         return self.software.network if span > self.costs.hardware.links[0].span > 0 else 1.0
@@ -236,19 +258,19 @@ class Arranged:
         stride = at.tp * at.dp
         return self._slower(2 * stride) * collective_time("send_recv", size / at.tp, 2, stride, self.costs.hardware)
 
-    def _held(self, at: Arrangement, layers: int, embed: LayerCost | None, head: LayerCost | None) -> float:
+    def held(self, at: Arrangement, layers: int, embed: LayerCost | None, head: LayerCost | None) -> float:
         """Parameters on one rank of a stage, cut by tp."""
-        block = self.costs.layer_cost(0, at.block, at.tp, at.micro_batch)
+        block = self.costs.layer_cost(0, at.block, at.tp, at.samples)
         outer = [self._outer(at)] if embed and head else [part for part in (embed, head) if part]
-        return layers * _numel(block) + sum(map(_numel, outer))
+        return layers * numel(block) + sum(map(numel, outer))
 
     def _parameters(self, at: Arrangement) -> list[float]:
         """Parameters of every virtual stage on one rank, cut by tp."""
-        block, embed, head = self._costs(at)
-        numel = [n * _numel(block) for n in at.dealt]
-        if len(numel) == 1:
-            return [numel[0] + _numel(self._outer(at))]
-        return [numel[0] + _numel(embed), *numel[1:-1], numel[-1] + _numel(head)]
+        block, embed, head = self.parts(at)
+        held = [n * numel(block) for n in at.dealt]
+        if len(held) == 1:
+            return [held[0] + numel(self._outer(at))]
+        return [held[0] + numel(embed), *held[1:-1], held[-1] + numel(head)]
 
     def _accumulation(self, numel: float) -> Seconds:
         """Seconds of adding one micro-batch's gradients to those in the reduce dtype: these are read and written."""
@@ -274,47 +296,12 @@ class Arranged:
         return self._paid(last, slower * (reduce + collective_time("all_gather", gather, at.dp, at.tp, hardware)))
 
     def memory(self, at: Arrangement) -> Bytes:
-        """Bytes of the fullest rank. Raises `UsageError` like `price`."""
-        m = self.costs.micro_batches(Mesh(dp_replicate=at.dp, tp=at.tp), at.micro_batch)
-        counts, again = at.dealt, self.recomputed is not None
-        block, embed, head = self._costs(at)
-        own, load, virtual = self.software, self.costs.workload, len(counts)
-        first = min(m, 4 * at.pp)
-        dtypes = (2 + OPTIMIZER_STATES[load.optimizer]) * DTYPE_BYTES[load.param_dtype]
-        resident, sharded = (own.resident, own.sharded) if own.resident or own.sharded else (0.0, float(dtypes))
-        if at.zero == 0:
-            resident, sharded = resident + sharded, 0.0
-        kept = block.saved - (self._gathered(at) if own.gathers_again and at.tp > 1 else 0.0)
-        moment = block.temporary
-        if again:
-            lost = self._part(0, at.block, at, "again", self.recomputed or (lambda _: True))
-            whole = lost.forward >= block.forward * (1 - 1e-9)
-            kept = block.inputs if whole else max(block.saved - lost.saved, block.inputs)
-            moment += block.saved - kept
-            kept = at.again * kept + (1 - at.again) * block.saved
-        most = 0.0
-        for s in range(at.pp):
-            flight = in_flight(at.schedule, s, at.pp, first, at.chunks) / at.chunks
-            mine = [k for k in range(virtual) if k % at.pp == s]
-            layers = sum(counts[k] for k in mine)
-            numel = self._held(at, layers, embed if 0 in mine else None, head if virtual - 1 in mine else None)
-            states = numel * (resident + sharded / at.dp)
-            active = flight * layers * kept
-            high = moment
-            if 0 in mine:
-                active += embed.saved * flight
-                high = max(high, embed.temporary)
-            if virtual - 1 in mine:
-                high = max(high, head.saved + head.temporary)
-            if at.zero == 3:
-                gathered = _numel(block) * DTYPE_BYTES[load.compute_dtype]
-                states += 2 * gathered + _numel(block) * (DTYPE_BYTES[load.compute_dtype] + DTYPE_BYTES[load.reduce_dtype])
-            most = max(most, states + active + high)
-        return most
+        """Bytes of the fullest rank (benchmarks.memory). Raises `UsageError` like `price`."""
+        return memory(self, at)
 
-    def _gathered(self, at: Arrangement) -> Bytes:
+    def gathered(self, at: Arrangement) -> Bytes:
         """What a layer keeps of gathered activations beyond the shards that they were gathered from."""
-        model = self.costs.layer_model(0, at.tp, at.micro_batch)
+        model = self.costs.layer_model(0, at.tp, at.samples)
         arriving = (
             (model.body.values[step.op.inputs[0]], step.outcome)
             for step in walk(model, at.block)
@@ -325,8 +312,3 @@ class Arranged:
 
 def _seconds(cost: LayerCost) -> tuple[Seconds, Seconds]:
     return cost.forward + cost.tp_forward, cost.backward + cost.tp_backward
-
-
-@lru_cache(maxsize=4096)
-def _numel(cost: LayerCost) -> float:
-    return float(sum(p.numel(1) for p in cost.parameters))

@@ -14,9 +14,9 @@ from math import log
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.arrangement import Software
 from benchmarks.pricing import Pricer, frameworks
 from benchmarks.runs import Refused, Run, read, run_of
+from benchmarks.software import Software
 
 PUBLISHED = Path(__file__).with_name("published")
 CLIP = 0.3

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
-
-import yaml
 
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.cost.walk import Step
@@ -23,19 +20,10 @@ from autoplan.profile.catalog import find_hardware
 from autoplan.search.shardings import pareto_shardings
 from autoplan.strategy import GATHERED, REPLICATE, UNSHARDED, Sharding, shard
 from autoplan.workload import DType, Workload
-from benchmarks.arrangement import Arranged, ArrangedStep, Arrangement, Recomputed, Software
+from benchmarks.arrangement import Arranged, ArrangedStep, Arrangement, Recomputed
 from benchmarks.models import Shape, graph_of
 from benchmarks.runs import Refused, Run
-
-FRAMEWORKS = Path(__file__).with_name("frameworks.yaml")
-
-
-def frameworks(path: Path = FRAMEWORKS) -> dict[str, Software]:
-    """The constants of every framework; keys that are no constants ("why") are for the reader."""
-    names = Software.__dataclass_fields__
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    found = {name: Software(**{k: float(v) for k, v in entry.items() if k in names}) for name, entry in document.items()}
-    return {**found, "nanotron-slow": found["nanotron"]}
+from benchmarks.software import NEUTRAL, Software, frameworks
 
 
 class Pricer:
@@ -59,7 +47,7 @@ class Pricer:
             arranged, place = self._placed(run)
             return arranged.price(place)
         except UsageError as error:
-            raise Refused(f"the model refuses: {error.message[:60]}") from None
+            raise Refused(f"the model refuses: {_short(error.message)}") from None
 
     def memory(self, run: Run) -> float:
         """Bytes of the fullest rank. Raises `Refused` like `price`."""
@@ -67,16 +55,26 @@ class Pricer:
             arranged, place = self._placed(run)
             return arranged.memory(place)
         except UsageError as error:
-            raise Refused(f"the model refuses: {error.message[:60]}") from None
+            raise Refused(f"the model refuses: {_short(error.message)}") from None
+
+    def fits(self, run: Run) -> bool:
+        """Whether the run fits into its device, the profile's reserve kept. Raises `Refused` like `price`."""
+        device = self._cost_model(run).hardware.device
+        return self.memory(run) <= device.memory - device.reserved
 
     def _placed(self, run: Run) -> tuple[Arranged, Arrangement]:
+        how = run.recompute if run.recompute != "unknown" else self._least_that_fits(run)
         costs = self._cost_model(run)
-        arranged = self._arranged.setdefault(
-            (run.shape, run.hardware, run.dtype, run.source, run.recompute),
-            Arranged(costs, self.software.get(run.source, Software()), RECOMPUTED[run.recompute]),
-        )
+        key = (run.shape, run.hardware, run.dtype, run.source, how)
+        if key not in self._arranged:
+            self._arranged[key] = Arranged(costs, self.software.get(run.source, NEUTRAL), recomputed(how, costs.graph))
+        arranged = self._arranged[key]
         arranged.costs = costs.with_batch(run.global_batch)
         return arranged, arrangement(run, *shardings(run.shape, run.tp, run.sequence_parallel))
+
+    def _least_that_fits(self, run: Run) -> str:
+        """What is recomputed where the source does not tell: nothing, attention's core, or whole layers."""
+        return next((how for how in ("none", "core") if self.fits(replace(run, recompute=how))), "full")
 
     def seconds(self, run: Run) -> float:
         """Of one step; a row of a single layer is that layer's forward and backward pass."""
@@ -97,7 +95,12 @@ class Pricer:
 
 def dealt(run: Run) -> tuple[int, ...]:
     """nanotron cuts by cost: a stage takes blocks until the sum passes its share, the head counting as what it multiplies
-    (its `get_block_compute_costs`). Others deal layers evenly, which the arrangement does by itself."""
+    (its `get_block_compute_costs`). Megatron-Bridge counts embedding and head as a layer each where that divides. Others deal
+    layers evenly, which the arrangement does by itself."""
+    virtual = run.pp * run.chunks
+    if run.source == "megatron-bridge" and virtual > 1 and run.layers % virtual and (run.layers + 2) % virtual == 0:
+        each = (run.layers + 2) // virtual
+        return (each - 1, *[each] * (virtual - 2), each - 1)
     if not run.source.startswith("nanotron") or run.pp == 1:
         return ()
     shape = run.shape
@@ -116,9 +119,10 @@ def dealt(run: Run) -> tuple[int, ...]:
 def arrangement(run: Run, block: Sharding, outer: Sharding) -> Arrangement:
     return Arrangement(
         tp=run.tp,
-        dp=run.dp,
+        dp=run.dp * run.cp,
         pp=run.pp,
-        micro_batch=run.micro_batch,
+        cp=run.cp,
+        micro_batch=run.micro_batch / run.cp if run.cp > 1 else run.micro_batch,
         zero=3 if run.zero >= 2 else run.zero,
         schedule="interleaved-1f1b" if run.chunks > 1 else "1f1b",
         chunks=run.chunks,
@@ -128,7 +132,14 @@ def arrangement(run: Run, block: Sharding, outer: Sharding) -> Arrangement:
         counts=dealt(run),
         again=0.5 if run.recompute == "alternate" else 1.0,
         stays=run.stays,
+        policy=run.recompute == "op",
+        asynchronous=run.asynchronous,
+        float8=run.float8,
     )
+
+
+def _short(message: str) -> str:
+    return message if len(message) <= 90 else f"{message[:87]}..."
 
 
 @lru_cache(maxsize=1024)
@@ -163,20 +174,19 @@ def _core(step: Step) -> bool:
     )
 
 
-def _selected(step: Step) -> bool:
-    """torchtitan's per-operation choice: attention and every second product are kept, the rest runs again."""
-    if step.op.kind == "attention" or step.op.kind in ("enter", "exit"):
-        return False
-    return step.op.kind != "linear" or step.index % 2 == 0
+def _selected(graph: Graph) -> Recomputed:
+    """torchtitan's choice by operation (its `_save_list`): attention and the first, third, ... product of a block are kept,
+    the rest runs again."""
+    linears = [index for index, op in enumerate(graph.bodies[0].ops) if op.kind == "linear"]
+    kept = frozenset(linears[::2])  # of the collectives reduce_scatter, at a module's exit, is kept, all_gather is not
+    return lambda step: step.op.kind not in ("attention", "exit") and step.index not in kept
 
 
-RECOMPUTED: dict[str, Recomputed | None] = {
-    "none": None,
-    "full": lambda step: True,
-    "core": _core,
-    "op": _selected,
-    "alternate": lambda step: True,
-}
+def recomputed(how: str, graph: Graph) -> Recomputed | None:
+    """Which operations of a block run again, see `Run.recompute`."""
+    if how == "op":
+        return _selected(graph)
+    return {"none": None, "core": _core}.get(how, lambda step: True)
 
 
 def scaled(hardware: HardwareProfile, **factors: float) -> HardwareProfile:

@@ -1,8 +1,9 @@
 """A row of a published table -> a run that the cost model can price, or the reason why it can't.
 
-A run is refused, never guessed: what the model does not know (context and expert parallelism, fp8, a missing degree), what
+A run is refused, never guessed: what the model does not know (expert parallelism, 4-bit products, a missing degree), what
 is no measurement (failed runs), and what the source's own caveats exclude (README.md: tp above 8 in the nanotron sweep; its
-runs under 10 % MFU are priced but told apart). Every refusal is counted under its reason.
+runs under 10 % MFU are priced but told apart). Every refusal is counted under its reason. One thing is assumed: where a
+source does not tell what is recomputed, it is the least that fits (`pricing.Pricer`).
 
 Runs are split by *group*, the hash of (model, GPUs, tp, pp): about half of the groups are fitted on, the others
 only reported on, so that no held-out run has a sibling of its own shape in the fit.
@@ -10,19 +11,53 @@ only reported on, so that no held-out run has a sibling of its own shape in the 
 
 from __future__ import annotations
 
-import csv
+import re
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 
 from benchmarks.models import Shape
+from benchmarks.rows import Refused, Row, read
 
 VOCABULARY = 51200
 """Of vTrain's GPT runs, which do not tell theirs: Megatron's padded GPT-2 vocabulary."""
+LONGEST, DEEPEST = 2**24, 10_000
+"""Tokens of a sequence and layers beyond which a row is a slip of the table."""
+UNFUSED = ("megatron-2020", "megatron-2021", "megatron-2022", "vtrain")
+"""Software that writes attention's scores to memory and has dropout."""
 
-
-class Refused(Exception):
-    """Why a row is not priced."""
+_IDS = (
+    ("narayanan", "megatron-2021"),
+    ("megatron-readme-175b-1024", "megatron-2021"),
+    ("korthikanti", "megatron-2022"),
+    ("megatron2020", "megatron-2020"),
+    ("megatron-h100", "megatron-core"),
+    ("mbridge", "megatron-bridge"),
+    ("vtrain", "vtrain"),
+    ("titan", "torchtitan"),
+    ("simumax", "simumax"),
+    ("foundry", "llm-foundry"),
+    ("nanotron", "nanotron"),
+    ("llmq", "llmq"),
+)
+_FRAMEWORKS = (
+    ("megatron-bridge|nemo", "megatron-bridge"),
+    ("torchtitan", "torchtitan"),
+    ("nanotron", "nanotron"),
+    ("composer|foundry|mosaic", "llm-foundry"),
+    ("megatron-deepspeed", "vtrain"),
+    ("transformerengine|transformer engine", "simumax"),
+    (r"llm\.q|llmq", "llmq"),
+    ("megatron", "megatron-core"),
+)
+_GPUS = (
+    (r"H100.*(9[0-9] ?GB|HBM2e)", "h100-hbm2e-500w-8x"),
+    (r"\bH100(?!.*(PCIe|NVL))", "h100-sxm-8x"),
+    (r"\bH200", "h200-sxm-8x"),
+    (r"\bB200", "b200-sxm-8x"),
+    (r"\bL40S", "l40s-pcie-8x"),
+    (r"\bA100(?!.*PCIe).*40", "a100-40g-sxm-8x"),
+    (r"\bA100(?!.*PCIe)", "a100-80g-sxm-8x"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,16 +75,21 @@ class Run:
     tp: int
     dp: int
     pp: int
+    cp: int
     chunks: int
     sequence_parallel: bool
+    asynchronous: bool
     zero: int
     stays: bool
     micro_batch: int
     global_batch: int
     recompute: str
-    """none, full, "core" (attention's scores), "op" (all but half of the products), "alternate" (every second layer)."""
+    """none, full, "core" (attention's scores), "op" (all but half of the products), "alternate" (every second layer),
+    "unknown"."""
     dtype: str
+    float8: bool
     seconds: float
+    """0 of a run that failed."""
     memory: float | None
     group: str
     single_layer: bool = False
@@ -61,123 +101,140 @@ class Run:
     @property
     def configuration(self) -> tuple[object, ...]:
         """What equal runs share: their differences are noise."""
-        return (self.source, self.shape, self.layers, self.gpus, self.tp, self.dp, self.pp, self.chunks, self.sequence_parallel,
-                self.zero, self.micro_batch, self.global_batch, self.recompute)  # fmt: skip
+        return (self.source, self.hardware, self.shape, self.layers, self.gpus, self.tp, self.dp, self.pp, self.cp, self.chunks,
+                self.sequence_parallel, self.asynchronous, self.zero, self.stays, self.micro_batch, self.global_batch,
+                self.recompute, self.float8)  # fmt: skip
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def run_of(row: dict[str, str]) -> Run:
-    """The run of a row. Raises `Refused`."""
+def run_of(row: Row, failed: bool = False) -> Run:
+    """The run of a row; of one that `failed` too, if that is asked for. Raises `Refused`."""
     source, hardware = _source(row)
-    if row.get("status") != "ok":
-        raise Refused("no measurement: the run failed")
-    _modelled(row)
-    seconds = float(row.get("step_time_s") or row.get("derived_step_time_s") or 0)
-    tokens = float(row.get("tokens_per_s_per_gpu") or 0)
-    gpus, batch, length = int(row["n_gpus"]), _number(row, "global_batch"), _number(row, "model_seq_len")
-    if not seconds and tokens:
-        seconds = batch * length / (tokens * gpus)
-    if not seconds:
-        raise Refused("no step time published")
+    if failed != (row.text("status").lower() not in ("ok", "")):
+        raise Refused("no measurement: the run failed" if not failed else "the run did not fail")
+    if not hardware:
+        raise Refused(f"no hardware profile for {row.text('gpu') or 'a GPU that is not told'}")
+    float8 = _modelled(row)
+    gpus, tp, pp, cp = row.count("n_gpus"), row.count("tp"), row.count("pp"), row.count("cp", 1)
+    dp = row.count("dp", max(1, gpus // (tp * pp * cp)))
+    if tp * pp * dp * cp != gpus:
+        raise Refused("tp x pp x dp x cp is not the number of GPUs")
     if source == "nanotron":  # runs under 10 % MFU are told apart: the source calls them pathological
-        if int(row["tp"]) > 8:
+        if tp > 8:
             raise Refused("tp > 8: outside the source's caveats (README)")
-        if float(row["mfu"]) < 0.1:
+        if (row.number("mfu") or 1.0) < 0.1 and not failed:
             source = "nanotron-slow"
-    gated = row["model_gated"] == "True"
-    heads = _number(row, "model_heads")
-    unfused = source in ("megatron-2021", "megatron-2022", "megatron-2020", "vtrain")
-    shape = Shape(
-        gated=gated,
-        hidden=_number(row, "model_hidden"),
-        heads=heads,
-        kv_heads=int(row.get("model_kv_heads") or heads),
-        ffn=_number(row, "model_ffn"),
-        vocab=int(row.get("model_vocab") or VOCABULARY),
-        seq_len=length,
-        tied=row.get("model_tied_embeddings", "True") == "True",
-        unfused=unfused,
-        dropout=0.1 if unfused else 0.0,
-    )
-    tp, pp, dp = (_number(row, axis) for axis in ("tp", "pp", "dp"))
-    if tp * pp * dp != gpus:
-        raise Refused("tp x pp x dp is not the number of GPUs")
-    micro = _number(row, "micro_batch")
+    shape = _shape(row, source)
+    batch, micro = row.count("global_batch"), row.count("micro_batch")
     if batch % (dp * micro):
         raise Refused("the global batch does not divide into the micro-batches told")
-    memory = float(row.get("peak_mem") or 0)
-    unit = 2**30 if row.get("peak_mem_unit") == "GiB" else 1e9
+    layers = row.count("model_layers", 1 if "single layer" in row.text("other") else None)
+    chunks = row.count("vpp", 1)
+    if layers > DEEPEST or pp * chunks > layers:
+        raise Refused("more pipeline stages than layers" if layers <= DEEPEST else "model_layers is beyond all bounds")
+    memory = row.number("peak_mem")
     return Run(
-        id=row["id"],
+        id=row.text("id") or "(no id)",
         source=source,
         hardware=hardware,
-        model=row["model"],
+        model=row.text("model") or "(no name)",
         shape=shape,
-        layers=int(row.get("model_layers") or 1),
+        layers=layers,
         gpus=gpus,
         tp=tp,
         dp=dp,
         pp=pp,
-        chunks=int(row.get("vpp") or 1),
-        sequence_parallel=tp > 1 and row.get("sp") == "True",
-        zero=int(row.get("zero") or 0) if "FULL" not in row.get("fsdp", "") else 3,
-        stays=row.get("fsdp") == "SHARD_GRAD_OP",
+        cp=cp,
+        chunks=chunks,
+        sequence_parallel=tp > 1 and row.flag("sp", default=source in ("megatron-bridge", "simumax")),
+        asynchronous=row.flag("async_tp", default=source == "megatron-bridge"),
+        zero=3 if "FULL" in row.text("fsdp") else int(row.number("zero") or 0),
+        stays=row.text("fsdp") == "SHARD_GRAD_OP",
         micro_batch=micro,
         global_batch=batch,
         recompute=_recompute(row, source),
-        dtype="float16" if row.get("precision") == "fp16" else "bfloat16",
-        seconds=seconds,
-        memory=memory * unit if memory else None,
-        group=f"{row['model']}/{gpus}/{tp}/{pp}",
-        single_layer="single layer" in row.get("other", ""),
+        dtype="float16" if row.text("precision").startswith("fp16") else "bfloat16",
+        float8=float8,
+        seconds=0.0 if failed else _seconds(row, gpus, batch * shape.seq_len),
+        memory=memory * _unit(row, source) if memory else None,
+        group=f"{row.text('model')}/{gpus}/{tp}/{pp}",
+        single_layer="single layer" in row.text("other"),
     )
 
 
-def _source(row: dict[str, str]) -> tuple[str, str]:
-    """(source, hardware profile) of a row."""
-    name, gpu = row["id"], row["gpu"]
-    if name.startswith("narayanan") or name == "megatron-readme-175b-1024":
-        return "megatron-2021", "a100-80g-sxm-8x"
-    if name.startswith("korthikanti"):
-        return "megatron-2022", "a100-80g-sxm-8x"
-    if name.startswith("megatron2020"):
-        return "megatron-2020", "a100-80g-sxm-8x" if gpu.startswith("A100") else ""
-    if name.startswith("megatron-h100"):
-        return "megatron-core", "h100-sxm-8x"
-    if name.startswith("vtrain"):
-        return "vtrain", "a100-80g-sxm-8x"
-    if name.startswith("titan"):
-        compiled = "-compile" if row.get("torch_compile") == "True" else ""
-        if gpu.startswith("A100"):
-            return "torchtitan-a100", "a100-80g-sxm-8x"
-        return f"torchtitan{compiled}", "h100-hbm2e-500w-8x" if gpu.startswith("H100 9") else ""
-    if name.startswith("simumax"):
-        return "simumax", "b200-sxm-8x"
-    for source in ("foundry", "nanotron"):
-        if name.startswith(source):
-            return {"foundry": "llm-foundry"}.get(source, source), "h100-sxm-8x"
-    return name.split("-")[0], ""
+def _source(row: Row) -> tuple[str, str]:
+    """(source, hardware profile) of a row, "" where there is none."""
+    name, told, gpu = row.text("id"), row.text("framework"), row.text("gpu")
+    source = next((source for prefix, source in _IDS if name.startswith(prefix)), "")
+    source = source or next((source for words, source in _FRAMEWORKS if re.search(words, told, re.IGNORECASE)), "")
+    hardware = next((profile for words, profile in _GPUS if re.search(words, gpu, re.IGNORECASE)), "")
+    if hardware == "a100-80g-sxm-8x" and row.text("gpu_mem_gb") == "40" and not source.startswith("megatron-2020"):
+        hardware = "a100-40g-sxm-8x"
+    if source == "torchtitan" and hardware.startswith("a100"):
+        source = "torchtitan-a100"
+    elif source == "torchtitan" and row.flag("torch_compile"):
+        source = "torchtitan-compile"
+    return source or "unknown software", hardware
 
 
-def _modelled(row: dict[str, str]) -> None:
-    if not _source(row)[1]:
-        raise Refused(f"no hardware profile for {row['gpu']} in this software's context")
-    if row.get("model_arch", "dense") not in ("dense", ""):
-        raise Refused(f"{row['model_arch']}: expert parallelism is not modelled")
-    if int(row.get("cp") or 1) > 1:
-        raise Refused("context parallelism is not modelled")
-    if "8" in row.get("precision", "").lower().replace("bf16", "").replace("fp16", "").replace("fp32", "") or row.get("float8"):
-        raise Refused("fp8: no efficiency curve")
-    if row.get("zero") == "3" and row["id"].startswith("narayanan"):
+def _modelled(row: Row) -> bool:
+    """Whether products are in fp8. Raises `Refused` for what the model does not know."""
+    kind = row.text("model_arch").lower() or "dense"
+    if kind != "dense":
+        raise Refused(f"{kind[:20]}: experts or state spaces are not modelled")
+    if row.count("ep", 1) > 1:
+        raise Refused("expert parallelism is not modelled")
+    if row.text("zero") == "3" and row.text("id").startswith("narayanan"):
         raise Refused("DeepSpeed ZeRO-3 of 2021: another framework, six rows, no constants")
+    told = f"{row.text('precision')} {row.text('float8')}".lower()
+    if "fp4" in told or "int8" in told:
+        raise Refused("products in 4 bits or whole numbers: no efficiency curve")
+    float8 = bool(re.search(r"fp8|float8|f8", told)) or row.flag("float8")
+    if float8 and "rowwise" in told:
+        raise Refused("fp8 scaled by rows: another kernel, no efficiency curve")
+    return float8
 
 
-def _recompute(row: dict[str, str], source: str) -> str:
-    said = row.get("recompute", "")
+def _shape(row: Row, source: str) -> Shape:
+    gated, heads, hidden = row.flag("model_gated"), row.count("model_heads"), row.count("model_hidden")
+    kv_heads, length = row.count("model_kv_heads", heads), row.count("model_seq_len")
+    if hidden % heads or row.count("model_head_dim", hidden // heads) != hidden // heads:
+        raise Refused("heads that do not share out the hidden size are not modelled")
+    if heads % kv_heads or (kv_heads != heads and not gated):
+        raise Refused("grouped heads of this kind are not modelled")
+    if length > LONGEST or max(hidden, row.count("model_ffn")) > LONGEST:
+        raise Refused("a model's dimension is beyond all bounds")
+    return Shape(
+        gated=gated,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        ffn=row.count("model_ffn"),
+        vocab=row.count("model_vocab", VOCABULARY if source == "vtrain" else None),
+        seq_len=length,
+        tied=row.flag("model_tied_embeddings", default=True),
+        unfused=source in UNFUSED,
+        dropout=0.1 if source in UNFUSED else 0.0,
+    )
+
+
+def _seconds(row: Row, gpus: int, tokens: int) -> float:
+    """Of a step, as told or from the tokens a second."""
+    seconds = row.number("step_time_s") or row.number("derived_step_time_s")
+    rate = row.number("tokens_per_s_per_gpu") or row.number("derived_tokens_per_s_per_gpu")
+    if not seconds and rate:
+        seconds = tokens / (rate * gpus)
+    if not seconds:
+        raise Refused("no step time published")
+    return seconds
+
+
+def _unit(row: Row, source: str) -> float:
+    """Bytes of the unit of memory. nanotron's "GB" are GiB: ZeRO-1 saves 12 bytes a parameter of a run's ZeRO-0 sibling then."""
+    return 2.0**30 if row.text("peak_mem_unit").startswith("GiB") or source.startswith("nanotron") else 1e9
+
+
+def _recompute(row: Row, source: str) -> str:
+    said = row.text("recompute").lower()
     if source.startswith("nanotron") or said.startswith("none"):
         return "none"
     if said.startswith("full"):
@@ -187,12 +244,10 @@ def _recompute(row: dict[str, str], source: str) -> str:
     if "selective layer" in said:
         return "alternate"
     if said.startswith("selective"):
-        return "op"
-    raise Refused("recomputation is not told")
+        return "op" if source.startswith("torchtitan") else "core"
+    if said:
+        raise Refused("recomputation of parts is not modelled")
+    return "unknown"
 
 
-def _number(row: dict[str, str], name: str) -> int:
-    try:
-        return int(float(row.get(name, "")))
-    except ValueError:
-        raise Refused(f"{name} is not told") from None
+__all__ = ["Refused", "Row", "Run", "read", "run_of"]

@@ -121,7 +121,7 @@ class _Device(_Table):
     memory: _Bytes
     reserved: _BytesOrNone
     bandwidth: _Rate
-    peak: dict[DType, _Peak] = Field(min_length=1)
+    peak: dict[DType | Literal["float8"], _Peak] = Field(min_length=1)
     matmul: _FlopCurve
     attention: _FlopCurve
     memory_efficiency: _ByteCurve

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy import Scored, figures
+from benchmarks.accuracy import Exam, Scored, figures, main
 from benchmarks.pricing import Pricer, frameworks
-from benchmarks.runs import Refused, Run, read, run_of
+from benchmarks.rows import Refused, Row, read
+from benchmarks.runs import Run, run_of
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "published"
-ROWS = {row["id"]: row for name in ("megatron", "torchtitan", "vtrain", "simumax") for row in read(PUBLISHED / f"{name}.csv")}
+TABLES = ("megatron", "megatron-bridge", "torchtitan", "vtrain", "simumax")
+ROWS = {row.text("id"): row for name in TABLES for row in read(PUBLISHED / f"{name}.csv")}
 
 
 def a_run(**changes: object) -> Run:
@@ -28,8 +30,9 @@ def test_a_row_becomes_a_run() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("titan-t2-8b-cp2", "context"),
-        ("titan-t4-70b-2d", "fp8"),
+        ("titan-asynctp-8b-float8-rowwise-async", "fp8 scaled by rows"),
+        ("simumax-b200-deepseekv2_tp1_ep8_pp1_dp8_l4_mbc4_cef", "experts"),
+        ("megatron2020-dgx2-1B", "no hardware profile for V100"),
         ("megatron-h100-16B", "micro_batch is not told"),
         ("narayanan-t2-174.6B-z3-384", "another framework"),
         ("titan-a100-l2-70b-selective_layer-lb2-OOM", "no measurement"),
@@ -47,7 +50,7 @@ def test_a_group_is_never_cut_in_two() -> None:
             run = run_of(row)
         except Refused:
             continue
-        halves.setdefault(f"{run.model}/{run.gpus}/{run.tp}/{run.pp}", set()).add(run.held_out)
+        halves.setdefault(run.group, set()).add(run.held_out)
     assert all(len(half) == 1 for half in halves.values())
     assert {half for some in halves.values() for half in some} == {False, True}
 
@@ -84,3 +87,73 @@ def test_a_single_layer_takes_its_passes_and_no_optimizer() -> None:
     assert run.single_layer
     assert pricer.seconds(run) == pytest.approx(run.seconds, rel=0.1)
     assert pricer.seconds(run) < pricer.price(run).step_time
+
+
+NOT_READ = "id,gpu,n_gpus,odd\nq\nq,H100\n,H100,eight,1,2,3\nq,Abacus,8\n"
+
+
+def test_files_that_nobody_has_seen_are_counted_never_stumbled_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd, binary, table = tmp_path / "odd.csv", tmp_path / "binary.csv", tmp_path / "vtrain.csv"
+    odd.write_text(NOT_READ, encoding="utf-8-sig")
+    binary.write_bytes(bytes(range(256)) * 9)
+    table.write_text("".join((PUBLISHED / "vtrain.csv").read_text().splitlines(keepends=True)[:2]), encoding="utf-8-sig")
+    exam = Exam([odd, binary, table])
+    reasons = exam.refused["odd.csv"]
+    assert reasons == {
+        "no hardware profile for a GPU that is not told": 1,
+        "n_gpus is not told": 1,
+        "n_gpus is not a number": 1,
+        "no hardware profile for Abacus": 1,
+    }
+    assert exam.rows["binary.csv"] == exam.refused["binary.csv"].total()
+    assert [s.run.source for s in exam.scored] == ["vtrain"]
+    assert main([str(tmp_path / "none.csv")]) == 2
+    assert "cannot be read: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("tp", "3.5", "tp is not a whole number"),
+        ("micro_batch", "-1", "micro_batch is not a number that can be"),
+        ("global_batch", "inf", "global_batch is not a number that can be"),
+        ("model_layers", "1", "more pipeline stages than layers"),
+        ("model_heads", "7", "heads that do not share out"),
+        ("dp", "5", "not the number of GPUs"),
+        ("step_time_s", "soon", "step_time_s is not a number"),
+    ],
+)
+def test_a_slip_of_the_table_is_a_reason(field: str, value: str, reason: str) -> None:
+    row = ROWS["narayanan-t1-39B"]
+    with pytest.raises(Refused, match=reason):
+        run_of(Row({**row.fields, field: value}))
+
+
+def test_the_sequence_of_a_context_parallel_run_is_cut() -> None:
+    pricer = Pricer(frameworks())
+    run = run_of(ROWS["simumax-b200-llama3_70b_l12_tp2_cp4_pp1_dp1_seq32768_mbc4_cef"])
+    whole = replace(run, cp=1, dp=4, global_batch=run.global_batch * 4)  # the same work a rank, nothing sent round
+    assert (run.cp, run.dp) == (4, 1)
+    assert pricer.seconds(whole) / 4 < pricer.seconds(run) < pricer.seconds(whole) / 3
+    assert pricer.memory(run) < pricer.memory(whole)
+
+
+def test_what_is_multiplied_in_fp8_takes_less_time_and_room() -> None:
+    pricer = Pricer(frameworks())
+    run = run_of(ROWS["mbridge-25.11-LLAMA3_8B-H100-FP8CS-n8-gbs128-pretrain"])
+    wide = replace(run, float8=False)
+    assert run.float8
+    assert 0.5 * pricer.seconds(wide) < pricer.seconds(run) < pricer.seconds(wide)
+    told = replace(run, recompute="none")
+    assert pricer.memory(told) < pricer.memory(replace(told, float8=False))
+
+
+def test_kept_by_operation_is_between_nothing_and_everything() -> None:
+    """torchtitan's policy for one layer of Llama-8B: its input, wq, wv, attention with its statistics, w1 and w2."""
+    pricer = Pricer({})
+    run = run_of(ROWS["titan-t1-8b-fsdp-n8"])
+    sizes = [pricer.memory(replace(run, recompute=how)) for how in ("full", "op", "none")]
+    assert sizes == sorted(sizes)
+    tokens, hidden, heads = run.micro_batch * 8192, 4096, 32
+    kept = tokens * (2 * (4 * hidden + 1024 + 14336) + 4 * heads)
+    assert sizes[1] - sizes[0] == pytest.approx(32 * (kept - 2 * tokens * hidden), rel=0.05)

@@ -53,7 +53,7 @@ def test_stages_are_what_the_planner_simulates(pp: int, recompute: str) -> None:
 
 def test_the_parts_of_the_outer_body_are_the_whole() -> None:
     pipeline = Arranged(costs())
-    _, embed, head = pipeline._costs(at())
+    _, embed, head = pipeline.parts(at())
     whole = pipeline.costs.layer_cost(OUTER, UNSHARDED, 1, 1)
     assert embed.forward + head.forward == pytest.approx(whole.forward)
     assert embed.backward + head.backward == pytest.approx(whole.backward)

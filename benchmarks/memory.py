@@ -1,0 +1,116 @@
+"""Bytes of the fullest rank of a published run.
+
+    bytes of stage s = states + dummies + flight (layers kept + embedding) + gathered + moment
+
+`states` are a parameter's bytes under the framework's ZeRO, `kept` is what a layer keeps of one micro-batch (benchmarks.kept),
+`flight` the micro-batches in flight in the stage, `gathered` what FSDP has unsharded (two layers' parameters, one's gradients
+before and in the reduction, the embedding and head), `moment` the largest of: a layer's backward pass with what it recomputes;
+the loss. An allocator that has no room to give back keeps blocks of both, as their sizes differ (`Software.reserves`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from autoplan.cost.layer import LayerCost
+from autoplan.graph import DTYPE_BYTES
+from autoplan.schedule import in_flight
+from autoplan.units import Bytes
+from autoplan.workload import OPTIMIZER_STATES
+from benchmarks.kept import Tensors
+
+if TYPE_CHECKING:
+    from benchmarks.arrangement import Arranged, Arrangement
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What one pipeline rank holds. Bytes."""
+
+    states: Bytes
+    activations: Bytes
+    layer_moment: Bytes
+    loss_moment: Bytes
+
+    def total(self, together: bool) -> Bytes:
+        moment = self.layer_moment + self.loss_moment if together else max(self.layer_moment, self.loss_moment)
+        return self.states + self.activations + moment
+
+
+def stages(arranged: Arranged, at: Arrangement) -> list[Stage]:
+    """Of every pipeline rank. Raises `UsageError` like `Arranged.price`."""
+    own, load = arranged.software, arranged.costs.workload
+    m = arranged.micro_batches(at)
+    counts, virtual = at.dealt, len(at.dealt)
+    compute, reduce = DTYPE_BYTES[load.compute_dtype], DTYPE_BYTES[load.reduce_dtype]
+    block, embed, head = arranged.parts(at)
+    kept, moment = _layer(arranged, at, block)
+    loss = _loss(arranged, at, head)
+    per_parameter = _per_parameter(arranged, at)
+    table = compute * numel(embed) if own.local_table else embed.temporary
+    found = []
+    for s in range(at.pp):
+        mine = [k for k in range(virtual) if k % at.pp == s]
+        layers = sum(counts[k] for k in mine)
+        first, last = 0 in mine, virtual - 1 in mine
+        held = arranged.held(at, layers, embed if first else None, head if last else None)
+        flight = in_flight(at.schedule, s, at.pp, min(m, 4 * at.pp), at.chunks) / at.chunks
+        states = held * per_parameter + own.dummies * (numel(block) + (numel(head) if last else 0.0))
+        if at.zero == 3:
+            outer = arranged.held(at, 0, embed if first else None, head if last else None)
+            states += 2 * compute * numel(block) + (compute + reduce) * numel(block) + compute * outer
+        found.append(
+            Stage(
+                states,
+                own.fragments * flight * (layers * kept + (embed.saved if first else 0.0)),
+                max(moment, table if first else 0.0),
+                loss if last else 0.0,
+            )
+        )
+    return found
+
+
+def memory(arranged: Arranged, at: Arrangement) -> Bytes:
+    """Bytes of the rank whose peak the framework publishes: the fullest one's, or rank 0's."""
+    own = arranged.software
+    each = [stage.total(own.reserves) for stage in stages(arranged, at)]
+    return each[0] if own.first_rank else max(each)
+
+
+def _per_parameter(arranged: Arranged, at: Arrangement) -> Bytes:
+    own, load = arranged.software, arranged.costs.workload
+    dtypes = (2 + OPTIMIZER_STATES[load.optimizer]) * DTYPE_BYTES[load.param_dtype]
+    resident, sharded = (own.resident, own.sharded) if own.resident or own.sharded else (0.0, float(dtypes))
+    if at.zero == 3:
+        return (resident + sharded) / at.dp
+    return resident + sharded / (at.dp if at.zero else 1)
+
+
+def _layer(arranged: Arranged, at: Arrangement, block: LayerCost) -> tuple[Bytes, Bytes]:
+    """(bytes that a layer keeps of a micro-batch, bytes besides while its backward pass runs)."""
+    own = arranged.software
+    tensors = Tensors(arranged.costs.layer_model(0, at.tp, at.samples), at.block)
+    saved = block.saved - (tensors.fused() if own.fuses else 0.0) - (tensors.halved() if at.float8 else 0.0)
+    saved -= arranged.gathered(at) if own.gathers_again and at.tp > 1 else 0.0
+    if arranged.recomputed is None:
+        return saved, block.temporary
+    kept = min(saved, tensors.kept(arranged.recomputed, at.policy))
+    return at.again * kept + (1 - at.again) * saved, block.temporary + block.saved - kept
+
+
+def _loss(arranged: Arranged, at: Arrangement, head: LayerCost) -> Bytes:
+    """Bytes of the final norm, the head and the loss at their fullest moment."""
+    per_logit = arranged.software.logits
+    if not per_logit:
+        return head.saved + head.temporary
+    body = arranged.costs.graph.outer
+    logits = next(body.values[op.inputs[0]] for op in reversed(body.ops) if op.kind == "cross_entropy")
+    return logits.bytes_at(at.micro_batch) / DTYPE_BYTES[logits.dtype] / at.tp * per_logit
+
+
+@lru_cache(maxsize=4096)
+def numel(cost: LayerCost) -> float:
+    """Parameters on one rank, cut by tp."""
+    return float(sum(p.numel(1) for p in cost.parameters))

@@ -1,0 +1,80 @@
+"""What a training framework adds to or takes from a machine: the constants of frameworks.yaml, all that is ever fitted.
+
+Their neutral values are what the planner assumes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from autoplan.units import Bytes, Seconds
+
+FRAMEWORKS = Path(__file__).with_name("frameworks.yaml")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Software:
+    """A framework's own numbers, beside the machine's."""
+
+    compute: float = 1.0
+    """All kernels take so many times longer."""
+    attention: float = 1.0
+    """Attention kernels besides."""
+    elementwise: float = 1.0
+    """All other kernels but matrix products besides: below 1 where they are fused."""
+    norm: float = 1.0
+    """Norms besides: above 1 where they are not one kernel."""
+    float8: float = 1.0
+    """Products in fp8 reach so much of the fp8 peak, casts counted, for what those in bf16 reach of theirs."""
+    tp_exposed: float = 1.0
+    """Fraction of the tp collectives that computation does not hide."""
+    tp_backward_hidden: float = 1.0
+    """Fraction of the backward pass's tp collectives that asynchronous tp can hide."""
+    dp_exposed: float = 0.0
+    """Fraction of gradient reductions (and ZeRO's gathers) that even a long backward pass does not hide."""
+    network: float = 1.0
+    """Collectives that leave the node take so many times longer."""
+    layer: Seconds = 0.0
+    """Least time of the host for one layer and micro-batch, forward and backward; a third of it is the forward pass's."""
+    layer_tp: Seconds = 0.0
+    """Further host time of a layer under tp."""
+    layer_hop: Seconds = 0.0
+    """Least time of a layer under tp when the stages lie on several nodes, and `layer_hop_tp` more for every tp rank."""
+    layer_hop_tp: Seconds = 0.0
+    optimizer: float = 1.0
+    """The optimizer moves so many times the bytes: copies and checks of mixed precision."""
+    step: Seconds = 0.0
+    """Host time of every step."""
+    gathers_again: bool = False
+    """Under sequence parallelism the backward pass gathers a linear's input again instead of keeping it (Megatron)."""
+    resident: Bytes = 0.0
+    """Bytes kept for a parameter on every rank that holds it, and `sharded` ones cut by dp; 0 and 0: `Workload`'s dtypes."""
+    sharded: Bytes = 0.0
+    local_table: bool = False
+    """The gradient of an embedding that tp cuts is made of the rank's own part (DTensor makes the whole table's)."""
+    fuses: bool = False
+    """A pointwise result that only other pointwise operations' backward passes read is made again in their kernel."""
+    dummies: Bytes = 0.0
+    """Bytes for every parameter of one layer and of the head in buffers that stand for their gradients (TransformerEngine)."""
+    logits: Bytes = 0.0
+    """Most bytes that the loss holds for a logit; 0: what PyTorch's cross entropy does."""
+    fragments: float = 1.0
+    """The allocator reserves so many times the bytes of the activations."""
+    reserves: bool = False
+    """The published peak is what the allocator has reserved: blocks that a layer's moment left do not fit the loss's."""
+    first_rank: bool = False
+    """The published peak is that of rank 0, in the first stage, not the fullest."""
+
+
+NEUTRAL = Software()
+
+
+def frameworks(path: Path = FRAMEWORKS) -> dict[str, Software]:
+    """The constants of every framework; keys that are no constants ("why") are for the reader."""
+    names = Software.__dataclass_fields__
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = {name: Software(**{k: float(v) for k, v in entry.items() if k in names}) for name, entry in document.items()}
+    return {**found, "nanotron-slow": found["nanotron"]}
