@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from autoplan.capture import private
-from autoplan.capture.scope import Call
+from autoplan.capture.scope import Call, Scope
 
 Edge = tuple[Any, int]
 """A node of the autograd graph and the number of one of its outputs in the forward pass."""
@@ -47,11 +47,11 @@ def edges(loss: Tensor, visit: Callable[[Any], None]) -> dict[Edge, list[int]]:
     return found
 
 
-def forget_unused(found: Mapping[Edge, list[int]], owner: Mapping[int, Call], calls: Iterable[Call]) -> None:
+def forget_unused(found: Mapping[Edge, list[int]], owner: Mapping[int, Call], scopes: Iterable[Scope]) -> None:
     """What autograd keeps for results that the loss does not need (LLaVA's last vision layer) goes with them, before the
     backward pass begins."""
     needed = {id(owner[number]) for numbers in found.values() for number in numbers if number in owner}
-    for call in calls:
+    for call in (call for scope in scopes for call in scope.calls):
         if id(call) not in needed:
             call.packed.clear()
 

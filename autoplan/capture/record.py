@@ -86,9 +86,10 @@ class Recorder(TorchFunctionMode):
             homes = {block_of(name, self.blocks) for name in group}
             if len(homes) > 1:  # a layer that shares a parameter with the rest of the model can't be priced alone
                 raise NoBlockError(homes - {""})
-        self._external = {private.storage_key(t) for t in (*self.root.parameters(), *self.root.buffers(), *tensors(inputs))}
         for name, tensor in merged(list(leaves(inputs))):
             self.outer.take(tensor, name)
+        given = (*self.root.parameters(), *self.root.buffers(), *(item.tensor for item in self.outer.items))
+        self._external = {private.storage_key(tensor) for tensor in given}
         with warnings.catch_warnings(), Kernels(self._meter, self._warn):
             warnings.simplefilter("ignore")
             with self._patches(), torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor), self:
@@ -98,8 +99,7 @@ class Recorder(TorchFunctionMode):
             self._check_blocks()
             self._last = None
             self._meetings = edges(loss, self._watch)
-            for scope in (self.outer, *self.layers.values()):
-                forget_unused(self._meetings, self._by_sequence, scope.calls)
+            forget_unused(self._meetings, self._by_sequence, (self.outer, *self.layers.values()))
             wanted = [p for p in self.root.parameters() if p.requires_grad]
             self._stack[:] = ["its backward pass"]
             torch.autograd.grad(loss, wanted, allow_unused=True)

@@ -68,4 +68,4 @@ def build_model(**changes: int) -> nn.Module:
 def example_inputs(batch_size: int, **changes: int) -> dict[str, Batch]:
     settings = {**FULL, **changes}
     tokens = torch.randint(0, settings["vocab"], (batch_size, settings["seq_len"] + 1))
-    return {"batch": Batch(tokens[:, :-1], tokens[:, 1:])}
+    return {"batch": Batch(tokens[:, :-1], tokens[:, 1:].contiguous())}
