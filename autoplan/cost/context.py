@@ -7,13 +7,15 @@ The walk starts at the model's inputs of token numbers (`context_inputs`) and fo
     cross_entropy    rows of positions: each device takes its own
 
 (`_follow`). Whatever else meets a tensor that is cut would need the whole of it: then the model is refused, with the place
-(`refusal`). Tensors that carry no gradient (positions, masks) may be whole: they are small, and cut where they are used.
+(`refusal`). Tensors that carry no gradient (token numbers, masks) are brought together where need be, and the gradients of what
+is whole and meets what is cut (learned positions) are: these are small, and told (`gathered`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from autoplan.cost.rules import through_view
 from autoplan.graph import Body, Graph, Op, Value
@@ -39,6 +41,13 @@ def context_inputs(graph: Graph) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
+class Gather(NamedTuple):
+    """An all_gather over cp of the value `value`, or with `backward` of its gradient."""
+
+    value: int
+    backward: bool
+
+
 @dataclass
 class Context:
     """What is known of a model's sequences, whatever the size of cp."""
@@ -48,6 +57,8 @@ class Context:
     """Heads of every attention, queries' and keys', with its place."""
     lengths: dict[int, str] = field(default_factory=dict)
     """Lengths of the sequences that are cut, with where they were met first."""
+    gathered: dict[tuple[int, int], tuple[Gather, ...]] = field(default_factory=dict)
+    """By body (-1: the outer one) and operation."""
     reason: str = ""
     """Why it can't be cut at all."""
 
@@ -60,7 +71,7 @@ class Context:
         outer = self.graph.outer
         dims: list[int | None] = [cut.get(name) for name, _, _ in self.graph.inputs]
         try:
-            self._walk(outer, tuple(dims), "")
+            self._walk(-1, outer, tuple(dims), "")
         except _MixedError as error:
             self.reason = str(error)
         if not self.heads and not self.reason:
@@ -78,15 +89,17 @@ class Context:
                 return f"{length} positions of {place} do not divide over cp {cp}" + (f" x tp {tp}" if tp > 1 else "")
         return ""
 
-    def _walk(self, body: Body, dims: Dims, prefix: str) -> Dims:
+    def _walk(self, number: int, body: Body, dims: Dims, prefix: str) -> Dims:
         known: dict[int, int | None] = dict(zip(body.inputs, dims, strict=True))
-        for op in body.ops:
+        for index, op in enumerate(body.ops):
             arriving = tuple(known.get(i) for i in op.inputs)
             where = f"'{prefix}{op.module}'" if prefix or op.module else "the model itself"
             if op.kind == "call":
                 leaving = self._call(op, arriving)
             else:
                 leaving = _follow(op, [body.values[i] for i in op.inputs], [body.values[i] for i in op.outputs], arriving, where)
+            if gathers := tuple(_gathers(op, body, arriving, leaving)):
+                self.gathered[number, index] = gathers
             if op.kind == "attention" and any(dim is not None for dim in arriving):
                 self.heads += [(body.values[i].shape[1], f"attention in {where}") for i in op.inputs[:3]]
             for i, dim in zip(op.outputs, leaving, strict=True):
@@ -103,7 +116,7 @@ class Context:
                 raise _MixedError(f"'{block.name}' is given activations that are not cut along a sequence")
         key = (block.body, arriving)
         if key not in self._through:
-            self._through[key] = self._walk(body, arriving, f"{block.name}.")
+            self._through[key] = self._walk(block.body, body, arriving, f"{block.name}.")
         return self._through[key]
 
 
@@ -121,6 +134,21 @@ def _follow(op: Op, values: Sequence[Value], results: Sequence[Value], dims: Dim
             return whole  # token numbers, masks: brought together where need be
         raise _MixedError(f"'{op.name}' in {where} takes all positions at once")
     return (followed,) * len(results) if op.kind != "cross_entropy" else whole
+
+
+def _gathers(op: Op, body: Body, arriving: Dims, leaving: Dims) -> Iterator[Gather]:
+    """What the operation has brought together: see the module."""
+    if op.kind in ("enter", "exit", "call", "cross_entropy") or all(dim is None for dim in arriving):
+        return
+    rank = max((len(body.values[i].shape) for i in op.outputs), default=0)
+    for position, (i, dim) in enumerate(zip(op.inputs, arriving, strict=True)):
+        value = body.values[i]
+        if dim is not None and (leaving[0] is None or (op.kind == "attention" and position > 2)):
+            yield Gather(i, backward=False)
+        elif dim is None and op.kind == "pointwise" and value.requires_grad and leaving[0] is not None:
+            own = leaving[0] - (rank - len(value.shape))
+            if own >= 0 and value.shape[own] > 1:
+                yield Gather(i, backward=True)
 
 
 def _before_last(op: Op, values: Sequence[Value], results: Sequence[Value], dims: Dims) -> int | None:

@@ -20,9 +20,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 from autoplan.cost.collectives import collective_time
+from autoplan.cost.context import Context, Gather
 from autoplan.cost.layer import LayerCost, layer_cost
 from autoplan.cost.outer import OuterParts
 from autoplan.cost.prices import LayerModel
@@ -85,8 +87,17 @@ class CostModel:
                 hardware=self.hardware,
                 dtype=self.workload.compute_dtype,
                 cp=cp,
+                gathered=self._gathered(body) if cp > 1 else None,
             )
         return self._models[key]
+
+    @cached_property
+    def context(self) -> Context:
+        """Where the model's sequences run."""
+        return Context(self.graph)
+
+    def _gathered(self, body: int) -> dict[int, tuple[Gather, ...]]:
+        return {index: found for (of, index), found in self.context.gathered.items() if of == body}
 
     def layer_cost(self, body: int, sharding: Sharding, tp: int, micro_batch: int, cp: int = 1) -> LayerCost:
         """Cost of one layer for one micro-batch. Raises `UsageError` when the sharding is not legal for it."""

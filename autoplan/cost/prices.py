@@ -13,13 +13,14 @@ collectives of `autoplan.strategy`'s table (`.border`), a GATHERED parameter one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import kernel_time
+from autoplan.cost.context import Gather
 from autoplan.cost.rules import BORDER_COLLECTIVES, Outcome, packings
 from autoplan.graph import DTYPE_BYTES, Body, Op, Parameter, Value
 from autoplan.hardware import HardwareProfile
@@ -67,10 +68,23 @@ def border_leaf(body: Body, value: int) -> str:
 class LayerModel:
     """The prices of one body at one tp degree and micro-batch."""
 
-    def __init__(self, body: Body, bodies: tuple[Body, ...], blocks: tuple[tuple[str, int], ...], *, tp: int, micro_batch: int,
-                 hardware: HardwareProfile, dtype: str, cp: int = 1) -> None:  # fmt: skip
+    def __init__(
+        self,
+        body: Body,
+        bodies: tuple[Body, ...],
+        blocks: tuple[tuple[str, int], ...],
+        *,
+        tp: int,
+        micro_batch: int,
+        hardware: HardwareProfile,
+        dtype: str,
+        cp: int = 1,
+        gathered: Mapping[int, Sequence[Gather]] | None = None,
+    ) -> None:
         self.body, self.bodies, self.blocks = body, bodies, blocks
         self.tp, self.cp, self.hardware, self.dtype = tp, cp, hardware, dtype
+        self.gathered = gathered or {}
+        """What operations (by index) bring together over cp."""
         self.samples = micro_batch / cp
         """Samples' worth of work: a device of a cp group has a part of the sequence of each."""
         self._op_costs: dict[tuple[int, tuple[Layout, ...], tuple[Layout, ...]], OpCost] = {}
@@ -97,14 +111,19 @@ class LayerModel:
     def local_bytes(self, value: Value, layout: Layout) -> Bytes:
         return value.bytes_at(self.samples) / (self.tp if layout.sharded else 1)
 
+    def whole_bytes(self, value: Value) -> Bytes:
+        """Of the whole sequence."""
+        return value.bytes_at(self.samples * self.cp)
+
     def op(self, index: int, outcome: Outcome) -> OpCost:
         """Price of running operation `index` as `outcome` says."""
         key = (index, outcome.inputs, outcome.outputs)
         if key not in self._op_costs:
-            self._op_costs[key] = self._price(self.body.ops[index], outcome)
+            self._op_costs[key] = self._price(index, outcome)
         return self._op_costs[key]
 
-    def _price(self, op: Op, outcome: Outcome) -> OpCost:
+    def _price(self, index: int, outcome: Outcome) -> OpCost:
+        op = self.body.ops[index]
         batch = self.samples
         share = (self.tp if outcome.sharded else 1) * (2 if op.causal else 1)  # a causal kernel skips half of the products
         operands = [
@@ -126,11 +145,12 @@ class LayerModel:
             statistic = rows * DTYPE_BYTES["float32"]
             tp_forward = self._collective("all_reduce", statistic) + self._collective("all_reduce", 2 * statistic)
         exchanged = self._exchanged(operands) if op.kind == "attention" else 0.0
+        gathered = {backward: self._gathers(index, backward) for backward in (False, True)}
         return OpCost(
             forward,
             backward,
-            tp_forward + exchanged,
-            exchanged,
+            tp_forward + exchanged + gathered[False],
+            exchanged + gathered[True],
             op.saved_extra.at(batch) / (self.tp if outcome.sharded else 1),
             self._temporary(op, outcome),
         )
@@ -140,6 +160,11 @@ class LayerModel:
         back (`apply.context_parallel`)."""
         sizes = (self.local_bytes(value, layout) * self.cp for value, layout in operands if value.requires_grad)
         return sum(collective_time("all_to_all", size, self.cp, self.tp, self.hardware) for size in sizes)
+
+    def _gathers(self, index: int, backward: bool) -> Seconds:
+        """Seconds of what the operation brings together over cp, forward or backward."""
+        values = (self.body.values[each.value] for each in self.gathered.get(index, ()) if each.backward == backward)
+        return sum(collective_time("all_gather", self.whole_bytes(value), self.cp, self.tp, self.hardware) for value in values)
 
     def _temporary(self, op: Op, outcome: Outcome) -> Bytes:
         """Gradients of inputs and outputs meet in the backward pass of an operation; a vocabulary-sharded embedding makes

@@ -26,7 +26,6 @@ from heapq import heappop, heappush
 from math import inf
 from time import monotonic
 
-from autoplan.cost.context import Context
 from autoplan.plan import Baseline, Candidate
 from autoplan.schedule import ScheduleKind, exposed_hops
 from autoplan.search.baselines import baselines
@@ -138,7 +137,7 @@ class Tree:
         self.pushed = 0
         self._known_sizes: dict[tuple[Within, int | None], list[int]] = {}
         load, order = tables.costs.workload, tables.costs.outer.order
-        cps, uncuttable = uncut(gpus, fixed, Context(tables.graph))
+        cps, uncuttable = uncut(gpus, fixed, tables.costs.context)
         self.refused += uncuttable
         for mesh in meshes(gpus, fixed, cps):
             refused = unstageable(mesh, tables.graph, order)

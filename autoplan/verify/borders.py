@@ -1,4 +1,4 @@
-"""The tp collectives of one micro-batch of a layer, from its sharding and the graph."""
+"""The tp and cp collectives of one micro-batch of a layer, from its sharding and the graph."""
 
 from __future__ import annotations
 
@@ -29,19 +29,50 @@ class _Sent:
 
 
 def tensor_parallel(model: LayerModel, strategy: Strategy, wanted: Callable[[Step], bool]) -> Iterator[Collective]:
-    """Forward, recomputation and backward of the `wanted` steps. Raises `UsageError` where the sharding breaks a rule."""
+    """Over tp: forward, recomputation and backward of the `wanted` steps.
+
+    Raises `UsageError` where the sharding breaks a rule.
+    """
+    return _passes(model, strategy, wanted, _over_tp)
+
+
+def context_parallel(model: LayerModel, strategy: Strategy, wanted: Callable[[Step], bool]) -> Iterator[Collective]:
+    """The same over cp."""
+    return _passes(model, strategy, wanted, _over_cp)
+
+
+def _passes(
+    model: LayerModel,
+    strategy: Strategy,
+    wanted: Callable[[Step], bool],
+    sent_by: Callable[[LayerModel, Step, Layout], Iterator[_Sent]],
+) -> Iterator[Collective]:
     steps = [step for step in walk(model, strategy.sharding) if wanted(step)]
     keeps = [step.index for step in steps if step.op.saved or step.op.saved_extra.at(1)]
     again = strategy.recompute == "full" and not model.outer
     for step in steps:
-        for sent in _sent(model, step, strategy.sharding.stream):
+        for sent in sent_by(model, step, strategy.sharding.stream):
             yield from sent.forward
             yield from sent.backward
             if again and sent.inside and keeps and sent.index < keeps[-1]:  # PyTorch stops when it has what was saved
                 yield from sent.forward
 
 
-def _sent(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
+def _over_cp(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
+    op, outcome, values = step.op, step.outcome, model.body.values
+    for gather in model.gathered.get(step.index, ()):
+        brought = (("all_gather", model.whole_bytes(values[gather.value])),)
+        yield _Sent(step.index, True, () if gather.backward else brought, brought if gather.backward else ())
+    if op.kind == "attention":
+        pairs = zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
+        exchanged = tuple(("all_to_all", model.local_bytes(values[i], layout)) for i, layout in pairs if values[i].requires_grad)
+        yield _Sent(step.index, True, exchanged, exchanged)
+    elif op.kind == "cross_entropy":  # how many labels there are, and the loss
+        sizes = DTYPE_BYTES["int64"], DTYPE_BYTES[values[op.outputs[0]].dtype]
+        yield _Sent(step.index, True, tuple(("all_reduce", float(size)) for size in sizes))
+
+
+def _over_tp(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
     op, outcome, values = step.op, step.outcome, model.body.values
     if op.kind in ("enter", "exit"):
         yield _border(model, step, values[op.inputs[0]], outcome.inputs[0], outcome.outputs[0], op.module != "")

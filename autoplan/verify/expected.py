@@ -6,7 +6,9 @@ With `m` micro-batches, for every virtual stage of a pipeline rank:
                   two small all_reduces; a recomputed layer repeats the forward collectives inside it up to the last
                   tensor that it saves (PyTorch stops there)                                                     m times
                   a GATHERED parameter one all_reduce of its gradient            m times, with dp_shard and zero 1: once
-    dp_shard      zero 3: two gathers and one reduction of each FSDP unit, zero 2: one and one                   m times
+    cp            attention: an all_to_all of every operand forward, of every gradient backward, repeated when the layer is
+                  recomputed; the loss two small all_reduces                                                     m times
+    dp_shard, cp  zero 3: two gathers and one reduction of each FSDP unit, zero 2: one and one                   m times
                   zero 1: one and one                                                                            once
     dp_replicate  one all_reduce of each unit's gradient shards                                                  once
     pp            each tensor that crosses a cut is sent, and its gradient sent back                             m times
@@ -17,7 +19,7 @@ and the loss is added up over the axes, once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import ceil, prod
 
 from autoplan.cost.model import OUTER, CostModel
@@ -26,10 +28,12 @@ from autoplan.cost.walk import Step, walk
 from autoplan.graph import DTYPE_BYTES, Value
 from autoplan.plan import Plan
 from autoplan.strategy import REPLICATE, Layout, Strategy
-from autoplan.verify.borders import Collective, parameter_gradients, tensor_parallel
+from autoplan.verify.borders import Collective, context_parallel, parameter_gradients, tensor_parallel
 from autoplan.verify.traffic import Amount, Key, Traffic, total
 
 Parts = Iterator[tuple[Key, Amount]]
+Axis = Callable[[LayerModel, Strategy, Callable[[Step], bool]], Iterator[Collective]]
+"""What an axis sends for one micro-batch of a layer."""
 
 
 def expected_traffic(plan: Plan, costs: CostModel, rank: int = 0) -> Traffic:
@@ -44,10 +48,13 @@ def _parts(plan: Plan, costs: CostModel, rank: int) -> Parts:
     stages = [Stage(plan, costs, number) for number in range(rank, len(plan.stages), plan.mesh.pp)]
     for stage in stages:
         if plan.mesh.tp > 1:
-            for kind, size in stage.tensor_parallel():
+            for kind, size in stage.across(tensor_parallel):
                 yield ("tp", kind), Amount(1, size).times(plan.micro_batches)
             for strategy, elements in stage.gathered():
                 yield ("tp", "all_reduce"), _synchronised(plan, strategy, elements)
+        if plan.mesh.cp > 1:
+            for kind, size in stage.across(context_parallel):
+                yield ("cp", kind), Amount(1, size).times(plan.micro_batches)
         yield from stage.passed()
     for parameters, strategy in units(plan, costs, stages):
         yield from _unit(plan, parameters, strategy.zero)
@@ -70,20 +77,20 @@ class Stage:
         """(body, strategy)"""
 
     def model(self, body: int) -> LayerModel:
-        return self.costs.layer_model(body, self.plan.mesh.tp, self.plan.micro_batch)
+        return self.costs.layer_model(body, self.plan.mesh.tp, self.plan.micro_batch, self.plan.mesh.cp)
 
     def mine(self, step: Step) -> bool:
         """Does this stage run a step of the outer body?"""
         return self.costs.outer.regions[step.index] in self.regions
 
-    def tensor_parallel(self) -> Iterator[Collective]:
-        """Of one micro-batch."""
+    def across(self, axis: Axis) -> Iterator[Collective]:
+        """Of one micro-batch, over the axis that `axis` knows: `tensor_parallel` or `context_parallel`."""
         found: dict[tuple[int, Strategy], list[Collective]] = {}
         for body, strategy in self.layers:
             if (body, strategy) not in found:
-                found[body, strategy] = list(tensor_parallel(self.model(body), strategy, lambda step: True))
+                found[body, strategy] = list(axis(self.model(body), strategy, lambda step: True))
             yield from found[body, strategy]
-        yield from tensor_parallel(self.model(OUTER), self.plan.outer_strategy, self.mine)
+        yield from axis(self.model(OUTER), self.plan.outer_strategy, self.mine)
 
     def gathered(self) -> Iterator[tuple[Strategy, int]]:
         """Elements of every GATHERED parameter, and the strategy that has it."""
@@ -123,7 +130,7 @@ class Stage:
 
     def _size(self, value: Value) -> float:
         layout = outer_layouts(self.plan, self.model(OUTER)).get(value.id, REPLICATE)
-        return value.bytes_at(self.plan.micro_batch) / (self.plan.mesh.tp if layout.sharded else 1)
+        return value.bytes_at(self.plan.micro_batch / self.plan.mesh.cp) / (self.plan.mesh.tp if layout.sharded else 1)
 
 
 def outer_layouts(plan: Plan, model: LayerModel) -> dict[int, Layout]:
@@ -154,7 +161,7 @@ def units(plan: Plan, costs: CostModel, stages: list[Stage]) -> Iterator[tuple[l
 def _synchronised(plan: Plan, strategy: Strategy, elements: int) -> Amount:
     """The all_reduces of a GATHERED parameter's gradient over tp: when FSDP reduces it, and before that over dp_shard."""
     load, m = plan.workload, plan.micro_batches
-    once = strategy.zero == 1 and plan.mesh.dp_shard > 1
+    once = strategy.zero == 1 and plan.mesh.shards > 1
     accumulated = once and m > 1  # FSDP adds micro-batches up in the format in which it reduces
     size = elements * DTYPE_BYTES[load.reduce_dtype if accumulated else load.compute_dtype]
     return Amount(1, size).times(1 if once else m)
@@ -163,24 +170,25 @@ def _synchronised(plan: Plan, strategy: Strategy, elements: int) -> Amount:
 def _unit(plan: Plan, parameters: list[LocalParameter], zero: int) -> Parts:
     """Gathers and reductions of one FSDP unit in a step."""
     mesh, load, m = plan.mesh, plan.workload, plan.micro_batches
-    whole = sum(_padded(p, mesh.dp_shard) for p in parameters)
-    trainable = sum(_padded(p, mesh.dp_shard) for p in parameters if p.trainable)
+    whole = sum(_padded(p, mesh.shards) for p in parameters)
+    trainable = sum(_padded(p, mesh.shards) for p in parameters if p.trainable)
     reduced = trainable * DTYPE_BYTES[load.reduce_dtype]
-    if mesh.dp_shard > 1 and whole:
+    if mesh.shards > 1 and whole:
+        axis = "+".join(axis for axis in ("dp_shard", "cp") if getattr(mesh, axis) > 1)
         gathers, reductions = {3: (2 * m, m), 2: (m, m), 1: (1, 1)}[zero]
-        yield ("dp_shard", "all_gather"), Amount(1, whole * DTYPE_BYTES[load.compute_dtype]).times(gathers)
+        yield (axis, "all_gather"), Amount(1, whole * DTYPE_BYTES[load.compute_dtype]).times(gathers)
         if trainable:
-            yield ("dp_shard", "reduce_scatter"), Amount(1, reduced).times(reductions)
+            yield (axis, "reduce_scatter"), Amount(1, reduced).times(reductions)
     if mesh.dp_replicate > 1 and trainable:
-        yield ("dp_replicate", "all_reduce"), Amount(1, reduced / mesh.dp_shard)
+        yield ("dp_replicate", "all_reduce"), Amount(1, reduced / mesh.shards)
 
 
-def _padded(parameter: LocalParameter, dp_shard: int) -> int:
+def _padded(parameter: LocalParameter, shards: int) -> int:
     """Elements, the dim that FSDP cuts made divisible."""
     if not parameter.shape:
         return 1
     length = parameter.shape[parameter.fsdp_dim]
-    return prod(parameter.shape) // max(length, 1) * ceil(length / dp_shard) * dp_shard
+    return prod(parameter.shape) // max(length, 1) * ceil(length / shards) * shards
 
 
 def _shared(plan: Plan, costs: CostModel, rank: int) -> Parts:
@@ -193,7 +201,7 @@ def _shared(plan: Plan, costs: CostModel, rank: int) -> Parts:
     names = {name for name, ranks in holders.items() if len(ranks) > 1 and rank in ranks}
     for parameter in stages[0].parameters(OUTER, plan.outer_strategy, names):
         if parameter.trainable:
-            size = parameter.numel(plan.mesh.dp_shard) * DTYPE_BYTES[plan.workload.param_dtype]
+            size = parameter.numel(plan.mesh.shards) * DTYPE_BYTES[plan.workload.param_dtype]
             yield ("pp", "all_reduce"), Amount(1, size)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from autoplan.apply.context_parallel import whole_parameter
+from autoplan.capture.private import patched
+from autoplan.capture.semantics import decisions
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -35,6 +40,8 @@ class _RMSNorm(torch.autograd.Function):
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     if len(shape) != 1:
         return _original(x, shape, weight, eps)
+    if weight is not None and isinstance(x, DTensor) and not isinstance(weight, DTensor):
+        weight = whole_parameter(weight, x.device_mesh)
     normed: Tensor = _RMSNorm.apply(x, weight, 1e-6 if eps is None else eps)
     return normed
 
@@ -44,9 +51,10 @@ _original = F.rms_norm
 
 @contextmanager
 def as_on_gpus() -> Iterator[None]:
-    """While it lasts, `F.rms_norm` and `torch.nn.RMSNorm` keep what they keep on a GPU."""
-    F.rms_norm = _rms_norm  # type: ignore[assignment]
-    try:
+    """While it lasts, `F.rms_norm` and `torch.nn.RMSNorm` keep what they keep on a GPU, and transformers decides as it does on
+    tensors with values (`capture.semantics.decisions`)."""
+    with ExitStack() as stack:
+        stack.enter_context(patched(F, "rms_norm", _rms_norm))
+        for owner, name, decided in decisions():
+            stack.enter_context(patched(owner, name, decided))
         yield
-    finally:
-        F.rms_norm = _original

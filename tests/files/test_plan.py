@@ -72,7 +72,7 @@ def test_an_existing_file_is_not_overwritten(plan: Plan, path: Path) -> None:
         ("solve:", "solved:", "'solve' is missing"),
         ("tokens: 2048", "tokens: many", "'tokens'"),
         (" in 0: ", " at 0: ", "is no border"),
-        ("dp_replicate: 1,", "dp_replicate: 1, cp: 2,", "'mesh.cp' is not a known key"),
+        ("dp_replicate: 1,", "dp_replicate: 1, sp: 2,", "'mesh.sp' is not a known key"),
         ("    forward: ", "    forward: 5 s #", "do not add up"),
         ("mesh:", "micro_batch: 2\nmesh:", "given twice"),
     ],
