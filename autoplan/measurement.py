@@ -10,7 +10,7 @@ from statistics import median
 from autoplan.errors import UsageError
 from autoplan.units import Bytes, Seconds
 
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "send_recv")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
 """Kinds of operation that need more than one rank; their `size` is that of the unsharded tensor."""
 
 

@@ -214,8 +214,10 @@ def _outer_hops(kind: str, n: int) -> int:
 
 def _sent(operation: Operation) -> float:
     """Bytes that one rank sends, as in cost.collectives."""
-    n = operation.group
-    return operation.size * (1.0 if operation.kind == "send_recv" else _trips(operation.kind) * (n - 1) / n)
+    n, kind = operation.group, operation.kind
+    if kind == "send_recv":
+        return operation.size
+    return operation.size * _trips(kind) * (n - 1) / n / (n if kind == "all_to_all" else 1)
 
 
 def _link(
@@ -224,7 +226,7 @@ def _link(
     def steps(m: Measurement) -> int:
         return 1 if m.operation.kind == "send_recv" else hops(m.operation.kind, m.operation.group)
 
-    knots = _knots((_sent(m.operation) for m in found), apart=2.9)
+    knots = _knots((_sent(m.operation) for m in found), apart=1.4)
 
     def tried(latency: Seconds) -> tuple[float, Seconds, float, Curve]:
         """(error, latency, bandwidth, curve) of the best curve for a latency."""

@@ -96,7 +96,7 @@ def groups(machine: Machine) -> list[tuple[int, int]]:
 
 def _collectives(machine: Machine) -> Iterator[Operation]:
     for group, stride in groups(machine):
-        for kind in ("all_reduce", "all_gather", "reduce_scatter"):
+        for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
             for size in _MESSAGES[machine.accelerator]:
                 yield Operation(kind, float(size), "float32", (), "", group, stride)
         if group == 2 or (group, stride) == groups(machine)[0] or stride > 1:

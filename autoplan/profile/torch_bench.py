@@ -119,12 +119,14 @@ class TorchBench:
             return None
         whole = torch.rand(int(operation.size) // 4, device=self.device)
         part = torch.rand(len(whole) // operation.group, device=self.device)
+        part = part[: len(part) // operation.group * operation.group]  # all_to_all cuts it again
         whole = whole[: len(part) * operation.group]
         if operation.kind == "send_recv":
             return self._pass_on(whole, group)
         calls: dict[str, Callable[[], object]] = {
             "all_reduce": partial(dist.all_reduce, whole, op=dist.ReduceOp.MAX, group=group),
             "all_gather": partial(dist.all_gather_into_tensor, whole, part, group=group),
+            "all_to_all": partial(dist.all_to_all_single, torch.empty_like(part), part, group=group),
             "reduce_scatter": partial(dist.reduce_scatter_tensor, part, whole, op=dist.ReduceOp.MAX, group=group),
         }
         return calls[operation.kind]

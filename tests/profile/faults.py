@@ -18,7 +18,7 @@ SHORT = [
     *(Operation(kind, 2.0**18, "float32") for kind in ("add", "gelu", "layer_norm", "softmax", "sum", "optimizer")),
     *(
         Operation(kind, size, "float32", (), "", 2)
-        for kind in ("all_reduce", "all_gather", "reduce_scatter", "send_recv")
+        for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
         for size in (4096.0, 65536.0)
     ),
     *(Operation(kind, 65536.0, "float32", (2, 64), "", 2) for kind in ("products", "reduction", "together")),
