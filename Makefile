@@ -3,13 +3,14 @@
 # make lint   the checks that need no test run
 # make reports  plan the samples in reports/ anew, with the outputs that the documents show
 # make zoo    capture every family of models and write the table docs/zoo.md (minutes)
+# make parity   train every model under every kind of plan on real processes and write docs/parity.md (many minutes)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: plan test lint format zoo clean reports
+.PHONY: plan test lint format zoo parity clean reports
 
 plan: $(STAMP)
 	$(BIN)/autoplan plan examples/llama.py --gpus 8 --force
@@ -34,6 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 zoo: $(STAMP)
 	$(BIN)/python -m benchmarks.zoo
+
+parity: $(STAMP)
+	$(BIN)/python -m benchmarks.parity_matrix
 
 reports: $(STAMP)
 	$(BIN)/python reports/make.py

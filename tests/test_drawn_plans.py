@@ -24,10 +24,10 @@ pytestmark = pytest.mark.gloo
 WORLD, DRAWS = 4, 6
 
 
-def draw(known: Tables, dice: random.Random) -> tuple[str, Plan] | None:
+def draw(known: Tables, dice: random.Random, world: int = WORLD) -> tuple[str, Plan] | None:
     """A plan and what it is; None when the dice fall outside the space."""
     costs = known.costs
-    mesh = dice.choice(list(meshes(WORLD, {})))
+    mesh = dice.choice(list(meshes(world, {})))
     sizes = micro_batches(mesh, costs.workload)
     if not sizes or mesh.pp > len(known.graph.blocks):
         return None

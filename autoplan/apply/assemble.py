@@ -61,7 +61,7 @@ def apply(
         parameter_shards(model, plan)  # a misfit is told while the module still has its weights
     found = source(model, data_parallel.dtype(plan.workload.param_dtype), seed)
     module = found.model
-    if plan.mesh.tp * plan.mesh.cp > 1:
+    if plan.mesh.tp * plan.mesh.cp * plan.mesh.pp > 1:  # also for pp: as it stands, `nn.Transformer` looks into its mask
         from autoplan.adapt import adapt
 
         adapt(module)
@@ -118,9 +118,10 @@ def _staged(
     def loss(model: nn.Module, arguments: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
         return loss_of(model, arguments, batch, loss_fn, spread)
 
-    example = inputs(plan.micro_batch) if callable(inputs) else inputs
-    example = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in example.items()}
-    pipeline = Pipeline(plan, mesh, spread, device, lambda batch: trace(copied, plan, batch, loss, spread, compute), example)
+    with allocating:  # code that asks whether tensors are fake must hear the same as when it runs
+        example = inputs(plan.micro_batch) if callable(inputs) else inputs
+        example = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in example.items()}
+        pipeline = Pipeline(plan, mesh, spread, device, lambda batch: trace(copied, plan, batch, loss, spread, compute), example)
     data_parallel.recompute(module, plan, spread)
     root, ignored = stages.build(module, plan, pipeline.program, pipeline.rank, pipeline.run)
     units = data_parallel.shard_stages(root, module, ignored, plan, shards, mesh)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 # Tensors without memory.
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 # Where an operation of either family, c10d or functional, keeps its process group.
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
@@ -20,10 +22,15 @@ from torch.distributed._tools.mem_tracker import MemTracker
 # `_clear_python_sharding_prop_cache` and its fast twin. One function that does both came after 2.10.
 from torch.distributed.tensor import debug
 
+# Is a torch function mode asked, or is it at work itself?
+from torch.overrides import _get_current_function_mode
+
 # A process group of any size of which only this process is there.
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from autoplan.apply.outside import running
 
 
 class Peak(MemTracker):
@@ -47,6 +54,25 @@ class Peak(MemTracker):
         return {device.type: found["Total"] for device, found in self.get_tracker_snapshot("peak").items()}
 
 
+@contextmanager
+def told_devices() -> Iterator[None]:
+    """While it lasts, a fake tensor that another pipeline stage makes says to the model's own code that it is where the others
+    are, as a real one does by `apply.outside`: `device` of a fake tensor is Python's own, which no torch function mode sees."""
+    original = vars(FakeTensor)["device"]
+
+    def device(self: FakeTensor) -> torch.device:
+        found: torch.device = original.__get__(self)
+        mode = running()
+        heard = mode is not None and not mode.paused and _get_current_function_mode() is mode
+        return mode.device if heard and found.type == "meta" else found  # type: ignore[union-attr]
+
+    FakeTensor.device = property(device, original.fset)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        FakeTensor.device = original  # type: ignore[method-assign]
+
+
 def forget_meshes() -> None:
     """Clear what DTensor remembers: meshes of another rank are equal to those of the next, but their groups are gone."""
     debug._clear_python_sharding_prop_cache()
@@ -65,4 +91,4 @@ def group_of(func: Any, args: tuple[Any, ...]) -> list[int] | None:
     return dist.get_process_group_ranks(CollectiveOp.get_process_group(func, args))
 
 
-__all__ = ["FakeStore", "FakeTensorMode", "Peak", "TorchDispatchMode", "forget_meshes", "group_of", "tree_leaves"]
+__all__ = ["FakeStore", "FakeTensorMode", "Peak", "TorchDispatchMode", "forget_meshes", "group_of", "told_devices", "tree_leaves"]

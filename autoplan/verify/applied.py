@@ -12,7 +12,7 @@ from autoplan.apply import apply
 from autoplan.apply.inventory import Inventory, inventory
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
-from autoplan.verify._torch import FakeTensorMode
+from autoplan.verify._torch import FakeTensorMode, told_devices
 from autoplan.verify.dry import alone
 
 if TYPE_CHECKING:
@@ -32,6 +32,6 @@ def applied(plan: Plan, loaded: LoadedModel) -> tuple[Inventory, ...]:
 
 def _one(plan: Plan, loaded: LoadedModel, rank: int) -> Inventory:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with alone(rank, plan.mesh.size), torch.random.fork_rng(devices=[]):
+    with alone(rank, plan.mesh.size), told_devices(), torch.random.fork_rng(devices=[]):
         parallel = apply(loaded.build, plan, device="cpu", loss_fn=loaded.loss_fn, inputs=loaded.example_inputs, allocating=mode)
         return inventory(parallel)

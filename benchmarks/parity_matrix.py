@@ -1,0 +1,233 @@
+"""Trains every model under every kind of plan on real processes beside one process; writes the table docs/parity.md.
+
+python -m benchmarks.parity_matrix [MODEL ...] [--plan WORDS]     (all of both: the file is written)
+
+A cell is three AdamW steps in float64 of a tiny model; its number is the largest relative difference of the losses, of the
+gradients of the first step and of the parameters after the last, from those of one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from autoplan.capture import LoadedModel, capture
+from autoplan.cost.model import OUTER, CostModel
+from autoplan.plan import Plan
+from autoplan.profile.catalog import find_hardware
+from autoplan.schedule import ScheduleKind
+from autoplan.search.columns import Tables
+from autoplan.search.space import unplaceable, unstageable
+from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Zero, shard
+from autoplan.workload import Workload
+from benchmarks.parity_ranks import Cell, in_float64, reference, run
+from tests.apply.plans import make
+from tests.models import ZOO
+from tests.models.huggingface import load as load_huggingface
+from tests.test_parity import DEEP, EXAMPLES
+
+PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
+BATCH = 8
+TOLERANCE = 1e-10
+SEQUENCE = shard(1)
+FAMILIES = ("gpt2", "llama-3", "qwen3", "mistral", "gemma-2", "phi-3", "bert", "t5", "vit", "whisper")
+DEPTHS = {
+    "n_layer": 4,
+    "num_hidden_layers": 4,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+}
+"""Four layers, so that pipelines can be cut."""
+_DROPOUTS = ("dropout", "dropout_rate", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout_prob", "attention_dropout",
+             "attention_probs_dropout_prob", "activation_dropout")  # fmt: skip
+AGAIN: tuple[Recompute, ...] = tuple(way for way in get_args(Recompute) if way != "none")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A kind of plan."""
+
+    mesh: Mesh
+    micro_batch: int
+    stream: Layout = REPLICATE
+    recompute: Recompute = "none"
+    zero: Zero = 3
+    schedule: ScheduleKind = "1f1b"
+    chunks: int = 1
+
+
+PLANS: dict[str, Wish] = {
+    "dp 2": Wish(Mesh(dp_replicate=2), 2),
+    "FSDP 2": Wish(Mesh(dp_shard=2), 2),
+    "FSDP 2, ZeRO 2": Wish(Mesh(dp_shard=2), 2, zero=2),
+    "FSDP 2, ZeRO 1": Wish(Mesh(dp_shard=2), 2, zero=1),
+    "tp 2": Wish(Mesh(tp=2), 4),
+    "tp + sp 2": Wish(Mesh(tp=2), 4, SEQUENCE),
+    "pp 2, gpipe": Wish(Mesh(pp=2), 2, schedule="gpipe"),
+    "pp 2, 1f1b": Wish(Mesh(pp=2), 2),
+    "pp 2, interleaved": Wish(Mesh(pp=2), 2, schedule="interleaved-1f1b", chunks=2),
+    **{f"FSDP 2, {way} recompute": Wish(Mesh(dp_shard=2), 2, recompute=way) for way in AGAIN},
+    **{f"tp 2, {way} recompute": Wish(Mesh(tp=2), 4, recompute=way) for way in AGAIN},
+    **{f"pp 2, {way} recompute": Wish(Mesh(pp=2), 2, recompute=way) for way in AGAIN},
+    "HSDP 2 x 2": Wish(Mesh(dp_replicate=2, dp_shard=2), 1),
+    "tp 2 x FSDP 2": Wish(Mesh(dp_shard=2, tp=2), 2),
+    "pp 2 x FSDP 2": Wish(Mesh(pp=2, dp_shard=2), 1),
+    "pp 2 x tp 2": Wish(Mesh(pp=2, tp=2), 2),
+    "pp 2 x FSDP 2 x tp 2": Wish(Mesh(pp=2, dp_shard=2, tp=2), 1),
+}
+
+
+def models() -> dict[str, Any]:
+    """Functions that load the models, by name."""
+    found: dict[str, Any] = {}
+    for name, sizes in DEEP.items():
+        found[f"examples/{name}.py"] = partial(_example, name, sizes)
+    for name in FAMILIES:
+        title, fields, seq_len = ZOO[name].sizes["tiny"].args  # type: ignore[attr-defined]
+        changes = {key: value for key, value in DEPTHS.items() if key in fields} or {"num_hidden_layers": 4}
+        found[f"HF {name}"] = partial(load_huggingface, title, {**fields, **changes, **dict.fromkeys(_DROPOUTS, 0.0)}, seq_len)
+    return found
+
+
+def _example(name: str, sizes: dict[str, Any]) -> LoadedModel:
+    from autoplan.capture import load_model
+
+    return load_model(str(EXAMPLES / f"{name}.py"), kwargs=sizes)
+
+
+def tables(loaded: LoadedModel) -> Tables:
+    graph = capture(loaded, compute_dtype="float64")
+    workload = Workload(global_batch=BATCH, param_dtype="float64", compute_dtype="float64", reduce_dtype="float64")
+    return Tables(CostModel(graph, find_hardware("cpu-gloo"), workload))
+
+
+def plan_of(known: Tables, wish: Wish) -> Plan | str:
+    """A plan of this kind in which every layer takes the planner's sharding that shards most, or why there is none."""
+    mesh, graph = wish.mesh, known.graph
+    refused = unstageable(mesh, graph, known.costs.outer.order)
+    if refused is not None:
+        return refused.reason
+    if wish.stream not in known.streams(mesh.tp):
+        return "the layers do not pass on activations with a sequence that tp divides"
+    chosen: dict[int, Sharding] = {}
+    for body in known.classes:
+        found = known.shardings(body, mesh.tp, wish.micro_batch, wish.stream)
+        if not found:
+            where = "what stands outside the layers" if body == OUTER else f"a layer like {_first(known, body)}"
+            return f"no legal sharding over tp {mesh.tp} of {where} with activations {wish.stream} between layers"
+        placeable = list(known._placeable(body, mesh, wish.micro_batch, wish.stream))
+        if not placeable:
+            return unplaceable(mesh, wish.micro_batch).reason
+        chosen[body] = max(placeable, key=lambda sharding: sum(layout.sharded for _, layout in sharding.parameters))
+    if mesh.tp > 1 and not any(layout.sharded for one in chosen.values() for _, layout in one.parameters):
+        return f"nothing of it can be sharded over tp {mesh.tp}"
+    layers = {block.name: chosen[block.body] for block in graph.blocks}
+    plan = make(
+        layers, chosen[OUTER], mesh, micro_batch=wish.micro_batch, batch=BATCH, recompute=wish.recompute, zero=wish.zero,
+        schedule=wish.schedule, chunks=wish.chunks,
+    )  # fmt: skip
+    return replace(plan, tied=graph.tied)
+
+
+def _first(known: Tables, body: int) -> str:
+    return next(block.name for block in known.graph.blocks if block.body == body)
+
+
+def cells(wanted: list[str], plans: dict[str, Wish]) -> Iterator[Cell]:
+    """Every cell of the matrix as it finishes."""
+    for name, load in models().items():
+        if wanted and not any(word in name for word in wanted):
+            continue
+        loaded = load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            known = tables(loaded)
+        made = {title: plan_of(known, wish) for title, wish in plans.items()}
+        yield from (Cell(name, title, refused=reason) for title, reason in made.items() if isinstance(reason, str))
+        runnable = {title: plan for title, plan in made.items() if isinstance(plan, Plan)}
+        expected = reference(loaded, BATCH)
+        for world in sorted({plan.mesh.size for plan in runnable.values()}):
+            some = {title: plan for title, plan in runnable.items() if plan.mesh.size == world}
+            yield from run(name, loaded, expected, some, world)
+
+
+def told(cell: Cell) -> str:
+    if cell.refused:
+        return f"refused: {cell.refused}"
+    if cell.failed:
+        return f"FAILS: {cell.failed}"
+    return f"{cell.error:.1e}{'' if cell.error < TOLERANCE else '  TOO MUCH: ' + cell.where}  {cell.seconds:.1f} s"
+
+
+def page(found: list[Cell]) -> str:
+    """The table, and under it what each refusal and failure is."""
+    names, titles = list(dict.fromkeys(c.model for c in found)), [t for t in PLANS if any(c.plan == t for c in found)]
+    by_place = {(cell.model, cell.plan): cell for cell in found}
+    notes: list[str] = []
+    lines = ["| plan | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
+    for title in titles:
+        lines.append(f"| {title} | " + " | ".join(_entry(by_place.get((name, title)), notes) for name in names) + " |")
+    good = sum(not c.refused and not c.failed and c.error < TOLERANCE for c in found)
+    refused = sum(bool(c.refused) for c in found)
+    bad = len(found) - good - refused
+    summary = (
+        f"{good} of {len(found)} cells equal one process to {TOLERANCE:.0e}, {refused} are refused by the planner, {bad} fail."
+    )
+    listed = "\n".join(f"{i}. {note}" for i, note in enumerate(notes, 1))
+    return HEAD.format(torch=torch.__version__) + summary + "\n\n" + "\n".join(lines) + "\n" + (f"\n{listed}\n" if notes else "")
+
+
+HEAD = """# Parity: the parallel model computes the same
+
+Made by `make parity` with torch {torch}, on processes that talk through gloo. Every cell trains a tiny model for three AdamW
+steps in float64 under a plan of that kind, with the planner's own shardings, and compares with one process: the number is the
+largest relative difference of the losses, of all gradients of the first step and of all parameters after the last. Dropout is
+off.
+
+"""
+
+
+def _entry(cell: Cell | None, notes: list[str]) -> str:
+    if cell is None:
+        return ""
+    if cell.refused or cell.failed or cell.error >= TOLERANCE:
+        word, why = ("refused", cell.refused) if cell.refused else ("**fails**", cell.failed or f"{cell.where}: {cell.error:.1e}")
+        note = f"{'Refused' if cell.refused else 'Fails'}: {why}."
+        if note not in notes:
+            notes.append(note)
+        return f"{word} ({notes.index(note) + 1})"
+    return f"{cell.error:.0e}" if cell.error else "0"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", help="words of models' names; default: all")
+    parser.add_argument("--plan", help="words of plans' names; default: all")
+    arguments = parser.parse_args()
+    plans = {title: wish for title, wish in PLANS.items() if not arguments.plan or arguments.plan in title}
+    in_float64()
+    start, found = time.perf_counter(), []
+    for cell in cells(arguments.models, plans):
+        print(f"{cell.model:24} {cell.plan:28} {told(cell)}", flush=True)
+        found.append(cell)
+    text = page(found)
+    print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
+    if not arguments.models and not arguments.plan:
+        PAGE.write_text(text, encoding="utf-8")
+    if any(cell.failed or (not cell.refused and cell.error >= TOLERANCE) for cell in found):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
