@@ -167,10 +167,11 @@ class LayerModel:
         return sum(collective_time("all_gather", self.whole_bytes(value), self.cp, self.tp, self.hardware) for value in values)
 
     def _temporary(self, op: Op, outcome: Outcome) -> Bytes:
-        """Gradients of inputs and outputs meet in the backward pass of an operation; a vocabulary-sharded embedding makes
-        the gradient of the whole table first (DTensor has no sharded rule for it)."""
+        """What an operation holds in its forward pass; in its backward pass gradients of inputs and outputs meet, and a
+        vocabulary-sharded embedding makes the gradient of the whole table first (DTensor has no sharded rule for it)."""
+        held = self._held(op, outcome)
         if op.kind in ("enter", "exit", "view", "dims", "split", "call"):
-            return 0.0
+            return held
         gradients = sum(
             self.local_bytes(self.body.values[i], layout)
             for i, layout in zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
@@ -182,7 +183,17 @@ class LayerModel:
         if op.kind == "embedding" and outcome.sharded:
             table = self.body.values[op.inputs[1]]
             gradients += prod(table.shape) * DTYPE_BYTES[self.dtype]
-        return gradients
+        return max(gradients, held)
+
+    def _held(self, op: Op, outcome: Outcome) -> Bytes:
+        """What an operation that allocates a tensor works on and returns, each memory once, needed later or not: a buffer
+        of zeros, a table that is summed up at once."""
+        values = self.body.values
+        if op.kind in ("enter", "exit", "call") or all(values[i].storage != i for i in op.outputs):
+            return 0.0
+        operands = zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
+        memories = {values[i].storage: layout for i, layout in operands}
+        return sum(self.local_bytes(values[i], layout) for i, layout in memories.items() if not values[i].parameter)
 
     def border(self, value: Value, source: Layout, target: Layout) -> tuple[Seconds, Seconds]:
         """Seconds (forward, backward) of redistributing `value` at a border."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from autoplan.cost.layer import layer_cost
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.errors import UsageError
+from autoplan.graph import Op, Value
 from autoplan.plan import Prediction
 from autoplan.search.columns import Tables
 from autoplan.strategy import REPLICATE, UNSHARDED, Mesh, Sharding, Strategy, Within, shard
@@ -138,3 +139,16 @@ def test_saved_bytes_of_a_body_are_those_of_its_unsharded_cost() -> None:
     graph = replace(GRAPH, bodies=(body,))
     cost = CostModel(graph, machine(), Workload(global_batch=8)).layer_cost(0, UNSHARDED, 1, 3)
     assert cost.saved == body.saved.at(3)
+
+
+def test_a_tensor_that_nobody_keeps_takes_room_while_it_is_there() -> None:
+    body = mlp_block(hidden=256, seq=64)
+    zeros = Value(len(body.values), (10**9,), "float32", None, False, len(body.values))
+    made = Op("opaque", "zeros", "", (), (zeros.id,))
+    larger = replace(body, values=(*body.values, zeros), ops=(made, *body.ops))
+    plain, other = (
+        CostModel(replace(GRAPH, bodies=(each,)), machine(), Workload(global_batch=8)).layer_cost(0, UNSHARDED, 1, 1)
+        for each in (body, larger)
+    )
+    assert plain.temporary < 1e9
+    assert (other.temporary, other.saved) == (4e9, plain.saved)
