@@ -124,7 +124,7 @@ def _owner(held: Held) -> str:
 
 
 def _over(plan: Plan) -> str:
-    axes = [f"{axis} {getattr(plan.mesh, axis)}" for axis in ("dp_replicate", "dp_shard") if getattr(plan.mesh, axis) > 1]
+    axes = [f"{axis} {getattr(plan.mesh, axis)}" for axis in ("dp_replicate", "dp_shard", "cp") if getattr(plan.mesh, axis) > 1]
     return f"over {' x '.join(axes)}" if axes else "on one rank, for number formats alone"
 
 
@@ -152,8 +152,8 @@ def _sharded(plan: Plan, parameters: Sequence[Held]) -> RenderableType:
     from autoplan.report.tables import table
     from autoplan.report.words import clean
 
-    tp, dp = plan.mesh.tp > 1, plan.mesh.dp_shard > 1
-    axes = [("<", axis) for axis, used in (("tp", tp), ("dp_shard", dp)) if used]
+    tp, dp = plan.mesh.tp > 1, plan.mesh.shards > 1
+    axes = [("<", axis) for axis, used in (("tp", tp), ("FSDP", dp)) if used]
     made = table(("<", "parameter"), ("<", "whole"), *axes, ("<", "held"))
     for held in parameters:
         layouts = [str(held.layout)] * tp + [f"Shard({held.fsdp_dim})"] * dp

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoplan.export.exported import Exported, choices, header, no_pipeline, nodes
+from autoplan.export.exported import Exported, choices, header, no_pipeline, nodes, ring
 from autoplan.plan import Plan
 
 Flat = dict[str, str | int | bool]
@@ -11,9 +11,9 @@ Flat = dict[str, str | int | bool]
 def config(plan: Plan) -> Exported:
     """DDP where nothing is sharded, else FSDP2."""
     made, mesh, load = choices(plan), plan.mesh, plan.workload
-    lost = [*made.lost, *no_pipeline(plan, "accelerate")]
-    processes = mesh.dp * mesh.tp
-    ddp = mesh.dp_shard == 1 and mesh.tp == 1
+    lost = [*made.lost, *no_pipeline(plan, "accelerate"), *ring(plan, "accelerate")]
+    processes = mesh.dp * mesh.cp * mesh.tp
+    ddp = mesh.shards == 1 and mesh.tp == 1
     top: Flat = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "MULTI_GPU" if ddp else "FSDP",
@@ -37,7 +37,7 @@ def config(plan: Plan) -> Exported:
             "parallelism_config_dp_replicate_size": mesh.dp_replicate,
             "parallelism_config_dp_shard_size": mesh.dp_shard,
             "parallelism_config_tp_size": mesh.tp,
-            "parallelism_config_cp_size": 1,
+            "parallelism_config_cp_size": mesh.cp,
         }
     lost += _lost(plan, made.zero, made.recompute and ddp)
     text = header(plan, lost) + _lines(top) + "".join(f"{name}:\n{_lines(flat, '  ')}" for name, flat in sections.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from autoplan.export.exported import Choices, Exported, choices, clean
+from autoplan.export.exported import Choices, Exported, choices, clean, no_context
 from autoplan.plan import Plan
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -30,6 +30,7 @@ def config(plan: Plan) -> Exported:
     if plan.mesh.tp > 1:
         body["tensor_parallel"] = {"autotp_size": plan.mesh.tp}
         lost.append("which matrices are split over tp: AutoTP finds them itself, and does not split along the sequence")
+    lost += no_context(plan, "DeepSpeed's configuration (its Ulysses is set in the model)")
     _told(plan, made, lost)
     about = {"model": clean(plan.model), "mesh": str(plan.mesh), "devices": plan.mesh.size, "not_expressed": lost}
     return Exported(text=json.dumps({"_autoplan": about, **body}, indent=2) + "\n", lost=tuple(lost), filename="ds_config.json")

@@ -31,7 +31,7 @@ class Choices:
     """The plan as far as one value for all layers goes, and what that loses."""
 
     zero: int
-    """0 where nothing is sharded over `dp_shard`."""
+    """0 where nothing is sharded over `dp_shard` and `cp`."""
     recompute: bool
     """In every layer."""
     sequence_parallel: bool
@@ -61,7 +61,7 @@ def choices(plan: Plan) -> Choices:
 
 def _zero(plan: Plan, lost: list[str]) -> int:
     """The level of most layers."""
-    if plan.mesh.dp_shard == 1:
+    if plan.mesh.shards == 1:
         return 0
     levels = [strategy.zero for _, strategy in plan.layers()] or [plan.outer_strategy.zero]
     main = max(dict.fromkeys(levels), key=levels.count)
@@ -107,6 +107,23 @@ def no_pipeline(plan: Plan, target: str) -> list[str]:
         f"{target} has no pipelines: without the plan's {plan.mesh.pp} stages each device holds more than the plan says; "
         "plan anew with --pp 1"
     ]
+
+
+def no_context(plan: Plan, target: str) -> list[str]:
+    """What a trainer loses that cannot cut sequences."""
+    if plan.mesh.cp == 1:
+        return []
+    return [
+        f"{target} does not split sequences: without the plan's cp {plan.mesh.cp} each device holds more than the plan says; "
+        "plan anew with --cp 1"
+    ]
+
+
+def ring(plan: Plan, target: str) -> list[str]:
+    """What a trainer changes that splits sequences, but passes keys and values on in a ring."""
+    if plan.mesh.cp == 1:
+        return []
+    return [f"the all_to_all around attention: {target} passes keys and values round the {plan.mesh.cp} devices, in another time"]
 
 
 def clean(text: str) -> str:

@@ -5,7 +5,7 @@ Its tp plan names modules by pattern: "colwise" is a weight [out, in] split on d
 
 from __future__ import annotations
 
-from autoplan.export.exported import Choices, Exported, by_the_book, choices, header, no_pipeline, wildcard
+from autoplan.export.exported import Choices, Exported, by_the_book, choices, header, no_context, no_pipeline, wildcard
 from autoplan.plan import Plan
 
 STYLES = {0: "colwise", 1: "rowwise"}
@@ -67,5 +67,6 @@ def _told(plan: Plan, made: Choices, lost: list[str]) -> None:
     elif plan.pipeline:
         sizes = ", ".join(str(len(names)) for names in plan.stages)
         lost.append(f"the cut of the pipeline ({sizes} layers) and its schedule ({plan.pipeline.schedule}): transformers chooses")
+    lost += no_context(plan, "transformers' DistributedConfig")
     if made.zero in (1, 2):
         lost.append(f"ZeRO-{made.zero}: transformers' FSDP frees gathered parameters after the forward pass (ZeRO-3)")

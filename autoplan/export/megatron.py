@@ -35,6 +35,8 @@ def arguments(plan: Plan) -> Exported:
 def _mesh(plan: Plan, made: Choices, lost: list[str]) -> list[str]:
     mesh = plan.mesh
     lines = [f"--tensor-model-parallel-size {mesh.tp}", f"--pipeline-model-parallel-size {mesh.pp}"]
+    if mesh.cp > 1:
+        lines += [f"--context-parallel-size {mesh.cp}", "--cp-comm-type a2a"]
     if mesh.tp > 1 and made.sequence_parallel:
         lines.append("--sequence-parallel")
     return lines
@@ -54,7 +56,7 @@ def _pipeline(plan: Plan, lost: list[str]) -> list[str]:
 
 def _data_parallel(plan: Plan, made: Choices, lost: list[str]) -> list[str]:
     mesh = plan.mesh
-    overlap = ["--overlap-grad-reduce"] if mesh.dp > 1 else []
+    overlap = ["--overlap-grad-reduce"] if mesh.dp * mesh.cp > 1 else []
     if made.zero == 0:
         return overlap
     if made.zero == 1:

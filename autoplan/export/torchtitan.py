@@ -7,7 +7,7 @@ torchtitan accumulates gradients until the global batch is reached.
 
 from __future__ import annotations
 
-from autoplan.export.exported import Choices, Exported, choices, header, stage_sizes
+from autoplan.export.exported import Choices, Exported, choices, header, ring, stage_sizes
 from autoplan.plan import Plan
 
 SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved-1f1b": "Interleaved1F1B"}
@@ -77,6 +77,7 @@ def _parallelism(plan: Plan, made: Choices) -> dict[str, object]:
         "data_parallel_replicate_degree": mesh.dp_replicate,
         "data_parallel_shard_degree": mesh.dp_shard,
         "fsdp_reshard_after_forward": "always" if made.zero == 3 else "never" if made.zero else "default",
+        **({"context_parallel_degree": mesh.cp} if mesh.cp > 1 else {}),
         "tensor_parallel_degree": mesh.tp,
         "enable_sequence_parallel": made.sequence_parallel,
         "pipeline_parallel_degree": mesh.pp,
@@ -113,13 +114,13 @@ def _training(plan: Plan) -> dict[str, object]:
 
 
 def _lost(plan: Plan, made: Choices) -> tuple[str, ...]:
-    lost, load = list(made.lost), plan.workload
+    lost, load = [*made.lost, *ring(plan, "torchtitan")], plan.workload
     if made.zero == 1:
         lost.append(
             "ZeRO-1 (gather once a step, reduce once a step): torchtitan's nearest keeps parameters gathered until the backward "
             "pass, and reduces gradients in every micro-batch"
         )
-    if load.reduce_dtype != "float32" and plan.mesh.dp_shard > 1:
+    if load.reduce_dtype != "float32" and plan.mesh.shards > 1:
         lost.append(f"gradients are reduced in float32, not in {load.reduce_dtype}")
     for name, dtype in (("parameters", load.param_dtype), ("computation", load.compute_dtype)):
         if dtype not in ("bfloat16", "float32"):

@@ -130,7 +130,7 @@ def _stage_title(plan: Plan, k: int) -> str:
 
 def reshard_words(plan: Plan, strategy: Strategy) -> str:
     """What FSDP does with the layer's gathered parameters after its forward pass: ZeRO-3 frees them, ZeRO-2 keeps them."""
-    if plan.mesh.dp_shard == 1:
+    if plan.mesh.shards == 1:
         return "-"
     return f"ZeRO-{strategy.zero}"
 

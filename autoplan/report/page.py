@@ -171,17 +171,17 @@ def _template(name: str) -> Template:
 def mesh_stages(plan: Plan) -> tuple[Stage, ...]:
     """The first pipeline ranks, each with its first data-parallel groups; one without a pipeline. Ranks count up along the
     axes of the mesh, the innermost first."""
-    mesh = plan.mesh
+    mesh, within = plan.mesh, plan.mesh.within.size
     in_row = MAX_DEVICES // (2 if mesh.pp > 1 else 1)
-    shown = max(1, min(mesh.dp, MAX_GROUPS, in_row // mesh.tp))
+    shown = max(1, min(mesh.dp, MAX_GROUPS, in_row // within))
     return tuple(
         Stage(
             title=f"pp {s}" if mesh.pp > 1 else "",
             layers=", ".join(words.fold(names) for names in plan.stages[s :: mesh.pp]) if mesh.pp > 1 else "",
             groups=tuple(
-                Group(_group_title(plan, group), tuple(range(first, first + min(mesh.tp, MAX_DEVICES))))
+                Group(_group_title(plan, group), tuple(range(first, first + min(within, MAX_DEVICES))))
                 for group in range(shown)
-                for first in [(s * mesh.dp + group) * mesh.tp]
+                for first in [(s * mesh.dp + group) * within]
             ),
             more=mesh.dp - shown,
         )

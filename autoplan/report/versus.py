@@ -83,7 +83,7 @@ def choices(plans: Named) -> tuple[Line, ...]:
 
 
 def _zero(plan: Plan) -> str:
-    if plan.mesh.dp_shard == 1:
+    if plan.mesh.shards == 1:
         return "-"
     levels = sorted({strategy.zero for _, strategy in plan.layers()})
     return " and ".join(f"ZeRO-{level}" for level in levels)

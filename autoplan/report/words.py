@@ -16,7 +16,7 @@ TIME_WORDS = {
     "forward": ("Forward", "the layers' forward pass"),
     "backward": ("Backward", "the layers' backward pass"),
     "recompute": ("Recompute", "forward passes run again to save memory"),
-    "tp_communication": ("Tensor-parallel communication", "collectives of the tp axis, never hidden"),
+    "tp_communication": ("Communication inside layers", "collectives of tp and cp, never hidden"),
     "dp_communication": ("Data-parallel communication", "gathers and reductions that computation does not hide"),
     "pp_communication": ("Pipeline communication", "activations on their way to the next stage, where it waits for them"),
     "bubble": ("Bubble", "the slowest stage waits while the others fill and drain"),
@@ -95,6 +95,7 @@ def mesh_meaning(mesh: Mesh) -> tuple[tuple[str, int, str], ...]:
         ("pp", mesh.pp, "stages, each with some of the layers; micro-batches pass from one to the next"),
         ("dp_replicate", mesh.dp_replicate, "copies of the model, each on its own samples (HSDP when there are shards too)"),
         ("dp_shard", mesh.dp_shard, "groups with their own samples; parameters, gradients and optimizer states are split (FSDP)"),
+        ("cp", mesh.cp, "devices that share every sample and split its sequence; attention exchanges it for heads (Ulysses)"),
         ("tp", mesh.tp, "devices that share every sample and split the matrices inside a layer"),
     )
     return tuple(row for row in meaning if row[1] > 1)

@@ -103,6 +103,19 @@ def at_zero(zero: Any) -> Plan:
     return replace(plan, strategies=tuple((name, replace(strategy, zero=zero)) for name, strategy in plan.strategies))
 
 
+def test_sequences_that_are_cut_are_cut_there_or_it_is_said() -> None:
+    plan = llama()
+    plan = replace(plan, mesh=replace(plan.mesh, cp=plan.mesh.tp, tp=1))
+    words = keywords(export(plan, "torchtitan").text, "ParallelismConfig")
+    assert (words["context_parallel_degree"], words["tensor_parallel_degree"]) == (plan.mesh.cp, 1)
+    assert f"--context-parallel-size {plan.mesh.cp}" in export(plan, "megatron").text
+    config = yaml.safe_load(export(plan, "accelerate").text)
+    assert config["parallelism_config"]["parallelism_config_cp_size"] == plan.mesh.cp
+    assert config["num_processes"] == plan.mesh.size
+    for to in ("deepspeed", "transformers", "lightning"):
+        assert any("does not split sequences" in sentence for sentence in export(plan, to).lost)
+
+
 def test_deepspeed_means_the_same() -> None:
     for plan in (llama(), piped(), single()):
         config = json.loads(export(plan, "deepspeed").text)

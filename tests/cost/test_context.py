@@ -1,0 +1,96 @@
+"""Sequences: what can be cut along them, what stops it, and what it is worth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+import autoplan
+from autoplan.cost.context import Context, context_inputs
+from autoplan.cost.model import CostModel
+from autoplan.graph import Graph, Op
+from autoplan.search.planner import search
+from autoplan.search.space import meshes
+from autoplan.strategy import UNSHARDED, Mesh, Strategy
+from autoplan.workload import Workload
+from tests.hardware import machine
+
+CHANGES = {"layers": 2, "hidden": 64, "heads": 8, "kv_heads": 4, "ffn": 128, "vocab": 128, "seq_len": 96}
+
+
+@cache
+def llama(seq_len: int = 96) -> Graph:
+    return autoplan.inspect(autoplan.load_model("examples/llama.py", **{**CHANGES, "seq_len": seq_len}))
+
+
+def with_op(graph: Graph, position: int, op: Op) -> Graph:
+    body = graph.bodies[0]
+    ops = (*body.ops[:position], op, *body.ops[position + 1 :])
+    return replace(graph, bodies=(replace(body, ops=ops),))
+
+
+def test_tokens_are_cut_along_the_sequence() -> None:
+    assert context_inputs(llama()) == (("input_ids", 1), ("labels", 1))
+    assert Context(llama()).reason == ""
+
+
+@pytest.mark.parametrize(
+    ("cp", "tp", "reason"),
+    [(1, 1, ""), (2, 1, ""), (4, 1, ""), (2, 2, ""), (3, 1, "8 heads"), (8, 1, "4 heads"), (4, 2, "cp 4 x tp 2")],
+)
+def test_heads_and_positions_must_divide(cp: int, tp: int, reason: str) -> None:
+    told = Context(llama()).refusal(cp, tp)
+    assert reason in told
+    assert bool(told) == bool(reason)
+
+
+def test_positions_must_divide() -> None:
+    assert Context(llama(98)).refusal(2, 1) == ""
+    assert "98 positions of 'embedding' do not divide over cp 4" in Context(llama(98)).refusal(4, 1)
+
+
+def test_an_operation_over_positions_is_named() -> None:
+    graph = llama()
+    position, norm = next((i, op) for i, op in enumerate(graph.bodies[0].ops) if op.kind == "norm")
+    mixing = replace(norm, kind="opaque", name="cumulate")
+    reason = Context(with_op(graph, position, mixing)).reason
+    assert reason == "'cumulate' in 'layers.0.attention_norm' takes all positions at once"
+    along = replace(norm, kind="along", name="cumsum", inputs=norm.inputs[:1], dims=(1,))
+    assert "'cumsum'" in Context(with_op(graph, position, along)).reason
+    assert Context(with_op(graph, position, replace(along, dims=(2,)))).reason == ""
+
+
+def test_a_graph_without_tokens_or_attention_is_refused() -> None:
+    graph = llama()
+    assert "no input" in Context(replace(graph, inputs=())).reason
+
+
+def test_cutting_divides_work_and_activations_and_costs_exchanges() -> None:
+    costs = CostModel(llama(), machine(), Workload(global_batch=8))
+    one, two = (costs.layer_cost(0, UNSHARDED, 1, 4, cp) for cp in (1, 2))
+    half = costs.layer_cost(0, UNSHARDED, 1, 2)
+    assert (two.forward, two.backward, two.saved) == (half.forward, half.backward, half.saved)
+    assert one.tp_forward == one.tp_backward == 0.0
+    assert 0.0 < two.tp_forward == two.tp_backward
+    step = costs.layer_step(0, Strategy(), Mesh(cp=2), 4)
+    assert step.state_bytes == costs.layer_step(0, Strategy(), Mesh(dp_shard=2), 4).state_bytes
+
+
+def test_cp_and_tp_are_not_combined() -> None:
+    found = list(meshes(8, {}, (1, 2, 4, 8)))
+    assert any(mesh.cp > 1 for mesh in found)
+    assert not any(mesh.cp > 1 and mesh.tp > 1 for mesh in found)
+    assert len(set(found)) == len(found)
+    assert all(mesh.size == 8 for mesh in found)
+
+
+def test_long_sequences_are_cut_where_there_is_one_for_many_devices() -> None:
+    """Two sequences for four devices, whose activations do not fit into one."""
+    plan = search(llama(), machine(), Workload(global_batch=2), gpus=4, fixed={"tp": 1, "pp": 1})
+    assert plan.mesh.cp == 2
+    assert plan.context == (("input_ids", 1), ("labels", 1))
+    refused = search(llama(), machine(), Workload(global_batch=24), gpus=24)
+    reasons = [c.reason for c in refused.candidates if c.status == "illegal"]
+    assert any("8 heads of attention in 'layers.0.attention' do not divide over cp 3" in reason for reason in reasons)
