@@ -91,12 +91,11 @@ def order(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunk
         return _alternate(
             [Task(0, i, False) for i in range(micro_batches)], [Task(0, i, True) for i in range(micro_batches)], ahead
         )
-    if micro_batches % stages:
-        raise UsageError(f"interleaved 1f1b needs micro-batches ({micro_batches}) in multiples of its {stages} stages.")
+    _whole(micro_batches, stages)
     groups = range(0, micro_batches, stages)
     forward = [Task(c, first + i, False) for first in groups for c in range(chunks) for i in range(stages)]
     backward = [Task(c, first + i, True) for first in groups for c in reversed(range(chunks)) for i in range(stages)]
-    return _alternate(forward, backward, min(2 * (stages - stage - 1) + (chunks - 1) * stages, len(forward)))
+    return _alternate(forward, backward, _ahead(stage, stages, chunks, len(forward)))
 
 
 def in_flight(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> int:
@@ -111,12 +110,30 @@ def in_flight(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, c
 @lru_cache(maxsize=4096)
 def in_flight_by_chunk(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> tuple[int, ...]:
     """The most micro-batches whose activations each chunk of a stage holds at once."""
+    if kind != "interleaved-1f1b":
+        _single(kind, chunks)
+        return (micro_batches if kind == "gpipe" else min(stages - stage, micro_batches),)
+    _whole(micro_batches, stages)
     warm = min(micro_batches, WARM * stages + micro_batches % stages)
+    forward = [chunk for _ in range(0, warm, stages) for chunk in range(chunks) for _ in range(stages)]
+    ahead = _ahead(stage, stages, chunks, len(forward))
     held, most = [0] * chunks, [0] * chunks
-    for task in order(kind, stage, stages, micro_batches if kind == "gpipe" else warm, chunks):
-        held[task.chunk] += -1 if task.backward else 1
-        most[task.chunk] = max(most[task.chunk], held[task.chunk])
+    for i, chunk in enumerate(forward):
+        held[chunk] += 1
+        most[chunk] = max(most[chunk], held[chunk])
+        if i >= ahead:  # the backward passes take the chunks in the opposite order
+            held[chunks - 1 - forward[i - ahead]] -= 1
     return tuple(most)
+
+
+def _ahead(stage: int, stages: int, chunks: int, tasks: int) -> int:
+    """Forward passes before the first backward pass of interleaved 1f1b."""
+    return min(2 * (stages - stage - 1) + (chunks - 1) * stages, tasks)
+
+
+def _whole(micro_batches: int, stages: int) -> None:
+    if micro_batches % stages:
+        raise UsageError(f"interleaved 1f1b needs micro-batches ({micro_batches}) in multiples of its {stages} stages.")
 
 
 def _single(kind: str, chunks: int) -> None:

@@ -166,6 +166,11 @@ class Sharding:
     def _layouts(self) -> dict[str, Layout]:
         return dict(self.parameters)
 
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        """Modules at whose borders something is redistributed."""
+        return frozenset(border.module for border in self.borders)
+
 
 UNSHARDED = Sharding()
 

@@ -1,11 +1,11 @@
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autoplan.errors import UsageError
-from autoplan.schedule import additive_seconds, in_flight, order, pipeline_seconds, timeline
+from autoplan.schedule import additive_seconds, in_flight, in_flight_by_chunk, order, pipeline_seconds, timeline
 
 stage_counts = st.integers(1, 6)
 seconds = st.floats(0.01, 10.0)
@@ -105,6 +105,16 @@ def test_1f1b_holds_no_more_than_it_has_stages_ahead():
     assert [in_flight("1f1b", s, 4, 16) for s in range(4)] == [4, 3, 2, 1]
     assert in_flight("gpipe", 0, 4, 16) == 16
     assert [in_flight("interleaved-1f1b", s, 4, 16, 2) for s in range(4)] == [11, 9, 7, 5]
+
+
+@pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 5)])
+def test_what_every_chunk_holds_follows_from_the_order(kind, chunks):
+    for p, m, s in product((2, 3, 4), (12, 24, 96), range(4)):
+        held, most = [0] * chunks, [0] * chunks
+        for task in order(kind, min(s, p - 1), p, m, chunks):
+            held[task.chunk] += -1 if task.backward else 1
+            most[task.chunk] = max(most[task.chunk], held[task.chunk])
+        assert in_flight_by_chunk(kind, min(s, p - 1), p, m, chunks) == tuple(most)
 
 
 def test_what_no_schedule_is_defined_for_is_refused():

@@ -78,7 +78,8 @@ class _Account:
         if op.kind in ("enter", "exit"):
             self._border(step, wanted)
         elif op.kind == "call":
-            self._send(*call_borders(self.model, step.index, outcome, self.sharding.stream), wanted)
+            if wanted:
+                self._send(*call_borders(self.model, step.index, outcome, self.sharding.stream), True)
             self.root.update({i: i for i in op.outputs})
         else:
             self.root.update({i: shared_root(body, op, i, self.root) for i in op.outputs})

@@ -144,7 +144,7 @@ class CostModel:
             cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp)
         else:
             cost = self._part(regions, strategy.sharding, mesh, micro_batch)
-        dp, again = ideal_data_parallel(cost, mesh), strategy.recompute == "full"
+        dp, again = ideal_data_parallel(cost, mesh, outer=body == OUTER), strategy.recompute == "full"
         return layer_step(cost, dp, 3, again, 1, self.hardware, self.workload, outer=body == OUTER)
 
     def _step(

@@ -24,16 +24,21 @@ comes the adding up of gradients, if there are several micro-batches; once a ste
 Bytes: states (parameters, gradients, optimizer) are cut by tp and by dp_shard; activations are kept for every micro-batch in
 flight. While a layer's backward pass runs, it needs besides what it recomputes, its gathered parameters and those of its
 neighbour, its unreduced gradients and its largest temporary: of these moments only the largest of a rank counts.
+
+All arithmetic in `layer_step` is elementwise: the numbers of a cost may be numpy arrays with an entry for every sharding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import memory_time, optimizer_time
 from autoplan.cost.layer import LayerCost
+from autoplan.cost.prices import LocalParameter
 from autoplan.graph import DTYPE_BYTES
 from autoplan.hardware import HardwareProfile
 from autoplan.plan import MemoryBreakdown, TimeBreakdown
@@ -129,7 +134,15 @@ class DataParallel(NamedTuple):
     whole_trainable: float
 
 
-def data_parallel(cost: LayerCost, mesh: Mesh, hardware: HardwareProfile, load: Workload) -> DataParallel:
+class HasParameters(Protocol):
+    """What has parameters: a layer's cost."""
+
+    @property
+    def parameters(self) -> tuple[LocalParameter, ...]:
+        """Of one tp rank."""
+
+
+def data_parallel(cost: HasParameters, mesh: Mesh, hardware: HardwareProfile, load: Workload) -> DataParallel:
     """Seconds of gathering parameters and reducing gradients over dp_shard, of all-reducing their shards over dp_replicate,
     and of the optimizer."""
     whole = sum(p.numel(1) for p in cost.parameters)
@@ -149,11 +162,14 @@ def data_parallel(cost: LayerCost, mesh: Mesh, hardware: HardwareProfile, load: 
     )
 
 
-def ideal_data_parallel(cost: LayerCost, mesh: Mesh) -> DataParallel:
-    """No dp axes are better: they take no time, and cut all states; gathered parameters take no room."""
+def ideal_data_parallel(cost: HasParameters, mesh: Mesh, *, outer: bool) -> DataParallel:
+    """No dp axes are better: they take no time, and cut all states. What a layer gathers takes room at least once (under level
+    3, in which this is priced, twice in a moment; else as long as it stays), as do its gradients before they are reduced."""
     numel = sum(p.numel(mesh.dp * mesh.cp) for p in cost.parameters)
     trainable = sum(p.numel(mesh.dp * mesh.cp) for p in cost.parameters if p.trainable)
-    return DataParallel(0.0, 0.0, 0.0, 0.0, numel, trainable, 0.0, 0.0)
+    whole = sum(p.numel(1) for p in cost.parameters)
+    whole_trainable = sum(p.numel(1) for p in cost.parameters if p.trainable)
+    return DataParallel(0.0, 0.0, 0.0, 0.0, numel, trainable, whole if outer else whole / 2, whole_trainable)
 
 
 def layer_step(
@@ -214,5 +230,5 @@ def best_of(steps: Sequence[LayerStep]) -> LayerStep:
 
 def _beside(cover: Seconds, sent: Seconds, hardware: HardwareProfile) -> tuple[Seconds, Seconds]:
     """e(c, q), and what is hidden."""
-    hidden = min(cover, sent)
+    hidden = min(cover, sent) if isinstance(cover, float) and isinstance(sent, float) else np.minimum(cover, sent)
     return sent - hidden + hardware.overlap * hidden, hidden

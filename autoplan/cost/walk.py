@@ -93,7 +93,8 @@ def walk(model: LayerModel, sharding: Sharding) -> Iterator[Step]:
 def _call(model: LayerModel, sharding: Sharding, index: int, sources: tuple[Layout, ...], cross: Cross) -> Outcome:
     body, op = model.body, model.body.ops[index]
     targets = list(sources)
-    for position, name, leaf in model.enters(index):
+    moved = model.blocks[op.block][0] in sharding.modules
+    for position, name, leaf in model.enters(index) if moved else ():
         targets[position] = cross((name, "in", leaf), body.values[op.inputs[position]], sources[position])
     for position, target in enumerate(targets):
         wanted = stream_layout(body.values[op.inputs[position]], sharding.stream)
@@ -102,7 +103,7 @@ def _call(model: LayerModel, sharding: Sharding, index: int, sources: tuple[Layo
                 f"block '{model.blocks[op.block][0]}' expects {wanted}, but its input {position} arrives as {target}."
             )
     results = [stream_layout(body.values[i], sharding.stream) for i in op.outputs]
-    for position, name, leaf in model.leaves(index):
+    for position, name, leaf in model.leaves(index) if moved else ():
         results[position] = cross((name, "out", leaf), body.values[op.outputs[position]], results[position])
     return Outcome(sources, tuple(results), False)
 

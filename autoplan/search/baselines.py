@@ -57,7 +57,10 @@ def _price(tables: Tables, recipe: Recipe, limit: Bytes) -> Baseline:
         if unstageable(mesh, tables.graph, tables.costs.outer.order) or tables.least_states(mesh) > limit:
             continue
         for micro_batch in micro_batches(mesh, tables.costs.workload):
-            fits = False
+            fits, needed = False, tables.least_moment(mesh.within, micro_batch)
+            if needed > limit:
+                least = needed if least is None else min(least, needed)
+                break
             for recompute, staging in _stagings(tables, mesh, micro_batch, recipe.zero, limit):
                 found = staging.solve(1e-4, best[0].seconds if best else inf)
                 if found is None:
@@ -104,13 +107,13 @@ def uniform(priced: Priced, zero: Zero, recompute: Recompute) -> tuple[Priced, O
 
     def fastest(columns: Sequence[Column]) -> Column:
         def distance(column: Column) -> tuple[bool, int]:
-            return column.strategy.recompute != recompute, abs(column.strategy.zero - zero)
+            return column.recompute != recompute, abs(column.zero - zero)
 
         nearest = min(map(distance, columns))
         usual = [column for column in columns if distance(column) == nearest]
-        return min(usual, key=lambda c: (c.step.slot_seconds + c.step.once_seconds, c.costs))
+        return min(usual, key=lambda c: (c.costs.slot_seconds + c.costs.once_seconds, c.costs))
 
     columns = {g: [fastest(found)] for g, found in priced.columns.items()}
-    outers = [(o, Column(o.strategy, next(iter(o.parts.values())))) for o in priced.outers]
+    outers = [(o, Column.of(o.strategy, next(iter(o.parts.values())))) for o in priced.outers]
     chosen = fastest([column for _, column in outers]) if outers else None
     return replace(priced, columns=columns), next((o for o, column in outers if column is chosen), None)

@@ -7,17 +7,21 @@ layer may do what on a stage then follows from sums (`search.options`), so colum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple, get_args
+from functools import cached_property, partial
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
 
 from autoplan.cost.model import OUTER, CostModel
-from autoplan.cost.step import LayerStep, best_of
+from autoplan.cost.step import DataParallel, LayerStep, best_of, data_parallel, ideal_data_parallel, layer_step
 from autoplan.graph import DTYPE_BYTES
-from autoplan.search.options import Column, Options, unbeaten_columns
-from autoplan.search.shardings import fastest_seconds, pareto_shardings, streams
+from autoplan.search.dominance import Bools, Floats, unbeaten
+from autoplan.search.lattice import Lattice
+from autoplan.search.options import Column, Costs, Options
+from autoplan.search.shardings import Held, Unbeaten, Ways, streams
 from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy, Within, Zero
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES
@@ -48,8 +52,13 @@ class Priced:
         """A body's columns as a stage with so many micro-batches in flight sees them in a step of `slots`."""
         key = (body, slots, in_flight)
         if key not in self._options:
-            self._options[key] = Options.of(self.columns[body], slots, in_flight)
+            self._options[key] = Options.seen(self.columns[body], self.costs[body], slots, in_flight)
         return self._options[key]
+
+    @cached_property
+    def costs(self) -> dict[int, Floats]:
+        """By body: `Column.costs` as an array, one column each."""
+        return {g: np.array([column.costs for column in columns]).T for g, columns in self.columns.items()}
 
     @cached_property
     def _options(self) -> dict[tuple[int, float, int], Options]:
@@ -65,10 +74,11 @@ class Tables:
         """Body -> number of layers."""
         for block in self.graph.blocks:
             self.classes[block.body] = self.classes.get(block.body, 0) + 1
-        self._shardings: dict[tuple[int, Within, int, Layout], list[Sharding]] = {}
+        self._lattices: dict[tuple[int, int, Layout], Lattice] = {}
+        self._wholes: dict[tuple[int, int], Bytes] = {}
+        self._ways: dict[tuple[int, Within, int, Layout], Ways] = {}
         self._priced: dict[tuple[Mesh, int, Layout], Priced | None] = {}
         self._ideal: dict[tuple[Mesh, int, Layout], Priced | None] = {}
-        self._fastest: dict[tuple[int, Within, int, Layout], Seconds | None] = {}
 
     def with_batch(self, global_batch: int) -> Tables:
         """The same tables for another global batch: shardings and layer costs do not depend on it."""
@@ -88,8 +98,24 @@ class Tables:
         return DTYPE_BYTES[load.param_dtype] * sum(p.numel * (trained if p.trainable else 1) for p in own)
 
     def least_moment(self, within: Within, micro_batch: int) -> Bytes:
-        """No way to run a layer needs less while its backward pass runs: all that it saves, cut by tp and cp."""
-        return max((body.saved.at(micro_batch / within.cp) for body in self.graph.bodies), default=0.0) / within.tp
+        """No way to run a layer needs less while its backward pass runs: all that it saves, cut by tp and cp, its parameters as
+        they are gathered, and their gradients as they are before they are reduced."""
+        bodies = self.graph.bodies
+        saved = [body.saved.at(micro_batch / within.cp) / within.tp for body in bodies]
+        return max((size + self._whole(g, within.tp) for g, size in enumerate(saved)), default=0.0)
+
+    def _whole(self, g: int, tp: int) -> Bytes:
+        """Bytes of a layer's parameters in the compute dtype and of its gradients, cut by tp where they can be."""
+        if (g, tp) not in self._wholes:
+            load, lattices = self.costs.workload, [self.lattice(g, tp, stream) for stream in self.streams(tp)]
+            compute, reduce = DTYPE_BYTES[load.compute_dtype], DTYPE_BYTES[load.reduce_dtype]
+            self._wholes[g, tp] = sum(
+                p.numel * (compute * (1 + p.trainable) + reduce * p.trainable)
+                / (1 if all(lattice.whole(p.name) for lattice in lattices) else tp)
+                for p in self.graph.bodies[g].parameters
+                if not p.buffer
+            )  # fmt: skip
+        return self._wholes[g, tp]
 
     def streams(self, tp: int) -> list[Layout]:
         """The layouts in which activations may pass between all layers."""
@@ -101,18 +127,28 @@ class Tables:
         ]
         return streams(inputs, tp) if tp > 1 else [REPLICATE]
 
-    def shardings(self, g: int, within: Within, micro_batch: int, stream: Layout) -> list[Sharding]:
+    def lattice(self, g: int, tp: int, stream: Layout) -> Lattice:
+        key = (g, tp, stream)
+        if key not in self._lattices:
+            self._lattices[key] = Lattice(self.costs.layer_model(g, tp, 1), stream)
+        return self._lattices[key]
+
+    def ways(self, g: int, within: Within, micro_batch: int, stream: Layout) -> Ways:
+        """A body's lattice at the prices of a micro-batch."""
         key = (g, within, micro_batch, stream)
-        if key not in self._shardings:
-            self._shardings[key] = pareto_shardings(self.costs.layer_model(g, within.tp, micro_batch, within.cp), stream)
-        return self._shardings[key]
+        if key not in self._ways:
+            model = self.costs.layer_model(g, within.tp, micro_batch, within.cp)
+            self._ways[key] = Ways(model, self.lattice(g, within.tp, stream))
+        return self._ways[key]
 
     def fastest(self, g: int, within: Within, micro_batch: int, stream: Layout) -> Seconds | None:
         """Seconds of one layer and micro-batch at its fastest sharding; None when there is no legal one."""
-        key = (g, within, micro_batch, stream)
-        if key not in self._fastest:
-            self._fastest[key] = fastest_seconds(self.costs.layer_model(g, within.tp, micro_batch, within.cp), stream)
-        return self._fastest[key]
+        return self.ways(g, within, micro_batch, stream).fastest_seconds
+
+    def shardings(self, g: int, within: Within, micro_batch: int, stream: Layout) -> list[Sharding]:
+        """Every unbeaten sharding of a body."""
+        found = self.ways(g, within, micro_batch, stream).unbeaten
+        return [found.sharding(i) for i in range(found.number)]
 
     def priced(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Priced | None:
         """Every strategy of every class of layers, priced; None when some layer has none."""
@@ -133,17 +169,7 @@ class Tables:
         return self._ideal[key]
 
     def _price_ideal(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Priced | None:
-        wanted = [g for g in self.classes if g != OUTER or mesh.pp == 1]
-        columns = {
-            g: unbeaten_columns(
-                [
-                    Column(strategy, self.costs.ideal_step(g, strategy, mesh, micro_batch))
-                    for sharding in self.shardings(g, mesh.within, micro_batch, stream)
-                    for strategy in (Strategy(sharding, again) for again in (("none",) if g == OUTER else ALL_RECOMPUTES))
-                ]
-            )
-            for g in wanted
-        }
+        columns = {g: self._ideal_columns(g, mesh, micro_batch, stream) for g in self._wanted(mesh)}
         if not all(columns.values()):
             return None
         outers = self.shardings(OUTER, mesh.within, micro_batch, stream) if mesh.pp > 1 else []
@@ -156,33 +182,65 @@ class Tables:
         return Priced(mesh, micro_batch, stream, columns, (Outer(Strategy(outers[0]), parts),) if outers else ())
 
     def _price(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Priced | None:
-        wanted = [g for g in self.classes if g != OUTER or mesh.pp == 1]
-        columns = {g: self._columns(g, mesh, micro_batch, stream) for g in wanted}
+        columns = {g: self._columns(g, mesh, micro_batch, stream) for g in self._wanted(mesh)}
         outers = self._outers(mesh, micro_batch, stream) if mesh.pp > 1 else ()
         if not all(columns.values()) or (mesh.pp > 1 and not outers):
             return None
         return Priced(mesh, micro_batch, stream, columns, outers)
 
+    def _wanted(self, mesh: Mesh) -> list[int]:
+        return [g for g in self.classes if g != OUTER or mesh.pp == 1]
+
+    def _ideal_columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> list[Column]:
+        found = self.ways(g, mesh.within, micro_batch, stream).unbeaten
+        dp = _by_sharding(found, lambda held: ideal_data_parallel(held, mesh, outer=g == OUTER))
+        price = partial(_ideal_price, self.costs, g, mesh, micro_batch)
+        ways: list[tuple[Recompute, Zero]] = [(again, 3) for again in _recomputes(g)]
+        return self._unbeaten(g, found, dp, ways, 1, price, np.ones(found.number, dtype=bool))
+
     def _columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> list[Column]:
-        return unbeaten_columns(
-            [
-                Column(strategy, self.costs.layer_step(g, strategy, mesh, micro_batch))
-                for sharding in self._placeable(g, mesh, micro_batch, stream)
-                for strategy in self._strategies(sharding, mesh, micro_batch, outer=g == OUTER)
-            ]
-        )
+        found, costs = self.ways(g, mesh.within, micro_batch, stream).unbeaten, self.costs
+        dp = _by_sharding(found, lambda held: data_parallel(held, mesh, costs.hardware, costs.workload))
+        m = costs.micro_batches(mesh, micro_batch)
+        price = partial(_price, costs, g, mesh, micro_batch)
+        kinds, which = found.held
+        legal = np.array([held.cut_by(mesh.shards) for held in kinds], dtype=bool)[which]
+        ways = [(again, zero) for zero in _zeros(mesh, m, outer=g == OUTER) for again in _recomputes(g)]
+        return self._unbeaten(g, found, dp, ways, m, price, legal)
+
+    def _unbeaten(
+        self,
+        g: int,
+        found: Unbeaten,
+        dp: DataParallel,
+        ways: Sequence[tuple[Recompute, Zero]],
+        micro_batches: int,
+        price: Callable[[Strategy], LayerStep],
+        legal: Bools,
+    ) -> list[Column]:
+        """Of all shardings, each with these recomputations and ZeRO levels, those that no other equals or beats."""
+        hardware, load = self.costs.hardware, self.costs.workload
+        blocks = []
+        for again, zero in ways:
+            step = layer_step(found.cost, dp, zero, again == "full", micro_batches, hardware, load, outer=g == OUTER)
+            costs = (step.slot_seconds, step.once_seconds, step.state_bytes, step.kept, step.peak)
+            blocks.append(np.stack([np.broadcast_to(cost, found.number) for cost in costs]))
+        every = np.concatenate(blocks, axis=1)
+        candidates = np.flatnonzero(np.tile(legal, len(ways)))
+        kept = candidates[unbeaten(every[:, candidates])]
+        return [
+            Column(Costs._make(costs), again, zero, partial(found.sharding, i % found.number), price)
+            for i, costs in zip(kept.tolist(), every[:, kept].T.tolist(), strict=True)
+            for again, zero in [ways[i // found.number]]
+        ]
 
     def _placeable(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Iterator[Sharding]:
-        """FSDP cuts a packed parameter along dim 1, and only evenly."""
-        for sharding in self.shardings(g, mesh.within, micro_batch, stream):
-            cost = self.costs.layer_cost(g, sharding, mesh.tp, micro_batch, mesh.cp)
-            if not any(p.fsdp_dim and p.shape[p.fsdp_dim] % mesh.shards for p in cost.parameters):
-                yield sharding
-
-    def _strategies(self, sharding: Sharding, mesh: Mesh, micro_batch: int, *, outer: bool) -> Iterator[Strategy]:
-        for zero in _zeros(mesh, self.costs.micro_batches(mesh, micro_batch), outer=outer):
-            for again in ("none",) if outer else ALL_RECOMPUTES:  # embeddings and head frame the step: they are not recomputed
-                yield Strategy(sharding, again, zero)
+        """What FSDP can cut."""
+        found = self.ways(g, mesh.within, micro_batch, stream).unbeaten
+        kinds, which = found.held
+        for i, kind in enumerate(which.tolist()):
+            if kinds[kind].cut_by(mesh.shards):
+                yield found.sharding(i)
 
     def _outers(self, mesh: Mesh, micro_batch: int, stream: Layout) -> tuple[Outer, ...]:
         """Outer strategies that no other equals or beats in every part."""
@@ -191,7 +249,7 @@ class Tables:
         priced = [
             self._outer(strategy, mesh, micro_batch)
             for sharding in self._placeable(OUTER, mesh, micro_batch, stream)
-            for strategy in self._strategies(sharding, mesh, micro_batch, outer=True)
+            for strategy in self._outer_strategies(sharding, mesh, micro_batch)
         ]
         for outer in sorted(priced, key=_all_costs):
             costs = _all_costs(outer)
@@ -199,6 +257,10 @@ class Tables:
                 found.append(outer)
                 kept.append(costs)
         return tuple(found)
+
+    def _outer_strategies(self, sharding: Sharding, mesh: Mesh, micro_batch: int) -> Iterator[Strategy]:
+        for zero in _zeros(mesh, self.costs.micro_batches(mesh, micro_batch), outer=True):
+            yield Strategy(sharding, "none", zero)
 
     def _outer(self, strategy: Strategy, mesh: Mesh, micro_batch: int) -> Outer:
         parts = {regions: self.costs.outer_step(regions, strategy, mesh, micro_batch) for regions in self.parts}
@@ -223,4 +285,24 @@ def _zeros(mesh: Mesh, micro_batches: int, *, outer: bool) -> tuple[Zero, ...]:
 
 
 def _all_costs(outer: Outer) -> tuple[float, ...]:
-    return tuple(cost for step in outer.parts.values() for cost in Column(outer.strategy, step).costs)
+    return tuple(cost for step in outer.parts.values() for cost in Column.of(outer.strategy, step).costs)
+
+
+def _recomputes(g: int) -> tuple[Recompute, ...]:
+    return ("none",) if g == OUTER else ALL_RECOMPUTES  # embeddings and head frame the step: they are not recomputed
+
+
+def _by_sharding(found: Unbeaten, price: Callable[[Held], DataParallel]) -> DataParallel:
+    """Of all shardings, its numbers arrays: priced once for all that have the same parameters."""
+    kinds, which = found.held
+    priced = np.array([price(held) for held in kinds], dtype=np.float64).reshape(-1, len(DataParallel._fields))
+    numbers: Any = priced[which].T
+    return DataParallel(*numbers)
+
+
+def _price(costs: CostModel, g: int, mesh: Mesh, micro_batch: int, strategy: Strategy) -> LayerStep:
+    return costs.layer_step(g, strategy, mesh, micro_batch)
+
+
+def _ideal_price(costs: CostModel, g: int, mesh: Mesh, micro_batch: int, strategy: Strategy) -> LayerStep:
+    return costs.ideal_step(g, strategy, mesh, micro_batch)

@@ -17,7 +17,8 @@ fewer different strategies is the better one. The bound that is reported is one 
 
 Equal layers are interchangeable, so counting them loses nothing: the program has as many columns for 126 layers as for 2.
 Shardings are the unbeaten ones of `search.shardings`; an option beaten by another in all three is left out before
-(`search.options`). Where every layer's fastest option fits, no program is needed (`_without_limit`). The solver's tolerance
+(`search.options`). Where every layer's fastest option fits, no program is needed (`_without_limit`), and where a stage has a
+layer or two, all choices are tried (`_by_trying`). The solver's tolerance
 is 1e-6 of a row in MiB; the mebibyte kept back is far more than that, and the chosen plan's bytes are summed again exactly
 before it is accepted.
 """
@@ -26,16 +27,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations_with_replacement
+from math import comb, prod
 from typing import Any
 
+import numpy as np
 import pulp
 
 from autoplan.errors import SolverError
+from autoplan.search.dominance import Ints
 from autoplan.search.options import Column, Group, Option
 from autoplan.search.solver import solve
 from autoplan.units import Bytes, Seconds
 
 _MIB = 2.0**20
+_FEW = 5000
+"""So many choices are tried sooner than a program is built."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,8 @@ def choose(groups: Sequence[Group], limit: Bytes, *, gap: float, time_limit: flo
         return free
     most = sum(min(group.number, len(group.options)) for group in groups)
     epsilon = free.seconds * gap / 2 / max(most, 1)
+    if prod(comb(len(group.options) + group.number - 1, group.number) for group in groups) <= _FEW:
+        return _by_trying(groups, limit, epsilon)
     problem = pulp.LpProblem("stage", pulp.LpMinimize)
     counts, used = _counts(problem, groups)
     _memory(problem, groups, counts, used, limit)
@@ -92,6 +102,36 @@ def choose(groups: Sequence[Group], limit: Bytes, *, gap: float, time_limit: flo
     total = sum(option.seconds * n for _, options in chosen for option, n in options)
     least = answer.bound - epsilon * most if answer.bound is not None else 0.0
     return Choice(chosen, total, min(total, max(least, free.seconds)))
+
+
+def _by_trying(groups: Sequence[Group], limit: Bytes, epsilon: Seconds) -> Choice | None:
+    """`choose` without a solver: every choice there is."""
+    seconds, size, peak, kinds, picked = np.zeros(1), np.zeros(1), np.zeros(1), np.zeros(1), np.zeros((1, 0), dtype=np.int64)
+    for group in groups:
+        ways = _multisets(len(group.options), group.number)
+        times, sizes, peaks = np.array([option[:3] for option in group.options]).T
+        different = 1 + (np.diff(ways, axis=1) != 0).sum(axis=1)
+        old, new = (each.ravel() for each in np.indices((len(seconds), len(ways))))
+        seconds = seconds[old] + times[ways].sum(axis=1)[new]
+        size = size[old] + sizes[ways].sum(axis=1)[new]
+        peak = np.maximum(peak[old], peaks[ways].max(axis=1)[new])
+        kinds = kinds[old] + different[new]
+        picked = np.concatenate((picked[old], ways[new]), axis=1)
+    fits = np.flatnonzero(size + peak <= limit - _MIB)
+    if not len(fits):
+        return None
+    best = fits[np.argmin(seconds[fits] + epsilon * kinds[fits])]
+    left, counts = picked[best].tolist(), []
+    for group in groups:
+        mine, left = left[: group.number], left[group.number :]
+        counts.append((group, tuple((group.options[s], mine.count(s)) for s in sorted(set(mine)))))
+    return Choice(tuple(counts), float(seconds[best]), float(seconds[fits].min()))
+
+
+@lru_cache(maxsize=256)
+def _multisets(options: int, number: int) -> Ints:
+    """[multisets, number]: every way in which `number` equal layers can use so many options."""
+    return np.array(list(combinations_with_replacement(range(options), number)), dtype=np.int64)
 
 
 def _without_limit(groups: Sequence[Group]) -> Choice:

@@ -38,7 +38,7 @@ def named(graph: Graph, solution: Solution, mesh: Mesh) -> tuple[tuple[tuple[str
 
 
 def _queue(columns: Sequence[tuple[str, Column, int]]) -> list[str]:
-    ordered = sorted(columns, key=lambda item: (item[1].strategy.recompute != "full", item[1].costs))
+    ordered = sorted(columns, key=lambda item: (item[1].recompute != "full", item[1].costs))
     return [name for name, _, number in ordered for _ in range(number)]
 
 

@@ -10,29 +10,54 @@ smallest.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
-from typing import NamedTuple
+from typing import NamedTuple, overload
+
+import numpy as np
 
 from autoplan.cost.step import LayerStep
-from autoplan.strategy import Strategy
+from autoplan.search.dominance import Floats, unbeaten
+from autoplan.strategy import Recompute, Sharding, Strategy, Zero
 from autoplan.units import Bytes, Seconds
+
+
+class Costs(NamedTuple):
+    """Everything that could make another strategy preferable. See `LayerStep`."""
+
+    slot_seconds: Seconds
+    once_seconds: Seconds
+    state_bytes: Bytes
+    kept: Bytes
+    peak: Bytes
 
 
 @dataclass(frozen=True)
 class Column:
-    """One strategy of one class of layers, priced for a whole step."""
+    """One strategy of one class of layers, and what it costs in a whole step. The search prices all shardings at once and
+    most of them never matter: strategy and full price are written when they are asked for."""
 
-    strategy: Strategy
-    step: LayerStep
+    costs: Costs
+    recompute: Recompute
+    zero: Zero
+    sharding: Callable[[], Sharding]
+    price: Callable[[Strategy], LayerStep]
+
+    @staticmethod
+    def of(strategy: Strategy, step: LayerStep) -> Column:
+        """A strategy whose price is known."""
+        costs = Costs(step.slot_seconds, step.once_seconds, step.state_bytes, step.kept, step.peak)
+        return Column(costs, strategy.recompute, strategy.zero, lambda: strategy.sharding, lambda _: step)
 
     @cached_property
-    def costs(self) -> tuple[float, ...]:
-        """Everything that could make another strategy preferable."""
-        step = self.step
-        return step.slot_seconds, step.once_seconds, step.state_bytes, step.kept, step.peak
+    def strategy(self) -> Strategy:
+        return Strategy(self.sharding(), self.recompute, self.zero)
+
+    @cached_property
+    def step(self) -> LayerStep:
+        return self.price(self.strategy)
 
 
 class Option(NamedTuple):
@@ -55,12 +80,48 @@ def _bytes(vertex: Vertex) -> Bytes:
     return vertex.bytes
 
 
-class Options(tuple[Option, ...]):
+class Options(Sequence[Option]):
     """The unbeaten options of a layer on a stage, the fastest first, with what bounds their mixes."""
 
-    hull: tuple[Vertex, ...]
-    peak: Bytes
-    """The smallest."""
+    def __init__(self, columns: Sequence[Column], costs: Floats) -> None:
+        self._columns, self._costs = columns, costs
+        self.peak: Bytes = float(costs[2].min())
+        """The smallest."""
+
+    @staticmethod
+    def of(columns: Sequence[Column], slots: float, in_flight: int) -> Options:
+        """Of all columns of a layer, on a stage with so many micro-batches in flight."""
+        return Options.seen(columns, np.array([column.costs for column in columns]).T, slots, in_flight)
+
+    @staticmethod
+    def seen(columns: Sequence[Column], costs: Floats, slots: float, in_flight: int) -> Options:
+        """`of`, with the columns' costs as an array."""
+        slot, once, state, kept, peak = costs
+        return Options(columns, np.stack((slot + once / slots, state + in_flight * kept, peak)))
+
+    @cached_property
+    def _options(self) -> list[Option]:
+        kept = unbeaten(self._costs)
+        numbers = self._costs[:, kept].T.tolist()
+        return [Option(t, b, p, self._columns[i]) for i, (t, b, p) in zip(kept.tolist(), numbers, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._options)
+
+    @overload
+    def __getitem__(self, index: int) -> Option: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Option]: ...
+    def __getitem__(self, index: int | slice) -> Option | Sequence[Option]:
+        return self._options[index]
+
+    @cached_property
+    def hull(self) -> tuple[Vertex, ...]:
+        """From the leanest mix to the fastest."""
+        order = np.lexsort((self._costs[0], self._costs[1]))
+        seconds = self._costs[0][order]
+        faster = np.diff(np.minimum.accumulate(seconds), prepend=inf) < 0
+        return tuple(_hull(zip(self._costs[1][order][faster].tolist(), seconds[faster].tolist(), strict=True)))
 
     def at(self, size: Bytes) -> Seconds:
         """Seconds of the fastest mix that takes `size` bytes a layer; infinite when none does."""
@@ -72,14 +133,6 @@ class Options(tuple[Option, ...]):
         i = bisect_right(hull, size, key=_bytes)
         a, b = hull[i - 1], hull[i]
         return a.seconds + (b.seconds - a.seconds) * (size - a.bytes) / (b.bytes - a.bytes)
-
-    @staticmethod
-    def of(columns: Iterable[Column], slots: float, in_flight: int) -> Options:
-        """Of all columns of a layer, on a stage with so many micro-batches in flight."""
-        found = Options(_unbeaten([Option(c.step.seconds(slots), c.step.bytes(in_flight), c.step.peak, c) for c in columns]))
-        found.hull = tuple(_hull(found))
-        found.peak = min(option.peak for option in found)
-        return found
 
 
 class Group(NamedTuple):
@@ -96,30 +149,10 @@ class Group(NamedTuple):
         return self.options[0]
 
 
-def unbeaten_columns(columns: Sequence[Column]) -> list[Column]:
-    """Columns that no other column equals or beats in every cost, the fastest first."""
-    kept: list[Column] = []
-    for column in sorted(columns, key=lambda c: c.costs):
-        if not any(all(a <= b for a, b in zip(other.costs, column.costs, strict=True)) for other in kept):
-            kept.append(column)
-    return kept
-
-
-def _unbeaten(options: list[Option]) -> list[Option]:
-    kept: list[Option] = []
-    for option in sorted(options, key=lambda o: o[:3]):
-        if not any(o.bytes <= option.bytes and o.peak <= option.peak for o in kept):
-            kept.append(option)
-    return kept
-
-
-def _hull(options: Sequence[Option]) -> list[Vertex]:
-    """From the leanest option to the fastest, only corners of the lower convex hull."""
+def _hull(points: Iterable[tuple[Bytes, Seconds]]) -> list[Vertex]:
+    """Of points that take more and more bytes and fewer and fewer seconds, the corners of the lower convex hull."""
     corners: list[Vertex] = []
-    for option in sorted(options, key=lambda o: (o.bytes, o.seconds)):
-        point = Vertex(option.bytes, option.seconds)
-        if corners and point.seconds >= corners[-1].seconds:
-            continue
+    for point in map(Vertex._make, points):
         while len(corners) > 1 and _above(corners[-2], corners[-1], point):
             corners.pop()
         corners.append(point)

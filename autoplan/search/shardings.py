@@ -1,83 +1,37 @@
 """The Pareto set of tensor-parallel shardings of one layer: every way that no other way beats.
 
-The operations are taken in the order in which they run. A *state* is what the rest of the layer can see: the layout and
-the memory of every live tensor, and which of those memories are already counted as saved. From each state an operation
-continues by every outcome of its sharding rule (cost.rules), a border by every redistribution. Two partial shardings
-that meet in one state have the same future, so only those are kept that are not beaten in all of
+A way through the layer's lattice (search.lattice) is a sharding. Two partial shardings that meet in one state have the same
+future, so only those are kept that are not beaten in all of
 
     (forward seconds, backward seconds, saved bytes, parameters, largest temporary)
 
-which is a dynamic program over the layer's frontier (`_advance`): exact, and independent of how many layers are equal.
-Beforehand one pass forward and one backward find the layouts of every tensor that can be reached and from which the end
-can be reached (`_viable`): a query sharded along its sequence, say, ends at the attention, and need not be carried there.
+which is a dynamic program over the lattice's levels: exact, and independent of how many layers are equal. All labels of a
+level are one array; they are compared where several transitions lead to one state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from autoplan.cost.prices import LayerModel
-from autoplan.cost.rules import Outcome, conversions, outcomes
-from autoplan.cost.walk import borders_of, call_borders, changes_memory, saved_values, stream_layout
+import numpy as np
+from numpy.typing import NDArray
+
+from autoplan.cost.layer import LayerCost
+from autoplan.cost.prices import LayerModel, LocalParameter
+from autoplan.cost.walk import borders_of, call_borders, changes_memory
+from autoplan.graph import DTYPE_BYTES
+from autoplan.search.dominance import Bools, Floats, Ints, unbeaten
+from autoplan.search.lattice import Choice, Lattice
 from autoplan.strategy import REPLICATE, Border, Layout, Sharding, shard
-from autoplan.units import Seconds
+from autoplan.units import Bytes, Seconds
 
-_ROUNDING = 1 + 1e-12
+Decisions = NDArray[np.int16]
+"""[levels, shardings]: which choice of each level."""
 
-
-class Live(NamedTuple):
-    """A live tensor: its layout, the memory it lives in (numbered in the order of live tensors), that memory's bytes."""
-
-    layout: Layout
-    memory: int
-    size: float
-
-
-class Decision(NamedTuple):
-    """How one operation runs, and the decision before it."""
-
-    operation: int
-    outcome: Outcome
-    before: Decision | None
-
-
-class Label(NamedTuple):
-    """A partial sharding: its costs, and its last decision."""
-
-    forward: float
-    backward: float
-    saved: float
-    numel: float
-    temporary: float
-    last: Decision | None
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One way to continue at an operation, priced."""
-
-    outcome: Outcome
-    forward: float
-    backward: float
-    numel: float
-    saved_extra: float
-    temporary: float
-
-
-State = tuple[tuple[tuple[int, Live], ...], frozenset[int]]
-
-
-def pareto_shardings(model: LayerModel, stream: Layout) -> list[Sharding]:
-    """Every unbeaten sharding of the layer whose activations enter and leave as `stream`; empty when there is none."""
-    return _Frontier(model, stream).shardings()
-
-
-def fastest_seconds(model: LayerModel, stream: Layout) -> Seconds | None:
-    """Forward and backward of the fastest sharding, recomputation and data parallelism apart; None when there is none."""
-    return _Frontier(model, stream, seconds_only=True).seconds()
+_ROUNDING = np.array([1 + 1e-12, 1 + 1e-12, 1.0, 1.0, 1.0])
+"""Seconds that differ by rounding are equal."""
 
 
 def streams(model_inputs: Sequence[tuple[tuple[int, ...], int | None]], tp: int) -> list[Layout]:
@@ -92,253 +46,191 @@ def streams(model_inputs: Sequence[tuple[tuple[int, ...], int | None]], tp: int)
     return found
 
 
-class _Frontier:
-    def __init__(self, model: LayerModel, stream: Layout, *, seconds_only: bool = False) -> None:
-        self.model, self.stream, self.body = model, stream, model.body
-        self.seconds_only = seconds_only
-        self.prune = fastest if seconds_only else unbeaten
-        self.trainable = {p.name: p for p in self.body.parameters}
-        self.last_use = {i: len(self.body.ops) for i in self.body.outputs}
-        for index, op in reversed(list(enumerate(self.body.ops))):
-            for i in op.inputs:
-                self.last_use.setdefault(i, index)
-        self.used_outside = {i for op in self.body.ops if op.kind not in ("call", "enter") for i in op.inputs}
-        """Values that something other than a block uses."""
-        calls = [op for op in self.body.ops if op.kind == "call"]
-        self.from_blocks = {i for op in calls for i in op.outputs} - self.used_outside
-        """Values that only pass from block to block, in the stream's layout."""
-        self.cache: dict[tuple[int, tuple[Layout | None, ...]], list[Choice]] = {}
-        self.viable = self._viable()
+def pareto_shardings(model: LayerModel, stream: Layout) -> list[Sharding]:
+    """Every unbeaten sharding of the layer whose activations enter and leave as `stream`; empty when there is none."""
+    found = Ways(model, Lattice(model, stream)).unbeaten
+    return list(dict.fromkeys(found.sharding(i) for i in range(found.number)))
 
-    def _viable(self) -> dict[int, set[Layout | None]]:
-        """For every value the layouts that can occur in a complete sharding, correlations between values ignored."""
-        body = self.body
-        reached: dict[int, set[Layout | None]] = {i: {stream_layout(body.values[i], self.stream)} for i in body.inputs}
-        runs: list[list[tuple[tuple[Layout | None, ...], Outcome]]] = []
-        for index, op in enumerate(body.ops):
-            arriving = product(*(sorted(reached.setdefault(i, {self._layout(i, {})}), key=str) for i in op.inputs))
-            runs.append([(layouts, choice.outcome) for layouts in arriving for choice in self._choices(index, layouts)])
-            for position, i in enumerate(op.outputs):
-                reached[i] = {outcome.outputs[position] for _, outcome in runs[-1]}
-            for position, i in enumerate(op.inputs):  # a free parameter is decided by its first use
-                if body.values[i].parameter:
-                    reached[i] = reached[i] | {outcome.inputs[position] for _, outcome in runs[-1]}
-        alive = {i: set(layouts) for i, layouts in reached.items()}
-        for i in body.outputs:
-            alive[i] &= {REPLICATE if self.model.outer else stream_layout(body.values[i], self.stream)}
-        for op, run in zip(reversed(body.ops), reversed(runs), strict=True):
-            usable = [
-                (layouts, outcome)
-                for layouts, outcome in run
-                if all(layout in alive[i] for i, layout in zip(op.outputs, outcome.outputs, strict=True))
-            ]
-            for position, i in enumerate(op.inputs):
-                alive[i] &= {layouts[position] for layouts, _ in usable} | {None}
-        return alive
 
-    def shardings(self) -> list[Sharding]:
-        return list(dict.fromkeys(self._sharding(label) for label in self._finals()))
+class Ways:
+    """The ways through a lattice at the prices of `model`: its micro-batch, its cp."""
 
-    def seconds(self) -> Seconds | None:
-        return min((label.forward + label.backward for label in self._finals()), default=None)
+    def __init__(self, model: LayerModel, lattice: Lattice) -> None:
+        self.model, self.lattice = model, lattice
+        self.trainable = {p.name: p for p in lattice.body.parameters}
 
-    def _finals(self) -> list[Label]:
-        body = self.body
-        arriving = {i: stream_layout(body.values[i], self.stream) for i in body.inputs}
-        live = {i: Live(layout, i, self.model.local_bytes(body.values[i], layout)) for i, layout in arriving.items()}
-        frontier: dict[State, list[Label]] = {self._state(live, frozenset(), -1): [Label(0.0, 0.0, 0.0, 0.0, 0.0, None)]}
-        index = 0
-        while index < len(body.ops):
-            end = self._settled(index)
-            frontier = self._pass_on(index, end, frontier) if end > index else self._advance(index, frontier)
-            index = max(end, index + 1)
-        finals: list[Label] = []
-        for (live_items, _), labels in frontier.items():
-            if self._leaves_right(dict(live_items)):
-                finals.extend(labels)
-        return self.prune(finals) if finals else []
+    @cached_property
+    def prices(self) -> list[Floats]:
+        """By level [choices, 5]: forward, backward, saved besides tensors, parameters, temporary."""
+        return [
+            np.array([self._price(level.operation, choice) for choice in level.choices]).reshape(-1, 5)
+            for level in self.lattice.levels
+        ]
 
-    def _settled(self, index: int) -> int:
-        """The end of the run of calls from `index` on at which nothing is decided: blocks that take the outputs of blocks."""
-        body, end = self.body, index
-        while end < len(body.ops) and body.ops[end].kind == "call":
-            op = body.ops[end]
-            if any(i in self.used_outside for i in op.outputs):
-                break
-            if not all(i in self.from_blocks or (self.viable[i] <= {REPLICATE, None} and not body.values[i].requires_grad)
-                       for i in op.inputs):  # fmt: skip
-                break
-            end += 1
-        return end
-
-    def _pass_on(self, index: int, end: int, frontier: dict[State, list[Label]]) -> dict[State, list[Label]]:
-        """The frontier after the calls `index ... end - 1`, at which nothing is decided."""
-        made = [i for op in self.body.ops[index:end] for i in op.outputs]
-        grown: dict[State, list[Label]] = {}
-        for (live_items, counted), labels in frontier.items():
-            live = dict(live_items) | {i: self._fresh(i, stream_layout(self.body.values[i], self.stream)) for i in made}
-            grown.setdefault(self._state(live, counted, end - 1), []).extend(labels)
-        return {state: self.prune(labels) for state, labels in grown.items()}
-
-    def _leaves_right(self, live: dict[int, Live]) -> bool:
-        return all(
-            live[i].layout == (REPLICATE if self.model.outer else stream_layout(self.body.values[i], self.stream))
-            for i in self.body.outputs
-            if i in live
-        )
-
-    def _advance(self, index: int, frontier: dict[State, list[Label]]) -> dict[State, list[Label]]:
-        grown: dict[State, list[Label]] = {}
-        op = self.body.ops[index]
-        for (live_items, counted), labels in frontier.items():
-            live = dict(live_items)
-            arriving = tuple(self._layout(i, live) for i in op.inputs)
-            for choice in self._choices(index, arriving):
-                if any(layout not in self.viable[i] for i, layout in zip(op.outputs, choice.outcome.outputs, strict=True)):
-                    continue
-                state, saved = self._next(index, choice, live, counted)
-                bucket = grown.setdefault(state, [])
-                for label in labels:
-                    bucket.append(
-                        Label(
-                            label.forward + choice.forward,
-                            label.backward + choice.backward,
-                            label.saved + saved,
-                            label.numel + choice.numel,
-                            max(label.temporary, choice.temporary),
-                            Decision(index, choice.outcome, label.last),
-                        )
-                    )
-        return {state: self.prune(labels) for state, labels in grown.items()}
-
-    def _layout(self, i: int, live: dict[int, Live]) -> Layout | None:
-        if i in live:
-            return live[i].layout
-        name = self.body.values[i].parameter
-        if name is not None and self.trainable[name].trainable and not self.trainable[name].buffer:
-            return None
-        return REPLICATE
-
-    def _choices(self, index: int, arriving: tuple[Layout | None, ...]) -> list[Choice]:
-        key = (index, arriving)
-        if key not in self.cache:
-            self.cache[key] = list(self._priced(index, arriving))
-        return self.cache[key]
-
-    def _priced(self, index: int, arriving: tuple[Layout | None, ...]) -> Iterator[Choice]:
-        op, model, body = self.body.ops[index], self.model, self.body
+    def _price(self, index: int, choice: Choice) -> tuple[float, float, float, float, float]:
+        if index < 0:
+            return 0.0, 0.0, 0.0, 0.0, 0.0
+        model, body, outcome = self.model, self.model.body, choice.outcome
+        op = body.ops[index]
         if op.kind in ("enter", "exit"):
-            source, value = arriving[0] or REPLICATE, body.values[op.inputs[0]]
-            for target in (source,) if index in model.fixed_borders else conversions(value, source, model.tp):
-                forward, backward = model.border(value, source, target)
-                yield Choice(Outcome((source,), (target,), False), forward, backward, 0.0, 0.0, 0.0)
-        elif op.kind == "call":
-            for outcome in self._calls(index, arriving):
-                forward, backward = call_borders(model, index, outcome, self.stream)
-                yield Choice(outcome, forward, backward, 0.0, 0.0, 0.0)
-        else:
-            for outcome in outcomes(op, body, arriving, model.tp, model.packings.get(index, ())):
-                cost = model.op(index, outcome)
-                forward, backward, numel = cost.forward + cost.tp_forward, cost.backward + cost.tp_backward, 0.0
-                for i, before, after in zip(op.inputs, arriving, outcome.inputs, strict=True):
-                    name = body.values[i].parameter
-                    if before is None and name is not None:
-                        numel += model.local_parameter(self.trainable[name], after).numel(1)
-                        backward += model.parameter_sync(body.values[i], after)
-                yield Choice(outcome, forward, backward, numel, cost.saved_extra, cost.temporary)
+            return *model.border(body.values[op.inputs[0]], outcome.inputs[0], outcome.outputs[0]), 0.0, 0.0, 0.0
+        if op.kind == "call":
+            return *call_borders(model, index, outcome, self.lattice.stream), 0.0, 0.0, 0.0
+        cost = model.op(index, outcome)
+        backward, numel = cost.backward + cost.tp_backward, 0.0
+        for i, before, after in zip(op.inputs, choice.arriving, outcome.inputs, strict=True):
+            name = body.values[i].parameter
+            if before is None and name is not None:
+                numel += model.local_parameter(self.trainable[name], after).numel(1)
+                backward += model.parameter_sync(body.values[i], after)
+        return cost.forward + cost.tp_forward, backward, cost.saved_extra, numel, cost.temporary
 
-    def _calls(self, index: int, arriving: tuple[Layout | None, ...]) -> Iterator[Outcome]:
-        """A block takes its inputs in the stream's layout, if a border can bring them there; its outputs may be brought
-        elsewhere where something other than a block uses them."""
-        op, model, body = self.body.ops[index], self.model, self.body
-        named = {position for position, _, _ in model.enters(index)}
-        for position, (i, source) in enumerate(zip(op.inputs, arriving, strict=True)):
-            wanted = stream_layout(body.values[i], self.stream)
-            reachable = conversions(body.values[i], source or REPLICATE, model.tp) if position in named else (source,)
-            if wanted not in reachable:
-                return
-        options = []
-        for i in op.outputs:
-            source = stream_layout(body.values[i], self.stream)
-            options.append(list(conversions(body.values[i], source, model.tp)) if i in self.used_outside else [source])
-        inputs = tuple(layout or REPLICATE for layout in arriving)
-        for outputs in product(*options):
-            yield Outcome(inputs, outputs, False)
+    @cached_property
+    def fastest_seconds(self) -> Seconds | None:
+        """Forward and backward of the fastest sharding, recomputation and data parallelism apart; None when there is none."""
+        seconds = np.zeros(1)
+        for level, prices in zip(self.lattice.levels, self.prices, strict=True):
+            if not len(level.first):
+                return None
+            seconds = np.minimum.reduceat(seconds[level.source] + prices[:, :2].sum(axis=1)[level.choice], level.first)
+        leaving = seconds[self.lattice.leaves]
+        return float(leaving.min()) if len(leaving) else None
 
-    def _next(self, index: int, choice: Choice, live: dict[int, Live], counted: frozenset[int]) -> tuple[State, float]:
-        op, body, outcome = self.body.ops[index], self.body, choice.outcome
-        after = dict(live)
-        for i, layout in zip(op.inputs, outcome.inputs, strict=True):
-            if body.values[i].parameter and i not in after:
-                after[i] = self._fresh(i, layout)
-        for i, layout in zip(op.outputs, outcome.outputs, strict=True):
-            after[i] = self._made(index, i, layout, outcome, after)
-        saved = choice.saved_extra
-        if op.saved and not self.seconds_only:
-            marked = set(counted)
-            for i in saved_values(body, op):
-                at = after.get(i) or self._fresh(i, REPLICATE)
-                if at.memory not in marked:
-                    marked.add(at.memory)
-                    saved += at.size
-            counted = frozenset(marked)
-        return self._state(after, counted, index), saved
+    @cached_property
+    def unbeaten(self) -> Unbeaten:
+        """Every sharding that no other beats."""
+        costs, counts = np.zeros((5, 1)), np.ones(1, dtype=np.int64)
+        before: list[Ints] = []
+        chosen: list[Ints] = []
+        samples = self.model.samples
+        for level, prices in zip(self.lattice.levels, self.prices, strict=True):
+            added = prices[level.choice].T  # [5, transitions]
+            added[2] += level.saved[:, 0] * samples + level.saved[:, 1]
+            sizes = counts[level.source]
+            starts = np.cumsum(counts) - counts
+            by = np.repeat(np.arange(len(sizes)), sizes)
+            parents = np.arange(len(by)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + starts[level.source][by]
+            grown = costs[:, parents] + added[:, by]
+            grown[4] = np.maximum(costs[4, parents], added[4, by])
+            counts = np.add.reduceat(sizes, level.first) if len(level.first) else np.zeros(0, dtype=np.int64)
+            every = _kept(grown, counts, np.diff(level.first, append=len(level.source)) > 1)
+            counts = np.bincount(np.repeat(np.arange(len(counts)), counts)[every], minlength=len(counts))
+            costs, parents, by = grown[:, every], parents[every], by[every]
+            before.append(parents)
+            chosen.append(level.choice[by])
+        starts = np.cumsum(counts) - counts
+        leaving = [np.arange(starts[state], starts[state] + counts[state]) for state in self.lattice.leaves]
+        ends = np.concatenate(leaving) if leaving else np.zeros(0, dtype=np.int64)
+        ends = ends[unbeaten(costs[:, ends], _ROUNDING)]
+        decisions = np.zeros((len(chosen), len(ends)), dtype=np.int16)
+        at = ends
+        for number in reversed(range(len(chosen))):
+            decisions[number] = chosen[number][at]
+            at = before[number][at]
+        return Unbeaten(self.model, self.lattice, costs[:, ends], decisions)
 
-    def _state(self, live: dict[int, Live], counted: frozenset[int], index: int) -> State:
-        """What the operations after `index` can see, memories numbered anew so that equal futures are equal states."""
-        last_use = self.last_use
-        kept = [(i, at) for i, at in live.items() if last_use.get(i, -1) > index]
-        if self.seconds_only:
-            return tuple([(i, Live(at.layout, 0, 0.0)) for i, at in kept]), counted
-        numbers: dict[int, int] = {}
-        renamed = tuple([(i, Live(at.layout, numbers.setdefault(at.memory, len(numbers)), at.size)) for i, at in kept])
-        return renamed, frozenset([numbers[m] for m in counted if m in numbers])
 
-    def _fresh(self, i: int, layout: Layout) -> Live:
-        """A tensor in a memory of its own (its number must differ from those in use: they count from 0)."""
-        return Live(layout, -1 - i, self.model.local_bytes(self.body.values[i], layout))
+def _kept(costs: Floats, counts: Ints, merged: Bools) -> Ints:
+    """The labels to keep, in the order of their states; those of a state to which one transition leads beat each other no
+    more than they did before."""
+    state = np.repeat(np.arange(len(counts)), counts)
+    compared = np.flatnonzero(merged[state])
+    if not len(compared):
+        return np.arange(len(state))
+    better = compared[unbeaten(costs[:, compared], _ROUNDING, state[compared])]
+    every = np.concatenate((np.flatnonzero(~merged[state]), better))
+    return every[np.argsort(state[every], kind="stable")]
 
-    def _made(self, index: int, output: int, layout: Layout, outcome: Outcome, live: dict[int, Live]) -> Live:
-        """Where an output lives: in the memory of the input that it is a view of, else in its own."""
-        op, values = self.body.ops[index], self.body.values
-        if op.kind in ("enter", "exit"):
-            source = live.get(op.inputs[0])
-            moved = source is None or changes_memory(outcome.inputs[0], layout)
-            return self._fresh(output, layout) if moved or source is None else source._replace(layout=layout)
-        for i in op.inputs:
-            if values[output].storage != output and values[i].storage == values[output].storage and i in live:
-                return live[i]._replace(layout=layout)
-        return self._fresh(output, layout)
 
-    def _sharding(self, label: Label) -> Sharding:
-        parameters: dict[str, Layout] = {}
+class Held(NamedTuple):
+    """The parameters of some shardings of a layer: those in which all of them have the same layouts."""
+
+    parameters: tuple[LocalParameter, ...]
+
+    def cut_by(self, shards: int) -> bool:
+        """FSDP cuts a packed parameter along dim 1, and only evenly."""
+        return not any(p.fsdp_dim and p.shape[p.fsdp_dim] % shards for p in self.parameters)
+
+
+class Unbeaten:
+    """The unbeaten shardings of a layer as arrays, one entry each. A `Sharding` is written when it is asked for."""
+
+    def __init__(self, model: LayerModel, lattice: Lattice, costs: Floats, decisions: Decisions) -> None:
+        self.model, self.lattice, self.decisions = model, lattice, decisions
+        self.number = costs.shape[1]
+        self.forward, self.backward, self.saved, _, self.temporary = costs
+        self._written: dict[int, Sharding] = {}
+
+    @cached_property
+    def cost(self) -> LayerCost:
+        """Of all shardings, its numbers arrays; communication over tp is in `forward` and `backward`."""
+        buffers = sum(p.numel * DTYPE_BYTES[p.dtype] for p in self.lattice.body.parameters if p.buffer)
+        inputs = np.array([self._inputs(i) for i in range(self.number)])
+        zero = np.zeros(self.number)
+        numbers: list[Any] = [self.forward, self.backward, zero, zero, self.saved, inputs, self.temporary, (), buffers]
+        return LayerCost(*numbers)
+
+    @cached_property
+    def held(self) -> tuple[list[Held], Ints]:
+        """The different layouts of all parameters, and of every sharding which of them it has."""
+        own = [p for p in self.lattice.body.parameters if not p.buffer]
+        found: dict[tuple[Layout, ...], int] = {}
+        which = []
+        for i in range(self.number):
+            layouts = self._layouts(i)
+            key = tuple(layouts.get(p.name, REPLICATE) if p.trainable else REPLICATE for p in own)
+            which.append(found.setdefault(key, len(found)))
+        local = self.model.local_parameter
+        return [Held(tuple(map(local, own, layouts))) for layouts in found], np.array(which, dtype=np.int64)
+
+    @cached_property
+    def _uses(self) -> list[tuple[int, list[tuple[tuple[str, Layout], ...]]]]:
+        """Of every level that uses parameters, by choice: which, in which layout."""
+        body, found = self.lattice.body, []
+        for number, level in enumerate(self.lattice.levels):
+            inputs = body.ops[level.operation].inputs if level.operation >= 0 else ()
+            names = [(position, name) for position, i in enumerate(inputs) if (name := body.values[i].parameter) is not None]
+            if names:
+                found.append((number, [tuple((n, c.outcome.inputs[at]) for at, n in names) for c in level.choices]))
+        return found
+
+    def _layouts(self, i: int) -> dict[str, Layout]:
+        """The layouts of a sharding's parameters."""
+        decided = self.decisions[:, i]
+        return {name: layout for number, uses in self._uses for name, layout in uses[decided[number]]}
+
+    def _inputs(self, i: int) -> Bytes:
+        """What is kept of a layer that is recomputed: what it is called with, as it comes in."""
+        body, inside = self.lattice.body, dict[int, Bytes]()
+        for number, target in self._entrances:
+            level = self.lattice.levels[number]
+            source, outcome = body.ops[level.operation].inputs[0], level.choices[self.decisions[number, i]].outcome
+            memory = target if changes_memory(outcome.inputs[0], outcome.outputs[0]) else source
+            value = body.values[target]
+            inside[memory] = self.model.local_bytes(value, outcome.outputs[0]) if value.requires_grad else 0.0
+        return sum(inside.values())
+
+    @cached_property
+    def _entrances(self) -> list[tuple[int, int]]:
+        """(level, value inside) of what the layer is called with."""
+        ops, found = self.lattice.body.ops, []
+        for number, level in enumerate(self.lattice.levels):
+            op = ops[level.operation]
+            if level.operation >= 0 and op.kind == "enter" and not op.module and op.inputs[0] in self.lattice.body.inputs:
+                found.append((number, op.outputs[0]))
+        return found
+
+    def sharding(self, i: int) -> Sharding:
+        if i not in self._written:
+            self._written[i] = self._write(i)
+        return self._written[i]
+
+    def _write(self, i: int) -> Sharding:
         borders: list[Border] = []
-        decision = label.last
-        while decision is not None:
-            index, outcome, decision = decision
-            op = self.body.ops[index]
-            borders.extend(borders_of(index, self.model, outcome, self.stream))
-            for i, layout in zip(op.inputs, outcome.inputs, strict=True):
-                name = self.body.values[i].parameter
-                if name is not None and layout != REPLICATE:
-                    parameters[name] = layout
-        order = {p.name: n for n, p in enumerate(self.body.parameters)}
-        borders.reverse()
-        return Sharding(tuple(sorted(parameters.items(), key=lambda item: order[item[0]])), tuple(borders), self.stream)
-
-
-def fastest(labels: list[Label]) -> list[Label]:
-    """The one with the fewest seconds."""
-    return [min(labels, key=lambda label: label.forward + label.backward)]
-
-
-def unbeaten(labels: list[Label]) -> list[Label]:
-    """Those that no other label equals or beats in every cost (seconds that differ by rounding are equal)."""
-    if len(labels) == 1:
-        return labels
-    kept: list[Label] = []
-    for label in sorted(labels, key=lambda x: (x[0] + x[1], *x[2:5])):
-        f, b, s, n, t = label[0] * _ROUNDING, label[1] * _ROUNDING, label[2], label[3], label[4]
-        if not any(k[0] <= f and k[1] <= b and k[2] <= s and k[3] <= n and k[4] <= t for k in kept):
-            kept.append(label)
-    return kept
+        for level, choice in zip(self.lattice.levels, self.decisions[:, i].tolist(), strict=True):
+            if level.operation >= 0:
+                outcome = level.choices[choice].outcome
+                borders.extend(borders_of(level.operation, self.model, outcome, self.lattice.stream))
+        order = {p.name: n for n, p in enumerate(self.lattice.body.parameters)}
+        layouts = [(name, layout) for name, layout in self._layouts(i).items() if layout != REPLICATE]
+        return Sharding(tuple(sorted(layouts, key=lambda item: order[item[0]])), tuple(borders), self.lattice.stream)

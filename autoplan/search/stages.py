@@ -112,7 +112,7 @@ class Staging:
                 found.append(Group(OUTER, 0, 1, self._layer_options(OUTER, flight[0])))
             else:
                 for chunk, regions in self._parts(s, i, j):
-                    column = Column(self.outer.strategy, self.outer.parts[regions])
+                    column = Column.of(self.outer.strategy, self.outer.parts[regions])
                     found.append(Group(OUTER, chunk, 1, Options.of([column], self.slots, flight[chunk])))
             self._groups[key] = found
         return self._groups[key]
@@ -154,10 +154,9 @@ class Staging:
     @cached_property
     def fastest(self) -> Seconds:
         """Seconds of one slot of all layers at their fastest strategies, memory ignored."""
+        costs = self.priced.costs
         least = sum(
-            n * min(c.step.seconds(self.slots) for c in self.priced.columns[g])
-            for g, n in self.tables.classes.items()
-            if g in self.priced.columns
+            n * float((costs[g][0] + costs[g][1] / self.slots).min()) for g, n in self.tables.classes.items() if g in costs
         )
         return least + (self._fastest_outer(self.outer) if self.outer else 0.0)
 
@@ -184,11 +183,8 @@ class Staging:
     @cached_property
     def hopeless(self) -> bool:
         """Whether the ranks together have no room for all layers at their leanest, one micro-batch in flight."""
-        held = sum(
-            n * min(c.step.bytes(1) for c in self.priced.columns[g])
-            for g, n in self.tables.classes.items()
-            if g in self.priced.columns
-        )
+        costs = self.priced.costs
+        held = sum(n * float((costs[g][2] + costs[g][3]).min()) for g, n in self.tables.classes.items() if g in costs)
         return held > sum(self.limits)
 
     def can_beat(self, most: Seconds) -> bool:

@@ -152,6 +152,10 @@ class Tree:
         """Open nodes until the best solution is proven, or there is none; False when time ran out first."""
         self.baselines = baselines(self.tables, self.gpus, self.limit)
         for within in sorted({within for within, _ in self.meshes}):
+            if self.tables.least_moment(within, self._sizes(within)[0]) > self.limit:
+                for size in self._sizes(within):
+                    self._crowd(within, size)
+                continue
             for stream in self.tables.streams(within.tp):
                 self._push(self._least_seconds(within, stream, self._sizes(within)[-1]), _Family(within, stream))
         while self.open and (self.best is None or self.open[0][0] < self.best[1].seconds * (1 - self.gap)):

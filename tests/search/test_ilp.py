@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from itertools import combinations_with_replacement, product
 from math import inf, isinf
+from unittest.mock import patch
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoplan.cost.step import LayerStep
+from autoplan.search import ilp
+from autoplan.search.dominance import unbeaten
 from autoplan.search.ilp import choose, memory
-from autoplan.search.options import Column, Group, Option, Options, least_bytes, least_seconds, relaxed_seconds, unbeaten_columns
+from autoplan.search.options import Column, Group, Option, Options, least_bytes, least_seconds, relaxed_seconds
 from autoplan.strategy import Strategy
 
 MIB = 2.0**20
@@ -19,7 +23,7 @@ MIB = 2.0**20
 def column(seconds: float, mib: float, moment: float, once: float = 0.0, kept: float = 0.0) -> Column:
     nothing = LayerStep(*[0.0] * 8, (0.0, 0.0), *[0.0] * 13)
     step = nothing._replace(slot_seconds=seconds, once_seconds=once, state_bytes=mib * MIB, kept=kept * MIB, peak=moment * MIB)
-    return Column(Strategy(), step)
+    return Column.of(Strategy(), step)
 
 
 columns = st.builds(column, st.floats(0.1, 10), st.integers(1, 60), st.integers(0, 20))
@@ -46,12 +50,13 @@ def cheapest(groups: list[Group], limit: float) -> float:
 
 
 @settings(max_examples=150, deadline=None)
-@given(problems)
-def test_equals_brute_force(problem: tuple[list[tuple[int, list[Column]]], int]) -> None:
+@given(problems, st.booleans())
+def test_equals_brute_force(problem: tuple[list[tuple[int, list[Column]]], int], by_solver: bool) -> None:
     classes, limit = problem
     groups = groups_of(classes)
     best = cheapest(groups, (limit - 1) * MIB)  # the program keeps one mebibyte back, and every size here is whole
-    found = choose(groups, limit * MIB, gap=1e-4)
+    with patch.object(ilp, "_FEW", 0 if by_solver else ilp._FEW):
+        found = choose(groups, limit * MIB, gap=1e-4)
     if isinf(best):
         assert found is None
     else:
@@ -76,7 +81,7 @@ def test_bounds_hold(problem: tuple[list[tuple[int, list[Column]]], int]) -> Non
 @settings(deadline=None)
 @given(st.lists(st.builds(column, *[st.floats(0.1, 9)] * 5), min_size=1, max_size=12), st.floats(1, 20), st.integers(1, 9))
 def test_unbeaten_columns_lose_nothing(options: list[Column], slots: float, in_flight: int) -> None:
-    kept = unbeaten_columns(options)
+    kept = [options[i] for i in unbeaten(np.array([column.costs for column in options]).T)]
     for option in options:
         assert any(all(a <= b for a, b in zip(k.costs, option.costs, strict=True)) for k in kept)
     everything, few = Options.of(options, slots, in_flight), Options.of(kept, slots, in_flight)
