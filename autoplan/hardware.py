@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import log
 
@@ -80,6 +80,11 @@ class Link:
     source: str
     all_reduce_gain: float = 1.0
     """How many times faster than a ring an all_reduce is, because the switch adds up (NVLink SHARP)."""
+    slowdown: tuple[tuple[str, float], ...] = field(default=(), repr=False)
+    """Kinds of collective that take so many times as long here as the others: a library does not do all of them equally well."""
+
+    def slowdown_of(self, kind: str) -> float:
+        return next((factor for name, factor in self.slowdown if name == kind), 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,4 +114,6 @@ class HardwareProfile:
     def fingerprint(self) -> str:
         """A hash of every number that a plan's prediction depends on: no workload multiplies in float8."""
         device = replace(self.device, peak=tuple(entry for entry in self.device.peak if entry[0] != "float8"))
-        return hashlib.sha256(repr((device, self.links, self.overlap)).encode()).hexdigest()[:16]
+        slowdowns = [link.slowdown for link in self.links if link.slowdown]
+        numbers = (device, self.links, self.overlap, *slowdowns)
+        return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]

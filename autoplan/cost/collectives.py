@@ -13,7 +13,8 @@ each such domain once, over the links of all its m members in parallel, so each 
     time = launch + alpha + max_level  x / (bandwidth e(x) gain)            x = sent / m
 
 (`collective_time`, `_levels`.) The levels work at the same time, hence `max`. `gain` is the switch's own adding up
-(NVLink SHARP): 1 except for all_reduce of more than two ranks. With `u` domains joined at a level, alpha is
+(NVLink SHARP): 1 except for all_reduce of more than two ranks. A link's `slowdown` of a kind multiplies both terms. With `u`
+domains joined at a level, alpha is
 
     ring  r sum_level (hops) latency                hops: n - u innermost ... u - 1 outermost;  r = 2 for all_reduce
     tree  2 sum_level (innermost: m - 1, outer: ceil(log2 u)) latency           only all_reduce, if it is shorter
@@ -52,8 +53,10 @@ def collective_time(kind: str, bytes: Bytes, group: int, stride: int, hardware: 
         link = hardware.links[index]
         sent = _sent(kind, bytes, group, inside, joined)
         gain = link.all_reduce_gain if kind == "all_reduce" and group > 2 else 1.0
-        slowest = max(slowest, _transfer(sent, link, gain))
-    alpha = _alpha(kind, group, tuple((i, hardware.links[i].latency, inside, joined) for i, inside, joined in levels))
+        slowest = max(slowest, _transfer(sent, link, gain / link.slowdown_of(kind)))
+    links = [(i, hardware.links[i], inside, joined) for i, inside, joined in levels]
+    latencies = tuple((i, link.latency * link.slowdown_of(kind), inside, joined) for i, link, inside, joined in links)
+    alpha = _alpha(kind, group, latencies)
     return hardware.device.launch + alpha + slowest
 
 

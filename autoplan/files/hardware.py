@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from autoplan.errors import UsageError
 from autoplan.files.document import did_you_mean, read_document
 from autoplan.hardware import Curve, Device, HardwareProfile, Link
+from autoplan.measurement import COLLECTIVES
 from autoplan.units import BYTE, BYTE_PER_SECOND, FLOP, FLOP_PER_SECOND, SECOND, Unit, exact, parse
 from autoplan.workload import DType
 
@@ -66,6 +67,14 @@ def _curve(unit: Unit) -> Callable[[Any], Curve]:
         return Curve(points)
 
     return read
+
+
+def _slowdown(value: Any) -> tuple[tuple[str, float], ...]:
+    """A validator: `{all_gather: 2}` to pairs of a collective and a positive factor."""
+    factor_of = _quantity(_NUMBER, 0.0, 100.0)
+    if not isinstance(value, dict) or not set(value) <= set(COLLECTIVES):
+        raise _wrong(f"is not a map from collectives ({', '.join(COLLECTIVES)}) to factors")
+    return tuple((kind, factor_of(factor)) for kind, factor in value.items())
 
 
 def _count(value: Any) -> int:
@@ -143,6 +152,7 @@ class _Link(_Table):
     latency: _Time
     efficiency: _ByteCurve
     all_reduce_gain: _Gain = 1.0
+    slowdown: Annotated[Any, BeforeValidator(_slowdown)] = ()
     source: _Sources
 
     @model_validator(mode="after")
@@ -178,8 +188,9 @@ def _require_sources(table: _Device | _Link | _Profile) -> None:
     unknown = [key for key in table.source if key not in (*numbers, "all")]
     if unknown:
         raise _wrong(f"source names no number: {', '.join(unknown)}")
-    told = [*table.source, "all_reduce_gain"] if getattr(table, "all_reduce_gain", 1.0) == 1.0 else [*table.source]
-    missing = [] if "all" in told else [key for key in numbers if key not in told]
+    left_out = {"all_reduce_gain": 1.0, "slowdown": ()}
+    needed = [key for key in numbers if key not in left_out or getattr(table, key) != left_out[key]]
+    missing = [] if "all" in table.source else [key for key in needed if key not in table.source]
     if missing:
         raise _wrong(f"source is missing for {', '.join(missing)}")
 
@@ -273,6 +284,8 @@ def dump_hardware(profile: HardwareProfile) -> str:
         ]
         if link.all_reduce_gain != 1.0:
             lines.append(f"    all_reduce_gain: {link.all_reduce_gain!r}")
+        if link.slowdown:
+            lines.append("    slowdown: {" + ", ".join(f"{kind}: {factor!r}" for kind, factor in link.slowdown) + "}")
         lines += _dump_sources(link.source, "    ", _Link)
     return "\n".join(lines) + "\n"
 

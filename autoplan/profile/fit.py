@@ -87,8 +87,10 @@ def _least_absolute(
         left, right = weights * (scale / curve)[:, None], found * scale / curve
         pull = 1e-6 * np.linalg.norm(left)  # a knot that two samples leave open stays where it was
         both = np.vstack([left, pull * np.eye(len(knots)) / np.maximum(values, _LEAST)])
-        values = np.linalg.lstsq(both, np.concatenate([right, pull * np.ones(len(knots))]), rcond=None)[0]
-        values = np.clip(values, min(start) / 4, max(start) * 4)
+        found_values = np.linalg.lstsq(both, np.concatenate([right, pull * np.ones(len(knots))]), rcond=None)[0]
+        before, values = values, np.clip(found_values, min(start) / 4, max(start) * 4)
+        if abs(values - before).max() < 1e-4 * values.max():
+            break
     return [float(value) for value in values]
 
 

@@ -2,8 +2,9 @@
 
 Rates have no data sheet here, so the nominal rate is the best one seen and the curves say what other sizes reach of it.
 
-A collective of `n` ranks in one domain takes `launch + r (n - 1) latency + x / (bandwidth e(x))` (cost.collectives; r = 2 for
-all_reduce). For every latency that no message contradicts there is a best curve; the pair with the least error is taken.
+A collective of `n` ranks in one domain takes `launch + s (r (n - 1) latency + x / (bandwidth e(x)))` (cost.collectives; r = 2 for
+all_reduce). For every latency that no message contradicts there is a best curve; the pair with the least error is taken. The
+slowdown `s` of a kind is the median of how far it is from that; both are repeated until they fit each other.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from autoplan.profile.fit import Sample, error_of, fit_curve, fractions, rounded
 from autoplan.profile.suite import MOVERS
 from autoplan.units import Seconds
 
-_GRID = 16
+_ROUNDS = 4
+"""Rings and slowdowns are fitted in turn so often."""
+_ALIKE = 0.03
+"""A kind of collective that is no further from the others is as fast as they."""
+_GRID = 12
 """Latencies that are tried, twice: over all, then about the best."""
 _LARGE = 16
 """Messages within this factor of the largest tell the nominal bandwidth."""
@@ -226,21 +231,15 @@ def _link(
     def steps(m: Measurement) -> int:
         return 1 if m.operation.kind == "send_recv" else hops(m.operation.kind, m.operation.group)
 
-    knots = _knots((_sent(m.operation) for m in found), apart=1.4)
-
-    def tried(latency: Seconds) -> tuple[float, Seconds, float, Curve]:
-        """(error, latency, bandwidth, curve) of the best curve for a latency."""
-        samples: list[Sample] = []
-        for m in found:
-            samples += fractions([(_sent(m.operation), m.seconds)], 1.0, launch + steps(m) * latency, _LEFT)
-        shares = [size / rate / m.seconds for (size, rate), m in zip(samples, found, strict=True)]
-        best = max(rate for size, rate in samples if size >= knots[-1] / _LARGE)
-        curve = fit_curve([(size, rate / best) for size, rate in samples], knots, shares=shares)
-        times = [launch + steps(m) * latency + _sent(m.operation) / (best * curve.at(_sent(m.operation))) for m in found]
-        return error_of(times, [m.seconds for m in found]), latency, best, curve
-
-    most = min((m.seconds - launch) / steps(m) for m in found)
-    _, latency, best, curve = _least(tried, max(most, 0.0))
+    slowdown = dict.fromkeys((m.operation.kind for m in found), 1.0)
+    for _ in range(_ROUNDS):
+        ring = [(_sent(m.operation), steps(m), (m.seconds - launch) / slowdown[m.operation.kind]) for m in found]
+        latency, best, curve = _ring(ring)
+        off = [seconds / (hops * latency + size / (best * curve.at(size))) for size, hops, seconds in ring]
+        for kind in slowdown:
+            slowdown[kind] *= median(ratio for ratio, m in zip(off, found, strict=True) if m.operation.kind == kind)
+        middle = median(slowdown.values())
+        slowdown = {kind: factor / middle for kind, factor in slowdown.items()}
     kinds = ", ".join(dict.fromkeys(m.operation.kind for m in found))
     ranks = " and ".join(map(str, sorted({m.operation.group for m in found})))
     return Link(
@@ -249,18 +248,34 @@ def _link(
         bandwidth=rounded(best),
         latency=rounded(latency),
         efficiency=curve,
+        slowdown=tuple((kind, rounded(factor)) for kind, factor in slowdown.items() if abs(factor - 1) > _ALIKE),
         source=f"latency: {here}: the smallest messages\nall: {here}: {len(found)} messages ({kinds}) of {ranks} ranks",
     )
 
 
-_Tried = tuple[float, Seconds, float, Curve]
+Message = tuple[float, int, Seconds]
+"""Bytes that a rank sends, steps of latency, seconds after the launch."""
 
 
-def _least(tried: Callable[[Seconds], _Tried], most: Seconds) -> _Tried:
-    """The best of a grid from 0 to `most`, then of a finer one about it."""
-    best = min((tried(most * i / _GRID) for i in range(_GRID + 1)), key=lambda found: found[0])
-    near = (best[1] + most * (2 * i / _GRID - 1) / _GRID for i in range(_GRID + 1))
-    return min([best, *(tried(min(max(latency, 0.0), most)) for latency in near)], key=lambda found: found[0])
+def _ring(found: Sequence[Message]) -> tuple[Seconds, float, Curve]:
+    """(latency, bandwidth, curve) with the least error: the best curve for each latency of a grid, then of a finer one."""
+    knots = _knots((size for size, _, _ in found), apart=1.4)
+
+    def tried(latency: Seconds) -> tuple[float, Seconds, float, Curve]:
+        samples: list[Sample] = []
+        for size, steps, seconds in found:
+            samples += fractions([(size, seconds)], 1.0, steps * latency, _LEFT)
+        shares = [size / rate / seconds for (size, rate), (_, _, seconds) in zip(samples, found, strict=True)]
+        best = max(rate for size, rate in samples if size >= knots[-1] / _LARGE)
+        curve = fit_curve([(size, rate / best) for size, rate in samples], knots, shares=shares)
+        times = [steps * latency + size / (best * curve.at(size)) for size, steps, _ in found]
+        return error_of(times, [seconds for _, _, seconds in found]), latency, best, curve
+
+    most = max(min(seconds / steps for _, steps, seconds in found), 0.0)
+    least = min((tried(most * i / _GRID) for i in range(_GRID + 1)), key=lambda each: each[0])
+    near = (least[1] + most * (2 * i / _GRID - 1) / _GRID for i in range(_GRID + 1))
+    least = min([least, *(tried(min(max(latency, 0.0), most)) for latency in near)], key=lambda each: each[0])
+    return least[1:]
 
 
 def _overlap(found: Sequence[Measurement]) -> float:

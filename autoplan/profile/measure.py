@@ -60,7 +60,7 @@ def measure(
         first = bench.rank == 0
         todo = suite(bench.machine, names)
         found = measured(bench, todo, budget, known[0], side.add if first else _ignore, tell if first and tell else _ignore)
-        profile = fitted(found, bench.machine, output.stem, date.today().isoformat(), borrowed)
+        profile = fitted(found, bench.settled(), output.stem, date.today().isoformat(), borrowed)
         return Measured(profile, tuple(found), tuple(residuals(profile, found)))
 
 

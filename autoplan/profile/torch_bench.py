@@ -13,6 +13,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import ceil
 
@@ -67,9 +68,18 @@ class TorchBench:
         return Machine(
             device=torch.cuda.get_device_name(self.device), accelerator=True, backend="nccl", hosts=tuple(hosts),
             memory=float(total), reserved=float(total - free),
-            about=", ".join(filter(None, (about, f"CUDA {torch.version.cuda}", clocks(self.device.index or 0)))),
-            memory_source="what the driver says", reserved_source="taken by the driver and this process before any tensor",
+            about=f"{about}, CUDA {torch.version.cuda}", memory_source="what the driver says", reserved_source="so far",
         )  # fmt: skip
+
+    def settled(self) -> Machine:
+        """The machine after it has worked: with its clocks under load, and what communicators have taken of a GPU's memory."""
+        if self.device.type == "cpu":
+            return self.machine
+        free, total = torch.cuda.mem_get_info(self.device)
+        held = self._largest([float(total - free - torch.cuda.memory_reserved(self.device))])[0]
+        about = ", ".join(filter(None, (self.machine.about, clocks(self.device.index or 0))))
+        taken = "taken by the driver, the process and its communicators"
+        return replace(self.machine, reserved=held, reserved_source=taken, about=about)
 
     def clock(self) -> Seconds:
         return self._agree(time.perf_counter())

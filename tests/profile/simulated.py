@@ -35,6 +35,7 @@ def truth(hosts: int) -> HardwareProfile:
         latency=2e-6,
         efficiency=Curve(((64 * KIB, 0.15), (MIB, 0.4), (64 * MIB, 0.85))),
         source="all: simulated",
+        slowdown=(("all_gather", 1.7), ("send_recv", 0.8)),
     )
     outer = Link(
         name="outer",
@@ -53,7 +54,7 @@ class SimulatedBench:
     """Runs 4 ranks on each of `hosts`. `noise`: relative; one timing in ten takes three times as long."""
 
     hosts: int = 1
-    noise: float = 0.02
+    noise: float = 0.015
     profile: HardwareProfile | None = None
     now: float = 0.0
     asked: list[Operation] = field(default_factory=list)
