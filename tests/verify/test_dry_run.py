@@ -15,7 +15,7 @@ from autoplan.cli import main
 from autoplan.cost.model import CostModel
 from autoplan.graph import Graph
 from autoplan.plan import Plan
-from autoplan.strategy import Mesh, Strategy, Zero
+from autoplan.strategy import AXES, Mesh, Strategy, Zero
 from autoplan.verify import DryRun, dry_run
 from autoplan.verify.traffic import axis_of, coordinates
 from autoplan.workload import DType
@@ -30,12 +30,19 @@ WHAT: dict[str, dict[str, Case]] = {
         name: {**CASES[2], **CASES[4]}[name] for name in ("fsdp, accumulation, recompute", "zero 1, accumulation", "tp + sp x dp")
     }
     | {"deep": PIPELINES[4]["deep, fewer micro-batches"], "mixed": MIXED, "zero 1, tp + sp": ZERO},
-    "gpt": {name: {**CASES[2], **CASES[4]}[name] for name in ("dp only", "zero 2, accumulation", "tp + sp x fsdp, recompute")}
-    | {name: PIPELINES[4][name] for name in ("zero 1, interleaved", "tp")},
-    "hf_llama": {name: {**CASES[2], **CASES[4]}[name] for name in ("hsdp, zero 1, recompute",)}
+    "gpt": {
+        name: {**CASES[2], **CASES[4]}[name]
+        for name in ("dp only", "zero 2, accumulation", "tp + sp x fsdp, recompute", "cp x fsdp")
+    }
+    | {name: PIPELINES[4][name] for name in ("zero 1, interleaved", "tp", "cp")},
+    "hf_llama": {name: {**CASES[2], **CASES[4]}[name] for name in ("hsdp, zero 1, recompute", "cp x dp")}
     | {name: PIPELINES[4][name] for name in ("zero 2, gpipe, recompute",)},
     "transformer": {name: {**CASES[2], **CASES[4]}[name] for name in ("tp + sp, recompute",)}
-    | {"tp + sp, interleaved, recompute": PIPELINES[4]["tp + sp, interleaved, recompute"], "past the encoder": PAST},
+    | {
+        "tp + sp, interleaved, recompute": PIPELINES[4]["tp + sp, interleaved, recompute"],
+        "past the encoder": PAST,
+        "cp": Case(Mesh(cp=2), 2, recompute="full"),
+    },
 }
 
 
@@ -68,8 +75,8 @@ def test_a_plan_does_what_it_says(name: str, title: str) -> None:
     found = run(name, plan)
     assert found.agrees, "\n".join(found.differences)
     assert {row.rank for row in found.rows} == set(range(plan.mesh.pp))
-    used = {axis for axis in ("pp", "dp_replicate", "dp_shard", "tp") if getattr(plan.mesh, axis) > 1}
-    assert {row.axis for row in found.rows} == used
+    used = {axis for axis in AXES if getattr(plan.mesh, axis) > 1}
+    assert {axis for row in found.rows for axis in row.axis.split("+")} == used
     for memory in found.memory:
         assert memory.measured <= memory.predicted <= 1.6 * memory.measured  # in models so small bounds weigh much
 
