@@ -86,6 +86,11 @@ class Mesh:
         return " x ".join(axes) or "1 device"
 
 
+def key_copies(key_heads: int, cp: int) -> int:
+    """How often a head of keys, which several queries share, is sent so that each of `cp` devices gets the one it needs."""
+    return cp // key_heads if key_heads and cp % key_heads == 0 else 1
+
+
 class Layout(NamedTuple):
     """Placement of a tensor's value and gradient over the `tp` axis. See the module's table.
 

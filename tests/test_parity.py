@@ -74,6 +74,7 @@ CASES: dict[int, dict[str, Case]] = {
         "tp + sp x fsdp, recompute": Case(Mesh(dp_shard=2, tp=2), 2, SEQUENCE, "full"),
         "tp + sp x dp": Case(Mesh(dp_replicate=2, tp=2), 4, SEQUENCE),
         "cp x fsdp": Case(Mesh(dp_shard=2, cp=2), 2),
+        "cp, heads of keys shared": Case(Mesh(cp=4), 8),
         "cp x dp": Case(Mesh(dp_replicate=2, cp=2), 2, recompute="full"),
     },
 }

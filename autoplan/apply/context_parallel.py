@@ -7,8 +7,8 @@ right without its knowing. Around an attention kernel
     [batch, heads, seq / cp, head_dim]  <-- all_to_all -->  [batch, heads / cp, seq, head_dim]
 
 (`attention`; DeepSpeed-Ulysses, arXiv:2309.14509): each rank runs the model's own kernel on the whole sequence of its heads,
-so that causality needs no balancing. What a rank's tokens say of a parameter's gradient is a part of a sum over cp, which
-FSDP takes together with the mean over dp_shard (`_Whole`).
+so that causality needs no balancing. Heads of keys that are fewer than ranks are sent to several. What a rank's tokens say of
+a parameter's gradient is a part of a sum over cp, which FSDP takes together with the mean over dp_shard (`_Whole`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from autoplan.apply._torch import StridedShard
 from autoplan.apply.randomness import own_randomness
 from autoplan.errors import UsageError
+from autoplan.strategy import key_copies
 
 
 def is_context(mesh: DeviceMesh) -> bool:
@@ -139,17 +140,22 @@ def attention(
     if not all(isinstance(t, DTensor) and t.ndim == 4 and t.placements[0] == Shard(2) for t in tensors):
         return None
     mesh: DeviceMesh = query.device_mesh  # type: ignore[attr-defined]
-    for tensor in tensors:
-        if tensor.shape[1] % mesh.size():
-            raise UsageError(
-                f"attention with {tensor.shape[1]} heads can't be spread over cp {mesh.size()}.", "Plan again, or fix cp to less."
-            )
+    heads, key_heads, cp = query.shape[1], key.shape[1], mesh.size()
+    copies = key_copies(key_heads, cp)
+    if heads % cp or key_heads * copies % cp:
+        raise UsageError(
+            f"attention with {heads} heads of queries and {key_heads} of keys can't be spread over cp {cp}.",
+            "Plan again, or fix cp to less.",
+        )
     mask = attn_mask
     if isinstance(mask, DTensor):
         mask = mask.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
         mask = mask.chunk(mesh.size(), 1)[mesh.get_local_rank()]
-    q, k, v = (_exchange(_rows(tensor), 1, 2, mesh) for tensor in tensors)  # type: ignore[arg-type]
+    q, k, v = (_rows(tensor) for tensor in tensors)  # type: ignore[arg-type]
+    if copies > 1:
+        k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
+    q, k, v = (_exchange(tensor, 1, 2, mesh) for tensor in (q, k, v))
     with own_randomness(mesh, dropout_p > 0):
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     return DTensor.from_local(_exchange(out, 2, 1, mesh), mesh, [Shard(2)], run_check=False)

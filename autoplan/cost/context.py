@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from autoplan.cost.rules import through_view
 from autoplan.graph import Body, Graph, Op, Value
-from autoplan.strategy import shard
+from autoplan.strategy import key_copies, shard
 
 Dims = tuple[int | None, ...]
 """Of each tensor the dim that is cut; None when it is whole."""
@@ -53,8 +53,8 @@ class Context:
     """What is known of a model's sequences, whatever the size of cp."""
 
     graph: Graph
-    heads: list[tuple[int, str]] = field(default_factory=list)
-    """Heads of every attention, queries' and keys', with its place."""
+    heads: list[tuple[int, int, str]] = field(default_factory=list)
+    """Of every attention the queries' heads, the keys', and its place."""
     lengths: dict[int, str] = field(default_factory=dict)
     """Lengths of the sequences that are cut, with where they were met first."""
     gathered: dict[tuple[int, int], tuple[Gather, ...]] = field(default_factory=dict)
@@ -81,9 +81,10 @@ class Context:
         """Why the model can't run on `cp` devices along the sequence, each with a share of 1/tp of the heads; "" when it can."""
         if cp == 1 or self.reason:
             return self.reason if cp > 1 else ""
-        for heads, place in self.heads:
-            if heads % (cp * tp):
-                return f"{heads} heads of {place} do not divide over cp {cp}" + (f" x tp {tp}" if tp > 1 else "")
+        for queries, keys, place in self.heads:
+            for heads, copied in ((queries, 1), (keys, key_copies(keys // tp, cp))):
+                if heads % tp or heads // tp * copied % cp:
+                    return f"{heads} heads of {place} do not divide over cp {cp}" + (f" x tp {tp}" if tp > 1 else "")
         for length, place in self.lengths.items():
             if length % (cp * tp):
                 return f"{length} positions of {place} do not divide over cp {cp}" + (f" x tp {tp}" if tp > 1 else "")
@@ -101,7 +102,8 @@ class Context:
             if gathers := tuple(_gathers(op, body, arriving, leaving)):
                 self.gathered[number, index] = gathers
             if op.kind == "attention" and any(dim is not None for dim in arriving):
-                self.heads += [(body.values[i].shape[1], f"attention in {where}") for i in op.inputs[:3]]
+                queries, keys = (body.values[i].shape[1] for i in op.inputs[:2])
+                self.heads.append((queries, keys, f"attention in {where}"))
             for i, dim in zip(op.outputs, leaving, strict=True):
                 known[i] = dim
                 if dim is not None and body.values[i].requires_grad:

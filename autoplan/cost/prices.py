@@ -24,7 +24,7 @@ from autoplan.cost.context import Gather
 from autoplan.cost.rules import BORDER_COLLECTIVES, Outcome, packings
 from autoplan.graph import DTYPE_BYTES, Body, Op, Parameter, Value
 from autoplan.hardware import HardwareProfile
-from autoplan.strategy import GATHERED, Layout
+from autoplan.strategy import GATHERED, Layout, key_copies
 from autoplan.units import Bytes, Seconds
 
 
@@ -144,7 +144,7 @@ class LayerModel:
             rows = self.body.values[op.inputs[0]].shape[0] * batch
             statistic = rows * DTYPE_BYTES["float32"]
             tp_forward = self._collective("all_reduce", statistic) + self._collective("all_reduce", 2 * statistic)
-        exchanged = self._exchanged(operands) if op.kind == "attention" else 0.0
+        exchanged = sum(self._over_cp("all_to_all", size * self.cp) for size in self.exchanged(op, outcome))
         gathered = {backward: self._gathers(index, backward) for backward in (False, True)}
         return OpCost(
             forward,
@@ -155,16 +155,26 @@ class LayerModel:
             self._temporary(op, outcome),
         )
 
-    def _exchanged(self, operands: list[tuple[Value, Layout]]) -> Seconds:
-        """Seconds of one pass of exchanging queries, keys and values, or their gradients, for heads over cp, and the result
-        back (`apply.context_parallel`)."""
-        sizes = (self.local_bytes(value, layout) * self.cp for value, layout in operands if value.requires_grad)
-        return sum(collective_time("all_to_all", size, self.cp, self.tp, self.hardware) for size in sizes)
+    def exchanged(self, op: Op, outcome: Outcome) -> tuple[Bytes, ...]:
+        """What a device sends of each operand of attention, to exchange the sequence for heads over cp, and of the result, to
+        exchange them back; as much again of their gradients (`apply.context_parallel`)."""
+        if op.kind != "attention" or self.cp == 1:
+            return ()
+        sizes = []
+        for position, (i, layout) in enumerate(zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)):
+            value = self.body.values[i]
+            if value.requires_grad:
+                heads = value.shape[1] // (self.tp if layout.sharded else 1)
+                sizes.append(self.local_bytes(value, layout) * (key_copies(heads, self.cp) if position in (1, 2) else 1))
+        return tuple(sizes)
+
+    def _over_cp(self, kind: str, size: Bytes) -> Seconds:
+        return collective_time(kind, size, self.cp, self.tp, self.hardware)
 
     def _gathers(self, index: int, backward: bool) -> Seconds:
         """Seconds of what the operation brings together over cp, forward or backward."""
         values = (self.body.values[each.value] for each in self.gathered.get(index, ()) if each.backward == backward)
-        return sum(collective_time("all_gather", self.whole_bytes(value), self.cp, self.tp, self.hardware) for value in values)
+        return sum(self._over_cp("all_gather", self.whole_bytes(value)) for value in values)
 
     def _temporary(self, op: Op, outcome: Outcome) -> Bytes:
         """What an operation holds in its forward pass; in its backward pass gradients of inputs and outputs meet, and a

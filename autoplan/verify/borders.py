@@ -64,8 +64,7 @@ def _over_cp(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
         brought = (("all_gather", model.whole_bytes(values[gather.value])),)
         yield _Sent(step.index, True, () if gather.backward else brought, brought if gather.backward else ())
     if op.kind == "attention":
-        pairs = zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
-        exchanged = tuple(("all_to_all", model.local_bytes(values[i], layout)) for i, layout in pairs if values[i].requires_grad)
+        exchanged = tuple(("all_to_all", size) for size in model.exchanged(op, outcome))
         yield _Sent(step.index, True, exchanged, exchanged)
     elif op.kind == "cross_entropy":  # how many labels there are, and the loss
         sizes = DTYPE_BYTES["int64"], DTYPE_BYTES[values[op.outputs[0]].dtype]

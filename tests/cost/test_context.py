@@ -38,7 +38,17 @@ def test_tokens_are_cut_along_the_sequence() -> None:
 
 @pytest.mark.parametrize(
     ("cp", "tp", "reason"),
-    [(1, 1, ""), (2, 1, ""), (4, 1, ""), (2, 2, ""), (3, 1, "8 heads"), (8, 1, "4 heads"), (4, 2, "cp 4 x tp 2")],
+    [
+        (1, 1, ""),
+        (2, 1, ""),
+        (4, 1, ""),
+        (2, 2, ""),
+        (3, 1, "8 heads"),
+        (8, 1, ""),
+        (16, 1, "8 heads"),
+        (4, 2, ""),
+        (8, 2, "cp 8 x tp 2"),
+    ],
 )
 def test_heads_and_positions_must_divide(cp: int, tp: int, reason: str) -> None:
     told = Context(llama()).refusal(cp, tp)
