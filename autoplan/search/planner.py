@@ -20,6 +20,7 @@ from autoplan.search.shortfall import nothing_fits
 from autoplan.search.solver import solver_name
 from autoplan.search.space import check_parameters
 from autoplan.search.stages import Solution
+from autoplan.search.telling import candidates, misses
 from autoplan.search.tree import Progress, Tell, Tree
 from autoplan.units import SECOND, Bytes, Seconds, show
 from autoplan.workload import Workload
@@ -60,11 +61,11 @@ def search(
             f"{show(time_limit, SECOND)} passed before any plan was found.", "Give --time-limit more, or fix an axis: --pp 1."
         )
     if run.best is None:
-        raise nothing_fits(run.tables, run.misses(), run.refused, run.limit, gpus)
+        raise nothing_fits(run.tables, misses(run), run.refused, run.limit, gpus)
     staging, solution = run.best
-    candidates, covered = run.candidates()
+    told, covered = candidates(run)
     proof = replace(_proof(solution.seconds, run.proven_bound(), gap, covered), stopped=stopped)
-    return written(costs, staging.priced, solution, proof, candidates, run.baselines, run.limit)
+    return written(costs, staging.priced, solution, proof, told, run.baselines, run.limit)
 
 
 def _proof(seconds: Seconds, bound: Seconds, gap: float, candidates: int) -> Solve:

@@ -36,7 +36,7 @@ def nothing_fits(
 
 
 def _leanest(groups: Sequence[Group]) -> list[tuple[Group, Option]]:
-    return [(group, min(group.options, key=lambda o: (o.bytes + o.peak, o.seconds))) for group in groups]
+    return [(group, min(group.options, key=lambda o: (group.number * o.bytes + o.peak, o.seconds))) for group in groups]
 
 
 def _categories(staging: Staging) -> str:
@@ -59,9 +59,18 @@ def _hints(tables: Tables, limit: Bytes, gpus: int, nearest: Staging) -> list[st
     )
     if states > limit:
         hints.append(f"Parameters, gradients and optimizer states alone take {show(states, BYTE)} a GPU.")
+    elif (gathered := _gathered(nearest)) > limit / 2:
+        hints.append(
+            f"One layer's own parameters, gathered, and their gradients take {show(gathered, BYTE)}: only smaller layers or a "
+            "GPU with more memory help."
+        )
     else:
         hints.append("A shorter sequence, a smaller micro-batch or a GPU with more memory would help.")
     return hints
+
+
+def _gathered(staging: Staging) -> Bytes:
+    return max(option.column.step.moment_unsharded for _, option in _leanest(staging.fullest[1]))
 
 
 def _enough_gpus(tables: Tables, limit: Bytes, gpus: int) -> int | None:

@@ -20,7 +20,7 @@ slower, and is listed with the bound that proves it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from math import inf
@@ -29,7 +29,7 @@ from time import monotonic
 from autoplan.plan import Baseline, Candidate
 from autoplan.schedule import ScheduleKind, exposed_hops
 from autoplan.search.baselines import baselines
-from autoplan.search.candidates import best_of_each, out_of_memory, rank, slower, told, too_big
+from autoplan.search.candidates import slower
 from autoplan.search.columns import Tables
 from autoplan.search.ilp import UnsolvedError
 from autoplan.search.space import indivisible, meshes, micro_batches, schedules, uncut, unplaceable, unstageable
@@ -53,18 +53,16 @@ Tell = Callable[[Progress], None]
 
 DIVE = 0.03
 """A staging that may be faster than what is known by more than this is solved at once: a good plan early prunes the rest."""
-LISTED = 64
-"""Candidates that a plan lists, the best first; the proof covers all of them."""
-REFUSED = 24
-"""Of these, candidates at most that are out of memory or illegal."""
 RUNNERS_UP = 8
 """Other meshes that are solved after the proof, so that a reader sees what they would cost."""
 ATTEMPTS = 24
 """Meshes that are tried for these."""
+ROUGHLY = 1e-3
+"""The gap within which they are solved."""
 
 
 @dataclass(frozen=True)
-class _Family:
+class Family:
     """All meshes and micro-batches of one size of tp and cp, and stream layout."""
 
     within: Within
@@ -72,7 +70,7 @@ class _Family:
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """All meshes of one size of tp and cp, stream layout and micro-batch."""
 
     within: Within
@@ -81,7 +79,7 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """... of one number of stages and one schedule."""
 
     within: Within
@@ -93,13 +91,13 @@ class _Shape:
 
 
 @dataclass(frozen=True)
-class _Bounded:
+class Bounded:
     """A staging whose bound has memory in it."""
 
     staging: Staging
 
 
-_Node = _Family | _Group | _Shape | Staging | _Bounded
+Node = Family | Group | Shape | Staging | Bounded
 
 
 class Tree:
@@ -133,7 +131,7 @@ class Tree:
         self.best: tuple[Staging, Solution] | None = None
         self.baselines: list[Baseline] = []
         self.bounds: list[Seconds] = []
-        self.open: list[tuple[Seconds, int, _Node]] = []
+        self.open: list[tuple[Seconds, int, Node]] = []
         self.pushed = 0
         self._known_sizes: dict[tuple[Within, int | None], list[int]] = {}
         load, order = tables.costs.workload, tables.costs.outer.order
@@ -152,12 +150,12 @@ class Tree:
         """Open nodes until the best solution is proven, or there is none; False when time ran out first."""
         self.baselines = baselines(self.tables, self.gpus, self.limit)
         for within in sorted({within for within, _ in self.meshes}):
-            if self.tables.least_moment(within, self._sizes(within)[0]) > self.limit:
-                for size in self._sizes(within):
+            if self.tables.least_moment(within, self.sizes(within)[0]) > self.limit:
+                for size in self.sizes(within):
                     self._crowd(within, size)
                 continue
             for stream in self.tables.streams(within.tp):
-                self._push(self._least_seconds(within, stream, self._sizes(within)[-1]), _Family(within, stream))
+                self._push(self._least_seconds(within, stream, self.sizes(within)[-1]), Family(within, stream))
         while self.open and (self.best is None or self.open[0][0] < self.best[1].seconds * (1 - self.gap)):
             if monotonic() > self.deadline:
                 return False
@@ -168,7 +166,7 @@ class Tree:
 
     def _runners_up(self) -> None:
         """Tell the most promising other meshes by their price, not by a bound: nothing faster is left."""
-        nodes = [node.staging if isinstance(node, _Bounded) else node for _, _, node in self.open]
+        nodes = [node.staging if isinstance(node, Bounded) else node for _, _, node in self.open]
         stagings = [node for node in nodes if isinstance(node, Staging)] + self.pruned
         by_mesh: dict[Mesh, Staging] = {}
         for staging in sorted(stagings, key=lambda each: each.quick_bound):
@@ -179,10 +177,10 @@ class Tree:
             if solved == RUNNERS_UP or monotonic() > self.deadline:
                 return
             if staging.fits and self.best is not None and staging.priced.mesh != self.best[0].priced.mesh:
-                self._solve(staging, staging.quick_bound, inf)
+                self._solve(staging, staging.quick_bound, inf, ROUGHLY)
                 solved += 1
 
-    def _sizes(self, within: Within, pp: int | None = None) -> list[int]:
+    def sizes(self, within: Within, pp: int | None = None) -> list[int]:
         """Micro-batches that some mesh of this tp and cp (and pp) can run."""
         if (within, pp) not in self._known_sizes:
             load = self.tables.costs.workload
@@ -198,17 +196,17 @@ class Tree:
             heappush(self.open, (bound, number, node))
             raise
 
-    def _open(self, bound: Seconds, node: _Node) -> None:
+    def _open(self, bound: Seconds, node: Node) -> None:
         self._report(bound, node)
-        if isinstance(node, _Family):
-            for size in self._sizes(node.within):
+        if isinstance(node, Family):
+            for size in self.sizes(node.within):
                 if self.tables.least_moment(node.within, size) > self.limit:
                     self._crowd(node.within, size)
                     continue
-                self._push(self._least_seconds(node.within, node.stream, size), _Group(node.within, node.stream, size))
-        elif isinstance(node, _Group):
+                self._push(self._least_seconds(node.within, node.stream, size), Group(node.within, node.stream, size))
+        elif isinstance(node, Group):
             self._shapes(node, bound)
-        elif isinstance(node, _Shape):
+        elif isinstance(node, Shape):
             self._split(node, bound)
         elif isinstance(node, Staging):
             self._bound(node, bound)
@@ -217,10 +215,10 @@ class Tree:
 
     def _crowd(self, within: Within, micro_batch: int) -> None:
         for (at, pp), some in self.meshes.items():
-            if at == within and micro_batch in self._sizes(within, pp):
+            if at == within and micro_batch in self.sizes(within, pp):
                 self.crowded.update((mesh, micro_batch) for mesh in some)
 
-    def _push(self, bound: Seconds | None, node: _Node) -> None:
+    def _push(self, bound: Seconds | None, node: Node) -> None:
         if bound is not None:
             self.pushed += 1
             heappush(self.open, (bound, self.pushed, node))
@@ -236,20 +234,20 @@ class Tree:
         slot = self._slot(within, stream, micro_batch)
         return None if slot is None else self.tables.costs.workload.global_batch * within.size / (self.gpus * micro_batch) * slot
 
-    def _shapes(self, group: _Group, bound: Seconds) -> None:
+    def _shapes(self, group: Group, bound: Seconds) -> None:
         slot = self._slot(group.within, group.stream, group.micro_batch)
         costs = self.tables.costs
         for (within, pp), some in self.meshes.items():
-            if within != group.within or slot is None or group.micro_batch not in self._sizes(within, pp):
+            if within != group.within or slot is None or group.micro_batch not in self.sizes(within, pp):
                 continue
             m = costs.micro_batches(some[0], group.micro_batch)
             hop = costs.hop(some[0], group.micro_batch, group.stream)
             for schedule, chunks in schedules(some[0], m, self.tables.graph):
                 work = (m + (pp - 1) / chunks) / pp * slot + exposed_hops(schedule, pp, m, chunks) * hop
-                shape = _Shape(within, group.stream, group.micro_batch, pp, schedule, chunks)
+                shape = Shape(within, group.stream, group.micro_batch, pp, schedule, chunks)
                 self._push(max(bound, work), shape)
 
-    def _split(self, shape: _Shape, bound: Seconds) -> None:
+    def _split(self, shape: Shape, bound: Seconds) -> None:
         some = self.meshes[shape.within, shape.pp]
         ideal = self.tables.ideal(some[0], shape.micro_batch, shape.stream)
         if ideal is None:
@@ -291,11 +289,11 @@ class Tree:
         if bound < (1 - DIVE) * self.known:
             self._solve(staging, bound, self.known)
         else:
-            self._push(bound, _Bounded(staging))
+            self._push(bound, Bounded(staging))
 
-    def _solve(self, staging: Staging, bound: Seconds, most: Seconds) -> None:
+    def _solve(self, staging: Staging, bound: Seconds, most: Seconds, gap: float | None = None) -> None:
         try:
-            solution = staging.solve(self.gap, most)
+            solution = staging.solve(max(gap or 0.0, self.gap), most)
         except UnsolvedError:
             self.bounds.append(bound)
             self.verdicts.append(slower(staging, bound, bound=True))
@@ -306,14 +304,15 @@ class Tree:
             self.bounds.append(solution)
             self.verdicts.append(slower(staging, solution, bound=True))
         else:
-            self.bounds.append(solution.bound)
+            if gap is None:  # else the mesh was proven to be no better before
+                self.bounds.append(solution.bound)
             self.verdicts.append(replace(slower(staging, solution.seconds, bound=False), memory=solution.memory))
             if self.best is None or solution.seconds < self.best[1].seconds:
                 self.best = staging, solution
 
-    def _report(self, bound: Seconds, node: _Node) -> None:
+    def _report(self, bound: Seconds, node: Node) -> None:
         if self.tell is not None:
-            staging = node.staging if isinstance(node, _Bounded) else node
+            staging = node.staging if isinstance(node, Bounded) else node
             what = str(staging.priced.mesh) if isinstance(staging, Staging) else str(staging.within)
             best = self.best[1].seconds if self.best else None
             self.tell(Progress(self.pushed - len(self.open) - 1, self.pushed, best, bound, what))
@@ -322,61 +321,3 @@ class Tree:
         """No plan whatever is faster than this."""
         assert self.best is not None
         return min([*self.bounds, *(bound for bound, _, _ in self.open[:1]), self.best[1].seconds, self._by_hand])
-
-    def candidates(self) -> tuple[list[Candidate], int]:
-        """What became of the (meshes, micro-batches), the best first, with its reason, and how many there are in all."""
-        assert self.best is not None
-        staging, solution = self.best
-        chosen = staging.priced.mesh, staging.priced.micro_batch
-        found = best_of_each(self.verdicts, self._unopened())
-        found[chosen] = slower(staging, solution.seconds, bound=False)
-        crowded = [self._crowded(*key) for key in sorted(self.crowded)]
-        pruned = {(p.priced.mesh, p.priced.micro_batch): p for p in [*self.dropped, *self.pruned]}
-        refused = {(c.mesh, c.micro_batch): c for c in [*crowded, *self.refused]}
-        covered = self.covered | pruned.keys() | found.keys() | refused.keys()
-        listed = [
-            replace(candidate, status="chosen", reason="the fastest") if key == chosen else told(candidate, solution.seconds)
-            for key, candidate in found.items()
-        ]
-        listed.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
-        rest = [self._verdict(p, solution.seconds) for key, p in sorted(pruned.items())[:LISTED] if key not in found]
-        rest += [c for key, c in list(refused.items())[:LISTED] if key not in found and key not in pruned]
-        rest.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
-        return [*listed[: LISTED - len(rest[:REFUSED])], *rest[:REFUSED]], len(covered)
-
-    def misses(self) -> list[Staging]:
-        """When nothing fits: what came near, or at least the mesh with the smallest states."""
-        near = self.stagings or self.dropped
-        if near or not self.crowded:
-            return near
-        mesh, micro_batch = min(self.crowded, key=lambda key: (self.tables.least_states(key[0]), key[1], key[0]))
-        found = []
-        for stream in self.tables.streams(mesh.tp):
-            priced = self.tables.priced(mesh, micro_batch, stream)
-            if priced is not None:
-                found.append(Staging(self.tables, priced, next(iter(priced.outers), None), "1f1b", 1, self.limit))
-        return found
-
-    def _crowded(self, mesh: Mesh, micro_batch: int) -> Candidate:
-        needed = max(self.tables.least_states(mesh), self.tables.least_moment(mesh.within, micro_batch))
-        return out_of_memory(mesh, micro_batch, "", needed, self.limit)
-
-    def _verdict(self, staging: Staging, best: Seconds) -> Candidate:
-        if staging.fits:
-            return told(slower(staging, max(best, staging.quick_bound), bound=True), best)
-        return too_big(staging, self.limit)
-
-    def _unopened(self) -> Iterator[Candidate]:
-        for bound, _, node in self.open:
-            staging = node.staging if isinstance(node, _Bounded) else node
-            if isinstance(staging, Staging):
-                yield slower(staging, bound, bound=True)
-                continue
-            for (within, pp), some in self.meshes.items():
-                if within != staging.within or (isinstance(staging, _Shape) and pp != staging.pp):
-                    continue
-                sizes = self._sizes(within, pp)
-                for size in sizes if isinstance(staging, _Family) else [staging.micro_batch]:
-                    if size in sizes:
-                        for mesh in some:
-                            yield Candidate(mesh=mesh, micro_batch=size, status="slower", reason="", step_time=bound, bound=True)

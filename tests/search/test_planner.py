@@ -196,8 +196,8 @@ def test_a_search_without_time_says_so_and_claims_nothing() -> None:
 def test_an_interrupted_search_gives_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     solve = Tree._solve
 
-    def solve_one(tree: Tree, staging: Staging, bound: float, most: float) -> None:
-        solve(tree, staging, bound, most)
+    def solve_one(tree: Tree, staging: Staging, bound: float, most: float, *gap: float) -> None:
+        solve(tree, staging, bound, most, *gap)
         if tree.best is not None:
             raise KeyboardInterrupt
 

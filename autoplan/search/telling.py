@@ -1,0 +1,91 @@
+"""What a finished search tells: what became of every mesh and micro-batch, and what came near when nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from autoplan.plan import Candidate
+from autoplan.search.candidates import best_of_each, out_of_memory, rank, slower, told, too_big
+from autoplan.search.stages import Staging
+from autoplan.search.tree import Bounded, Family, Shape, Tree
+from autoplan.strategy import Mesh, Within
+from autoplan.units import Bytes, Seconds
+
+LISTED = 64
+"""Candidates that a plan lists, the best first; the proof covers all of them."""
+REFUSED = 24
+"""Of these, candidates at most that are out of memory or illegal."""
+NEAR = 4
+"""Sizes of tp and cp among which the nearest miss is sought when there is room on none."""
+
+
+def candidates(tree: Tree) -> tuple[list[Candidate], int]:
+    """What became of the (meshes, micro-batches), the best first, with its reason, and how many there are in all."""
+    assert tree.best is not None
+    staging, solution = tree.best
+    chosen = staging.priced.mesh, staging.priced.micro_batch
+    found = best_of_each(tree.verdicts, _unopened(tree))
+    found[chosen] = slower(staging, solution.seconds, bound=False)
+    crowded = [_crowded(tree, *key) for key in sorted(tree.crowded)]
+    pruned = {(p.priced.mesh, p.priced.micro_batch): p for p in [*tree.dropped, *tree.pruned]}
+    refused = {(c.mesh, c.micro_batch): c for c in [*crowded, *tree.refused]}
+    covered = tree.covered | pruned.keys() | found.keys() | refused.keys()
+    listed = [
+        replace(candidate, status="chosen", reason="the fastest") if key == chosen else told(candidate, solution.seconds)
+        for key, candidate in found.items()
+    ]
+    listed.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
+    rest = [_verdict(tree, p, solution.seconds) for key, p in sorted(pruned.items())[:LISTED] if key not in found]
+    rest += [c for key, c in list(refused.items())[:LISTED] if key not in found and key not in pruned]
+    rest.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
+    return [*listed[: LISTED - len(rest[:REFUSED])], *rest[:REFUSED]], len(covered)
+
+
+def misses(tree: Tree) -> list[Staging]:
+    """When nothing fits: what came near, or at least the mesh with the smallest states."""
+    missed = tree.stagings or tree.dropped
+    if missed or not tree.crowded:
+        return missed
+    nearest: dict[Within, tuple[Mesh, int]] = {}
+    for mesh, micro_batch in sorted(tree.crowded, key=lambda key: (_needed(tree, *key), key[1], key[0])):
+        nearest.setdefault(mesh.within, (mesh, micro_batch))
+    found = []
+    near = [*list(nearest)[: NEAR // 2], *sorted(nearest, key=lambda within: within.size)[:NEAR]]
+    for mesh, micro_batch in (nearest[within] for within in dict.fromkeys(near)):
+        for stream in tree.tables.streams(mesh.tp):
+            priced = tree.tables.priced(mesh, micro_batch, stream)
+            if priced is not None:
+                found.append(Staging(tree.tables, priced, next(iter(priced.outers), None), "1f1b", 1, tree.limit))
+    return found
+
+
+def _needed(tree: Tree, mesh: Mesh, micro_batch: int) -> Bytes:
+    """A rank holds at least so much."""
+    return max(tree.tables.least_states(mesh), tree.tables.least_moment(mesh.within, micro_batch))
+
+
+def _crowded(tree: Tree, mesh: Mesh, micro_batch: int) -> Candidate:
+    return out_of_memory(mesh, micro_batch, "", _needed(tree, mesh, micro_batch), tree.limit)
+
+
+def _verdict(tree: Tree, staging: Staging, best: Seconds) -> Candidate:
+    if staging.fits:
+        return told(slower(staging, max(best, staging.quick_bound), bound=True), best)
+    return too_big(staging, tree.limit)
+
+
+def _unopened(tree: Tree) -> Iterator[Candidate]:
+    for bound, _, node in tree.open:
+        staging = node.staging if isinstance(node, Bounded) else node
+        if isinstance(staging, Staging):
+            yield slower(staging, bound, bound=True)
+            continue
+        for (within, pp), some in tree.meshes.items():
+            if within != staging.within or (isinstance(staging, Shape) and pp != staging.pp):
+                continue
+            sizes = tree.sizes(within, pp)
+            for size in sizes if isinstance(staging, Family) else [staging.micro_batch]:
+                if size in sizes:
+                    for mesh in some:
+                        yield Candidate(mesh=mesh, micro_batch=size, status="slower", reason="", step_time=bound, bound=True)
