@@ -40,10 +40,10 @@ from benchmarks.uniform_plans import uniform_plans
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "benchmarks" / "measured"
 MODELS = {
-    "gpt": "examples/gpt.py?layers=4&hidden=256&heads=8&ffn=1024&vocab=2048&seq_len=128",
-    "llama": "examples/llama.py?size=125M&layers=4&hidden=256&heads=8&kv_heads=4&ffn=704&vocab=2048&seq_len=128",
+    "gpt": "examples/gpt.py?layers=4&hidden=256&heads=8&ffn=1024&vocab=2048&seq_len=512",
+    "llama": "examples/llama.py?size=125M&layers=4&hidden=256&heads=8&kv_heads=4&ffn=704&vocab=2048&seq_len=512",
 }
-BATCH = 8
+BATCH = 4
 """Samples of a step."""
 CHUNK = 24
 """Plans that one set of processes runs one after another."""

@@ -30,7 +30,9 @@ RIDGE = 1e-3
 """Weight of a factor's own logarithm, beside 1 for a run's step."""
 PHASE = 0.25
 """Weight of a phase: the profiler slows what it looks at."""
-_ROUNDS = 12
+FAR = 0.1
+"""Beyond this a miss counts by its size, not by its square: a run that something disturbed doesn't decide."""
+_ROUNDS = 20
 _NUDGE = 1e-3
 _FARTHEST = log(30.0)
 """No term is further off than this; who needs more has another machine's profile."""
@@ -98,6 +100,7 @@ def calibrated(profile: HardwareProfile, runs: Sequence[Run], date: str) -> Cali
     logs, ridge = np.zeros(len(TERMS)), np.sqrt(RIDGE / len(runs))
     for _ in range(_ROUNDS):
         here, weights = _misses(models, logs, wanted)
+        weights *= FAR / np.maximum(abs(here), FAR)
         nudged = (logs + _NUDGE * unit for unit in np.eye(len(TERMS)))
         slopes = np.stack([(_misses(models, each, wanted)[0] - here) / _NUDGE for each in nudged], axis=1)
         left = np.vstack([slopes * np.sqrt(weights)[:, None], ridge * np.eye(len(TERMS))])

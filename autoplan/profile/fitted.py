@@ -81,7 +81,7 @@ def predicted(operation: Operation, profile: HardwareProfile) -> Seconds | None:
     """Seconds of an operation by the cost model; None for what a profile has no number for."""
     device, kind = profile.device, operation.kind
     if kind == "launch":
-        return device.launch
+        return device.launch * operation.shape[0]
     if kind == "matmul":
         return kernel_time("linear", operation.size, 0.0, 1, operation.dtype, device)
     if kind in ("attention", "attention_backward"):
@@ -125,7 +125,8 @@ def _here(machine: Machine) -> str:
 
 
 def _device(found: Sequence[Measurement], machine: Machine) -> Device:
-    launch = rounded(_one(found, "launch").seconds)
+    first = _one(found, "launch")
+    launch = rounded(first.seconds / first.operation.shape[0])
     products = [m for m in found if m.operation.kind == "matmul"]
     attention = [m for m in found if m.operation.kind in ("attention", "attention_backward")]
     moved = [m for m in found if m.operation.kind in MOVERS]
@@ -160,7 +161,7 @@ def _device(found: Sequence[Measurement], machine: Machine) -> Device:
                 f"matmul: {here}: {len(products)} {main} products, square and not, in the layouts of forward and backward",
                 f"attention: {here}: causal attention forward and backward, {main}, {sizes}",
                 f"memory_efficiency: {here}: adding, gelu, layer norm, softmax, sums, together",
-                f"launch: {here}: adding to a tensor of one element",
+                f"launch: {here}: forward and backward of a chain of products with one element, a kernel's share",
             )
         ),
     )

@@ -22,6 +22,9 @@ ADAM_TENSORS = 7
 BACKWARD = 2.5
 """FLOPs of attention's backward pass over those of its forward pass: five products instead of two."""
 
+LAUNCHES = 20
+"""Kernels of one element, of which the mean is the time of launching one."""
+
 _SQUARE = {False: (64, 128, 256, 512, 1024), True: (256, 512, 1024, 2048, 4096, 8192)}
 _LENGTHS = {False: (128, 256, 512, 1024), True: (512, 1024, 2048, 4096, 8192)}
 _MOVED = {
@@ -42,7 +45,7 @@ def suite(machine: Machine, dtypes: Sequence[str]) -> list[Operation]:
     """Every operation that a profile of `machine` is made of; of a series the small sizes first. `dtypes`: the first is the
     one that curves are measured in, of the others the peak."""
     device = [*_products(machine, dtypes), *_attention(machine, dtypes[0]), *_moving(machine, dtypes[0])]
-    return [Operation("launch", 4.0, "float32", (1,)), *device, *_collectives(machine), *_together(machine, dtypes[0])]
+    return [Operation("launch", 4.0, "float32", (LAUNCHES,)), *device, *_collectives(machine), *_together(machine, dtypes[0])]
 
 
 def _products(machine: Machine, dtypes: Sequence[str]) -> Iterator[Operation]:

@@ -130,3 +130,12 @@ def test_steps_of_another_number_of_ranks(plans: list[Plan]) -> None:
         api.calibrate(plans[:1], [wrong], hardware=machine(), model=GRAPH)
     with pytest.raises(UsageError, match="5 plans and 1 measurements"):
         api.calibrate(plans, [wrong], hardware=machine(), model=GRAPH)
+
+
+def test_one_disturbed_run_does_not_decide(plans: list[Plan]) -> None:
+    real = scaled(machine(), {"links": 2.0})
+    runs = [Run(GRAPH, plan, steps(plan, real, phases=True)) for plan in plans]
+    slow = MeasuredSteps(seconds=(20 * runs[-1].steps.step_time,), ranks=4, device="gpu")
+    found = calibrated(machine(), [*runs, Run(GRAPH, plans[-1], slow)], "2026-01-31")
+    assert found.factors["links"] == pytest.approx(2.0, rel=0.15)
+    assert found.factors["products"] == pytest.approx(1.0, rel=0.15)

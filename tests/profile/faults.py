@@ -11,7 +11,7 @@ from autoplan.profile import measure
 from autoplan.profile.torch_bench import TorchBench
 
 SHORT = [
-    Operation("launch", 4.0, "float32", (1,)),
+    Operation("launch", 4.0, "float32", (20,)),
     *(Operation("matmul", 2.0 * n**3, "float32", (n, n, n), layout) for n, layout in ((64, "nn"), (128, "nt"), (160, "tn"))),
     Operation("attention", 4.0 * 2 * 64 * 64**2 / 2, "float32", (2, 64, 64)),
     Operation("attention_backward", 10.0 * 2 * 64 * 64**2 / 2, "float32", (2, 64, 64)),
