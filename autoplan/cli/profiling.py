@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "torchrun --nnodes 2 --nproc-per-node 8 -m autoplan profile -o my.yaml"
 )
 def profile(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes; its page goes beside it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes.")],
     budget: Annotated[str, typer.Option(metavar="TIME", help="About how long it may take.")] = "60s",
     ranks: Annotated[
         int | None,
@@ -38,6 +38,9 @@ def profile(
     links: Annotated[
         str | None, typer.Option(metavar="NAME|FILE", help="Of one device alone: whose links the profile takes.")
     ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Where the page with the curves goes. Default: beside the profile.")
+    ] = None,
     force: Force = False,
     open_page: Open = False,
 ) -> None:
@@ -46,7 +49,7 @@ def profile(
     Alone it starts its own processes; under torchrun it uses those, and tells links inside hosts from links between them.
     Interrupted, it goes on where it was.
     """
-    page = output.with_suffix(".html")
+    page = page or output.with_suffix(".html")
     seconds = parse(budget, SECOND)
     if not seconds > 0:
         raise UsageError(f"--budget '{budget}' is no time.", "Write 60s.")
@@ -57,28 +60,31 @@ def profile(
     from autoplan.profile.measure import AGAIN
     from autoplan.profile.ranks import ranks_here, start
 
-    wanted = (str(output), seconds, tuple(dtype or ()), links, talk.volume.quiet)
-    if "WORLD_SIZE" in os.environ or (ranks or ranks_here()) == 1:
-        _profile(*wanted)
-    else:
-        start(ranks or ranks_here(), _profile, *wanted, hint=AGAIN)
+    wanted = (str(output), str(page), seconds, tuple(dtype or ()), links, talk.volume.quiet)
+    try:
+        if "WORLD_SIZE" in os.environ or (ranks or ranks_here()) == 1:
+            _profile(*wanted)
+        else:
+            start(ranks or ranks_here(), _profile, *wanted, hint=AGAIN)
+    except KeyboardInterrupt:
+        talk.say("interrupted", AGAIN)
+        raise
     if open_page and os.environ.get("RANK", "0") == "0":
         outputs.open_in_browser(page)
 
 
-def _profile(output: str, seconds: float, dtypes: tuple[str, ...], links: str | None, quiet: bool) -> None:
+def _profile(output: str, page_path: str, seconds: float, dtypes: tuple[str, ...], links: str | None, quiet: bool) -> None:
     """On every rank: measure; the first one writes."""
     talk.volume.quiet = quiet
     from autoplan.files.hardware import dump_hardware
     from autoplan.profile.measure import finished, measure
     from autoplan.report import measured
 
-    path = Path(output)
+    path, page = Path(output), Path(page_path)
     with _bar() as tell:
         found = measure(path, seconds, dtypes, _borrowed(links), tell)
     if os.environ.get("RANK", "0") != "0":
         return
-    page = path.with_suffix(".html")
     with outputs.atomically(path) as profile_file, outputs.atomically(page) as page_file:
         profile_file.write_text(dump_hardware(found.profile), encoding="utf-8")
         page_file.write_text(measured.page(found.profile, found.residuals, found.measurements), encoding="utf-8")

@@ -45,7 +45,7 @@ def measured(
 ) -> list[Measurement]:
     """All operations of `todo`, in about `budget` seconds: each has an equal share of what is left.
 
-    What is `known` is not measured again. The large sizes of a series that would take more than their share are left out.
+    What is `known` is not measured again. Those of a series that would take more than their share are left out.
     Raises `UsageError` for a time that is none, and on a machine too busy for its times to mean anything.
     """
     have = {each.operation: each for each in known}
@@ -66,12 +66,13 @@ def measured(
 
 
 def _affordable(operation: Operation, share: Seconds, have: dict[Operation, Measurement]) -> bool:
-    """Whether the least number of runs takes not much longer than the share; the first three sizes of a series always do."""
+    """Whether the least number of runs takes not much longer than the share; the first three of a series always do."""
     series = [each for each in have.values() if each.operation.series == operation.series]
     if len(series) < 3:
         return True
+    above = [each.seconds for each in series if each.operation.size >= operation.size]
     largest = max(series, key=lambda each: each.operation.size)
-    expected = largest.seconds * max(1.0, operation.size / largest.operation.size)
+    expected = min(above, default=largest.seconds * operation.size / largest.operation.size)
     return (FEWEST + 2) * expected <= 2 * share
 
 

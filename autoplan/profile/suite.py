@@ -32,9 +32,10 @@ _MOVED = {
     True: (MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB),
 }
 _MESSAGES = {
-    False: (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB),
-    True: (16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB),
+    False: (4 * KIB, 256 * KIB, 4 * MIB, 16 * KIB, 64 * KIB, MIB, 16 * MIB),
+    True: (16 * KIB, MIB, 64 * MIB, 64 * KIB, 256 * KIB, 4 * MIB, 16 * MIB, 256 * MIB, 1024 * MIB),
 }
+"""The first three are always measured: latency, bandwidth and what is between."""
 _TOGETHER = {False: (512, 4 * MIB), True: (4096, 64 * MIB)}
 """Size of the products and bytes of the all_reduce that run at the same time."""
 _TIMES = 4
@@ -42,7 +43,7 @@ _TIMES = 4
 
 
 def suite(machine: Machine, dtypes: Sequence[str]) -> list[Operation]:
-    """Every operation that a profile of `machine` is made of; of a series the small sizes first. `dtypes`: the first is the
+    """Every operation that a profile of `machine` is made of; of a series first what must be measured however short the time. `dtypes`: the first is the
     one that curves are measured in, of the others the peak."""
     device = [*_products(machine, dtypes), *_attention(machine, dtypes[0]), *_moving(machine, dtypes[0])]
     return [Operation("launch", 4.0, "float32", (LAUNCHES,)), *device, *_collectives(machine), *_together(machine, dtypes[0])]

@@ -18,16 +18,19 @@ from autoplan.workload import OptimizerName
 
 
 def measured_steps(
-    plan: Plan, loaded: LoadedModel, steps: int, *, warmup: int = 2, device: torch.device, trace: bool = False
+    plan: Plan, loaded: LoadedModel, steps: int, *, warmup: int = 2, device: torch.device, compiled: bool = False
 ) -> MeasuredSteps:
     """Train `warmup + steps` steps of the plan on synthetic inputs; every rank calls this and gets the same.
 
-    The model is gone afterwards, its process groups stay. Raises `UsageError` for a plan that can't be applied here.
+    `compiled`: by torch.compile, of which the cost model knows nothing. The model is gone afterwards, its process groups stay.
+    Raises `UsageError` for a plan that can't be applied here.
     """
     parallel = apply(loaded.build, plan, device=device, loss_fn=loaded.loss_fn, inputs=loaded.example_inputs)
+    if compiled:
+        parallel.module.compile()
     optimizer = optimizer_of(plan.workload.optimizer, list(parallel.parameters()))
-    timer = Timer("steps.json", warmup=warmup, trace=trace, plan=plan)
-    for step in range(warmup + steps + trace):
+    timer = Timer("steps.json", warmup=warmup, plan=plan)
+    for step in range(warmup + steps):
         batch = _batch(loaded, parallel, step, device)
         dist.barrier()
         with timer.step():
