@@ -75,10 +75,12 @@ def _gathered(staging: Staging) -> Bytes:
 
 def _enough_gpus(tables: Tables, limit: Bytes, gpus: int) -> int | None:
     """The smallest power-of-two multiple of `gpus` on which the leanest strategies fit, at one sample a group."""
+    context = tables.costs.context
+    shared = [(1, tp) for tp in (1, 2, 4, 8)] + [(cp, 1) for cp in (2, 4, 8, 16, 32) if not context.refusal(cp, 1)]
     number = gpus * 2
     while number <= _MOST_GPUS:
-        for tp in (1, 2, 4, 8):
-            if number % tp == 0 and _fits(tables, Mesh(dp_shard=number // tp, tp=tp), limit):
+        for cp, tp in shared:
+            if number % (cp * tp) == 0 and _fits(tables, Mesh(dp_shard=number // (cp * tp), cp=cp, tp=tp), limit):
                 return number
         number *= 2
     return None

@@ -33,6 +33,8 @@ def meshes(gpus: int, fixed: Mapping[str, int], cps: Sequence[int] = (1,)) -> It
             raise UsageError(
                 f"{axis} {size} does not divide {gpus} devices.", f"Use one of {', '.join(map(str, divisors(gpus)))}."
             )
+    if fixed.get("cp", 1) > 1 and fixed.get("tp", 1) > 1:
+        raise UsageError(f"cp {fixed['cp']} and tp {fixed['tp']} can't be combined yet.", "Ask for one of them.")
     found = [
         mesh
         for pp, dp_replicate, dp_shard in product(divisors(gpus), repeat=3)

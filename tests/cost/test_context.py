@@ -10,6 +10,7 @@ import pytest
 import autoplan
 from autoplan.cost.context import Context, context_inputs
 from autoplan.cost.model import CostModel
+from autoplan.errors import UsageError
 from autoplan.graph import Graph, Op
 from autoplan.search.planner import search
 from autoplan.search.space import meshes
@@ -94,6 +95,8 @@ def test_cp_and_tp_are_not_combined() -> None:
     assert not any(mesh.cp > 1 and mesh.tp > 1 for mesh in found)
     assert len(set(found)) == len(found)
     assert all(mesh.size == 8 for mesh in found)
+    with pytest.raises(UsageError, match="cp 2 and tp 2 can't be combined yet"):
+        list(meshes(8, {"cp": 2, "tp": 2}, (1, 2)))
 
 
 def test_long_sequences_are_cut_where_there_is_one_for_many_devices() -> None:
