@@ -133,6 +133,10 @@ class Arranged:
         if at.zero < 3:
             b = [t + self._accumulation(part) for t, part in zip(b, self._parameters(at), strict=True)]
         hop = self._hop(at)
+        waits = [self.software.hop_exposed * hop if at.pp > 1 else 0.0] * (virtual - 1)
+        f = [t + w for t, w in zip(f, (0.0, *waits), strict=True)]
+        b = [t + w for t, w in zip(b, (*waits, 0.0), strict=True)]
+        hop *= 1 - self.software.hop_exposed
         seconds = pipeline_seconds(at.schedule, tuple(f), tuple(b), m, hop, at.chunks)
         tail = optimizer = 0.0
         for s in range(at.pp):

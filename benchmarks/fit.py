@@ -79,7 +79,7 @@ def main(source: str, fields: Sequence[str]) -> None:
     for field in fields:
         name, _, value = field.partition("=")
         if value:
-            start = replace(start, **{name: float(value)})
+            start = replace(start, **{name: float(value.rstrip("!"))})
     names = [field.partition("=")[0] for field in fields if not field.endswith("!")]
     found = fit(source, names, start, runs)
     pricer = Pricer({source: found})

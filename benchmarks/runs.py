@@ -22,7 +22,7 @@ VOCABULARY = 51200
 """Of vTrain's GPT runs, which do not tell theirs: Megatron's padded GPT-2 vocabulary."""
 LONGEST, DEEPEST = 2**24, 10_000
 """Tokens of a sequence and layers beyond which a row is a slip of the table."""
-UNFUSED = ("megatron-2020", "megatron-2021", "megatron-2022", "vtrain")
+UNFUSED = ("megatron-2020", "megatron-2020-v100", "megatron-2021", "megatron-2022", "vtrain")
 """Software that writes attention's scores to memory and has dropout."""
 
 _IDS = (
@@ -37,6 +37,7 @@ _IDS = (
     ("simumax", "simumax"),
     ("foundry", "llm-foundry"),
     ("nanotron", "nanotron"),
+    ("llmq-llamafactory", "llama-factory"),
     ("llmq", "llmq"),
 )
 _FRAMEWORKS = (
@@ -53,7 +54,16 @@ _GPUS = (
     (r"H100.*(9[0-9] ?GB|HBM2e)", "h100-hbm2e-500w-8x"),
     (r"\bH100(?!.*(PCIe|NVL))", "h100-sxm-8x"),
     (r"\bH200", "h200-sxm-8x"),
+    (r"\bGB200", "gb200-nvl72"),
+    (r"\bGB300", "gb300-nvl72"),
+    (r"\bB300", "b300-sxm-8x"),
     (r"\bB200", "b200-sxm-8x"),
+    (r"\bMI300X", "mi300x-8x"),
+    (r"RTX 4090", "rtx-4090-pcie-8x"),
+    (r"RTX 5090", "rtx-5090-pcie-8x"),
+    (r"RTX PRO 6000", "rtx-pro-6000-pcie-8x"),
+    (r"\bV100", "v100-sxm2-8x"),
+    (r"\bA10G", "a10g-pcie-8x"),
     (r"\bL40S", "l40s-pcie-8x"),
     (r"\bA100(?!.*PCIe).*40", "a100-40g-sxm-8x"),
     (r"\bA100(?!.*PCIe)", "a100-80g-sxm-8x"),
@@ -129,8 +139,8 @@ def run_of(row: Row, failed: bool = False) -> Run:
         raise Refused("the global batch does not divide into the micro-batches told")
     layers = row.count("model_layers", 1 if "single layer" in row.text("other") else None)
     chunks = row.count("vpp", 1)
-    if layers > DEEPEST or pp * chunks > layers:
-        raise Refused("more pipeline stages than layers" if layers <= DEEPEST else "model_layers is beyond all bounds")
+    if max(layers, pp * chunks) > DEEPEST:
+        raise Refused("layers or stages are beyond all bounds")
     memory = row.number("peak_mem")
     return Run(
         id=row.text("id") or "(no id)",
@@ -169,7 +179,9 @@ def _source(row: Row) -> tuple[str, str]:
     hardware = next((profile for words, profile in _GPUS if re.search(words, gpu, re.IGNORECASE)), "")
     if hardware == "a100-80g-sxm-8x" and row.text("gpu_mem_gb") == "40" and not source.startswith("megatron-2020"):
         hardware = "a100-40g-sxm-8x"
-    if source == "torchtitan" and hardware.startswith("a100"):
+    if source == "megatron-2020" and hardware.startswith("v100"):
+        source = "megatron-2020-v100"
+    elif source == "torchtitan" and hardware.startswith("a100"):
         source = "torchtitan-a100"
     elif source == "torchtitan" and row.flag("torch_compile"):
         source = "torchtitan-compile"
@@ -183,6 +195,10 @@ def _modelled(row: Row) -> bool:
         raise Refused(f"{kind[:20]}: experts or state spaces are not modelled")
     if row.count("ep", 1) > 1:
         raise Refused("expert parallelism is not modelled")
+    if "lora" in row.text("id").lower() or "lora" in row.text("other").lower():
+        raise Refused("adapters are trained, not the model")
+    if re.search("offload[-_]|_offload", row.text("other")):
+        raise Refused("states or activations in the host's memory are not modelled")
     if row.text("zero") == "3" and row.text("id").startswith("narayanan"):
         raise Refused("DeepSpeed ZeRO-3 of 2021: another framework, six rows, no constants")
     told = f"{row.text('precision')} {row.text('float8')}".lower()

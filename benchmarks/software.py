@@ -35,6 +35,8 @@ class Software:
     """Fraction of the backward pass's tp collectives that asynchronous tp can hide."""
     dp_exposed: float = 0.0
     """Fraction of gradient reductions (and ZeRO's gathers) that even a long backward pass does not hide."""
+    hop_exposed: float = 0.0
+    """Fraction of passing activations on for which both stages wait, rather than compute on."""
     network: float = 1.0
     """Collectives that leave the node take so many times longer."""
     layer: Seconds = 0.0

@@ -32,7 +32,7 @@ def test_a_row_becomes_a_run() -> None:
     [
         ("titan-asynctp-8b-float8-rowwise-async", "fp8 scaled by rows"),
         ("simumax-b200-deepseekv2_tp1_ep8_pp1_dp8_l4_mbc4_cef", "experts"),
-        ("megatron2020-dgx2-1B", "no hardware profile for V100"),
+        ("mbridge-26.06-LLAMA3_70B-GB200-FP8-n8-gbs32-lora", "adapters"),
         ("megatron-h100-16B", "micro_batch is not told"),
         ("narayanan-t2-174.6B-z3-384", "another framework"),
         ("titan-a100-l2-70b-selective_layer-lb2-OOM", "no measurement"),
@@ -117,7 +117,7 @@ def test_files_that_nobody_has_seen_are_counted_never_stumbled_over(tmp_path: Pa
         ("tp", "3.5", "tp is not a whole number"),
         ("micro_batch", "-1", "micro_batch is not a number that can be"),
         ("global_batch", "inf", "global_batch is not a number that can be"),
-        ("model_layers", "1", "more pipeline stages than layers"),
+        ("model_layers", "99999", "layers or stages are beyond all bounds"),
         ("model_heads", "7", "heads that do not share out"),
         ("dp", "5", "not the number of GPUs"),
         ("step_time_s", "soon", "step_time_s is not a number"),
