@@ -3,9 +3,9 @@
 HEAD = """# How accurate the cost model is
 
 Made by `python -m benchmarks.accuracy benchmarks/published/*.csv --markdown > docs/accuracy.md`, which writes the plots too.
-Every row of the published tables in `benchmarks/published/` is priced with the planner's own functions (`LayerModel`, `layer_cost`,
-`CostModel`, and `benchmarks.arrangement` for stages) on the captured graph of the run's shape, or refused with a reason that is
-counted below.
+Every row of the published tables in `benchmarks/published/` is priced with the planner's own functions (`LayerModel`,
+`layer_cost`, `CostModel`, and `benchmarks.arrangement` for stages) on the captured graph of the run's shape, or refused with a
+reason that is counted below.
 
 - **error** = predicted / measured - 1 of the seconds of a step. **MAPE** mean of its size, **median** of its size, **bias** its
   mean, **P95** of its size.
