@@ -20,7 +20,10 @@ from torch.distributed._tools.fake_collectives import CollectiveOp, collective_o
 from torch.distributed._tools.mem_tracker import MemTracker
 
 # `_clear_python_sharding_prop_cache` and its fast twin. One function that does both came after 2.10.
-from torch.distributed.tensor import debug
+from torch.distributed.tensor import DTensor, debug
+
+# Where DTensor makes fake tensors of whole shapes, which are not memory.
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
 # Is a torch function mode asked, or is it at work itself?
 from torch.overrides import _get_current_function_mode
@@ -34,9 +37,25 @@ from autoplan.apply.outside import running
 
 
 class Peak(MemTracker):
-    """`MemTracker` without its statistics of modules, which forbid that a module is called twice: in accumulation it is."""
+    """`MemTracker` without its statistics of modules, which forbid that a module is called twice: in accumulation it is.
+
+    DTensor finds the shapes of its results on fake tensors of whole, unsharded shapes. `MemTracker` tells them by their fake
+    mode, which is the tracked one when the step itself runs on fake tensors; here they are not counted in either case.
+    """
+
+    _shapes_only = False
 
     def __enter__(self) -> Peak:
+        original = self._propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def apart(propagator: ShardingPropagator, schema: Any) -> Any:
+            self._shapes_only = True
+            try:
+                return original(propagator, schema)
+            finally:
+                self._shapes_only = False
+
+        ShardingPropagator._propagate_tensor_meta_non_cached = apart  # type: ignore[method-assign,assignment]
         self._fake_mode_on_entry = torch._guards.active_fake_mode()
         self._track_resize()
         self._peak_mem_snap = self.get_tracker_snapshot()
@@ -47,6 +66,12 @@ class Peak(MemTracker):
     def __exit__(self, *error: Any) -> None:
         self._restore_resize()
         TorchDispatchMode.__exit__(self, *error)
+        ShardingPropagator._propagate_tensor_meta_non_cached = self._propagate  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._shapes_only and not any(issubclass(t, DTensor) for t in types):
+            return func(*args, **kwargs or {})
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     @property
     def peak(self) -> dict[str, int]:

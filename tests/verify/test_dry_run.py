@@ -144,6 +144,18 @@ def test_too_little_memory_is_told() -> None:
     assert any(sentence.startswith("memory: the peak is") for sentence in found.differences)
 
 
+def test_shapes_that_dtensor_works_out_are_not_memory() -> None:
+    """AdamW asks for the shapes of whole matrices of the vocabulary, of which a rank holds an eighth: three times 41 MB."""
+    sizes = {"layers": 2, "hidden": 256, "heads": 8, "kv_heads": 8, "ffn": 256, "vocab": 40_000, "seq_len": 8, "size": "125M"}
+    load: dict[str, Any] = {"compute_dtype": "float32", "global_batch": 1, "model_kwargs": sizes}
+    plan = autoplan.plan(str(EXAMPLES / "llama.py"), gpus=8, fixed={"dp_replicate": 1, "dp_shard": 1, "tp": 8}, **load)
+    memory = plan.prediction.memory
+    found = dry_run(plan, autoplan.load_model(plan.model))
+    assert found.agrees, found.differences
+    states = memory.parameters + memory.gradients + memory.optimizer
+    assert states < found.memory[0].measured < 1.5 * states
+
+
 def test_groups_have_axes() -> None:
     mesh = Mesh(pp=2, dp_replicate=2, dp_shard=2, tp=2)
     assert coordinates(13, mesh) == {"pp": 1, "dp_replicate": 1, "dp_shard": 0, "tp": 1}
