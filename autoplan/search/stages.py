@@ -64,6 +64,7 @@ class Staging:
         self.limits = [limit - size for size in self.passing]
         self.order = [block.body for block in tables.graph.blocks]
         self.layers = len(self.order)
+        self.least = self.chunks if self.layers else 0  # a model may have no layer that repeats
         self._groups: dict[Hashable, list[Group]] = {}
         self._relaxed: dict[Hashable, Seconds] = {}
         self._outer_stages: dict[int, tuple[Seconds, Bytes, Bytes]] = {}
@@ -195,9 +196,9 @@ class Staging:
         if room < 0:
             return False
         slowest = room / self.many if self.many else inf
-        if self._alike and farthest(self.ranks, self.layers, self._quick, slowest, self.chunks) < self.layers:
+        if self._alike and farthest(self.ranks, self.layers, self._quick, slowest, self.least) < self.layers:
             return False
-        return farthest(self.ranks, self.layers, self.relaxed, slowest, self.chunks) >= self.layers
+        return farthest(self.ranks, self.layers, self.relaxed, slowest, self.least) >= self.layers
 
     def _quick(self, s: int, i: int, j: int) -> Seconds:
         """A bound on a run that is cheap: all layers as if they were in the chunk with the fewest micro-batches in flight."""
@@ -218,19 +219,19 @@ class Staging:
     def fullest(self) -> tuple[int, list[Group]]:
         """The fullest rank of the leanest cut, and what it holds."""
         limit = max(self.limits)
-        cut = best_cut(self.ranks, self.layers, lambda s, i, j: self._excess(s, i, j) + limit, 1.0, 0.0, self.chunks)
+        cut = best_cut(self.ranks, self.layers, lambda s, i, j: self._excess(s, i, j) + limit, 1.0, 0.0, self.least)
         assert cut is not None
         runs = zip(range(self.ranks), (0, *cut.edges), cut.edges, strict=False)
         s, i, j = max(runs, key=lambda run: self._excess(*run))
         return s, self.groups(s, i, j)
 
     def _bottleneck(self, value: Value, low: float) -> float:
-        return least_bottleneck(self.ranks, self.layers, value, low, inf, self.chunks)
+        return least_bottleneck(self.ranks, self.layers, value, low, inf, self.least)
 
     @cached_property
     def fits(self) -> bool:
         """Whether some cut fits when every layer takes its leanest strategy."""
-        return farthest(self.ranks, self.layers, self._excess, 0.0, self.chunks) >= self.layers
+        return farthest(self.ranks, self.layers, self._excess, 0.0, self.least) >= self.layers
 
     def solve(self, gap: float, most: Seconds = inf) -> Solution | Seconds | None:
         """The best cut and strategies; a bound on the step when it's above `most`; None when nothing fits.
@@ -239,7 +240,7 @@ class Staging:
         """
         while True:
             found = best_cut(
-                self.ranks, self.layers, self._known, self.many, self.few, self.chunks, most - self.hops, self.fastest
+                self.ranks, self.layers, self._known, self.many, self.few, self.least, most - self.hops, self.fastest
             )
             if found is None:
                 return most if most < inf and self.fits else None

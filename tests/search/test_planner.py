@@ -209,6 +209,13 @@ def test_an_interrupted_search_gives_the_best_so_far(monkeypatch: pytest.MonkeyP
     assert plan.solve.bound <= whole.prediction.step_time * (1 + 1e-9)
 
 
+def test_a_model_in_which_no_layer_repeats_is_planned() -> None:
+    plan = search(model(layers=0), machine(), LOAD, gpus=4)
+    assert plan.solve.status == "optimal"
+    assert plan.mesh.pp == 1
+    assert not plan.runs
+
+
 def test_less_memory_is_never_faster() -> None:
     times = [search(GRAPH, machine(memory=size), LOAD, gpus=4).prediction.step_time for size in (40e9, 1.2e9, 1.0e9, 0.8e9)]
     assert all(a <= b * (1 + 1e-4) for a, b in pairwise(times))

@@ -158,7 +158,7 @@ def test_shapes_that_dtensor_works_out_are_not_memory() -> None:
 
 def test_groups_have_axes() -> None:
     mesh = Mesh(pp=2, dp_replicate=2, dp_shard=2, tp=2)
-    assert coordinates(13, mesh) == {"pp": 1, "dp_replicate": 1, "dp_shard": 0, "tp": 1}
+    assert coordinates(13, mesh) == {"pp": 1, "dp_replicate": 1, "dp_shard": 0, "cp": 0, "tp": 1}
     assert [axis_of(ranks, mesh) for ranks in ((0, 1), (1, 3), (4, 0), (5, 13), (0, 1, 2, 3))] == [
         "tp", "dp_shard", "dp_replicate", "pp", "dp_shard+tp",
     ]  # fmt: skip
