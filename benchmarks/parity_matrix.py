@@ -39,7 +39,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
 BATCH = 8
 TOLERANCE = 1e-10
 SEQUENCE = shard(1)
-FAMILIES = ("gpt2", "llama-3", "qwen3", "mistral", "gemma-2", "phi-3", "bert", "t5", "vit", "whisper")
+FAMILIES = ("gpt2", "llama-3", "qwen3", "mistral", "gemma-2", "phi-3", "bert", "vit", "whisper", "t5")
 DEPTHS = {
     "n_layer": 4,
     "num_hidden_layers": 4,
@@ -122,7 +122,7 @@ def plan_of(known: Tables, wish: Wish) -> Plan | str:
         return "the layers do not pass on activations with a sequence that tp divides"
     chosen: dict[int, Sharding] = {}
     for body in known.classes:
-        found = known.shardings(body, mesh.tp, wish.micro_batch, wish.stream)
+        found = known.shardings(body, mesh.within, wish.micro_batch, wish.stream)
         if not found:
             where = "what stands outside the layers" if body == OUTER else f"a layer like {_first(known, body)}"
             return f"no legal sharding over tp {mesh.tp} of {where} with activations {wish.stream} between layers"

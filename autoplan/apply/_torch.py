@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 # The placement of a packed weight (q, k and v in one): every rank holds its share of each part. It has no public name.
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
+from torch.nn import init
 
 # Tensors in Python containers (arguments, outputs); torch keeps its pytree private although everybody uses it.
 from torch.utils._pytree import tree_any, tree_flatten, tree_leaves, tree_map, tree_map_only
@@ -38,6 +40,24 @@ def flattened(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
 def beside(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:
     """The mesh of the axes of both, which must be of one mesh."""
     return DeviceMesh._concatenate([first, second])
+
+
+_BY_VALUE = ("_no_grad_trunc_normal_", "orthogonal_", "sparse_", "dirac_")
+"""Of `torch.nn.init`: they look at values, draw until they like them, or do nothing at all on meta. The first is private; public
+is its front `trunc_normal_`, of which libraries keep copies."""
+
+
+@contextmanager
+def replaced_inits(call: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """While it lasts, these functions call `call(original, tensor, *arguments)`."""
+    originals = {name: getattr(init, name) for name in _BY_VALUE}
+    for name, original in originals.items():
+        setattr(init, name, partial(call, original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(init, name, original)
 
 
 def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -147,6 +167,7 @@ __all__ = [
     "call_module",
     "flattened",
     "replace_call",
+    "replaced_inits",
     "tree_any",
     "tree_flatten",
     "tree_leaves",

@@ -23,7 +23,7 @@ from autoplan.apply.outside import watch
 from autoplan.apply.pipeline import Pipeline
 from autoplan.apply.runner import Doubles
 from autoplan.apply.shards import Coordinate, ParameterShards
-from autoplan.apply.tracer import shadow, trace
+from autoplan.apply.tracer import in_mode_of, shadow, trace
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
 from autoplan.strategy import AXES
@@ -121,7 +121,14 @@ def _staged(
     with allocating:  # code that asks whether tensors are fake must hear the same as when it runs
         example = inputs(plan.micro_batch) if callable(inputs) else inputs
         example = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in example.items()}
-        pipeline = Pipeline(plan, mesh, spread, device, lambda batch: trace(copied, plan, batch, loss, spread, compute), example)
+        pipeline = Pipeline(
+            plan,
+            mesh,
+            spread,
+            device,
+            lambda batch: trace(in_mode_of(module, copied), plan, batch, loss, spread, compute),
+            example,
+        )
     data_parallel.recompute(module, plan, spread)
     root, ignored = stages.build(module, plan, pipeline.program, pipeline.rank, pipeline.run)
     units = data_parallel.shard_stages(root, module, ignored, plan, shards, mesh)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoplan.apply._torch import tree_flatten, tree_map_only
+from autoplan.apply._torch import replaced_inits, tree_flatten, tree_map_only
 from autoplan.errors import AutoplanError, UsageError
 
 
@@ -207,6 +207,17 @@ class _Recorder(TorchDispatchMode):
         overwrites = whole or (bool(made) and not mutated)
         self.recording.nodes.append(Node(func, args, kwargs, views, tuple(read), writes, overwrites, random))
 
+    def draw(self, original: Callable[..., torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """An initialisation that needs values to look at: written down as one operation."""
+        if not tensor.is_meta:
+            return original(tensor, *args, **kwargs)
+        view = self.view(tensor)
+        reads = () if self._covers(view) else (view.storage,)
+        random = kwargs.get("generator") is None
+        node = Node(original, (view, *args), kwargs, (view,), reads, (view.storage,), not reads, random)
+        self.recording.nodes.append(node)
+        return tensor
+
     def _covers(self, view: View) -> bool:
         """Does the tensor fill its storage?"""
         numel = 1
@@ -259,7 +270,7 @@ def record(factory: Callable[[], nn.Module]) -> Deferred:
     recording = Recording()
     recorder = _Recorder(recording)
     try:
-        with torch.random.fork_rng(devices=[]), recorder:
+        with torch.random.fork_rng(devices=[]), recorder, replaced_inits(recorder.draw):
             model = factory()
     except AutoplanError:
         raise

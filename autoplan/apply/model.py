@@ -70,7 +70,11 @@ class ParallelModel:
         each; every stage of a pipeline is given the same. What is reduced when is said in `zero`. The optimizer is the
         caller's.
         """
-        micro_batches = list(self._micro_batches(batch, self.plan.micro_batches))
+        return self.run(batch, self.plan.micro_batches)
+
+    def run(self, batch: dict[str, Any], count: int) -> torch.Tensor:
+        """`step` with another number of micro-batches than the plan's: it can be that of a smaller last batch."""
+        micro_batches = list(self._micro_batches(batch, count))
         with self._watch("a step"):
             if self._pipeline is None:
                 total = self._accumulate(micro_batches)
@@ -79,6 +83,29 @@ class ParallelModel:
                 assert self._tied is not None
                 self._tied.add_gradients()
             return self._mean(total)
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The mean loss over all ranks, of modules in evaluation mode; there are no gradients, and all modes are put back.
+
+        `batch` is as in `step`, but may hold any number of micro-batches, the same number on every rank.
+        """
+        sizes = [len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim]
+        micro_batches = list(self._micro_batches(batch, max(1, max(sizes, default=0) // self.plan.micro_batch)))
+        modes = [(module, module.training) for module in self.module.modules()]
+        self.module.eval()
+        try:
+            with self._watch("an evaluation"):
+                if self._pipeline is None:
+                    losses = [self._loss(micro_batch) / len(micro_batches) for micro_batch in micro_batches]
+                    total = torch.stack(losses).sum()
+                else:
+                    total = self._pipeline.evaluate(micro_batches)
+                return self._mean(total)
+        finally:
+            reshard(self._units())
+            for module, training in modes:
+                module.training = training
 
     def _watch(self, doing: str) -> AbstractContextManager[None]:
         """If another rank ends meanwhile, this one does too, with an error that names it."""

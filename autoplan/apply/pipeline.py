@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -61,8 +62,9 @@ class Pipeline:
         self.tp = spread
         self._trace = trace
         self.program = trace(example)
-        self._programs = {_shapes(example): self.program}
-        self._schedules: dict[Program, tuple[Any, list[Chunk]]] = {}
+        self._programs = {(_shapes(example), True): self.program}
+        """By the shapes of a batch, and whether it is for training."""
+        self._schedules: dict[tuple[Program, int], tuple[Any, list[Chunk]]] = {}
         self._loss_of: LossOf
         self.root: stages.Rank
         self._units: dict[int, list[zero.Unit]]
@@ -104,6 +106,36 @@ class Pipeline:
             return torch.stack(self._losses).sum()
         return torch.zeros((), dtype=self.program.loss, device=self.device)
 
+    @torch.no_grad()
+    def evaluate(self, micro_batches: list[dict[str, Any]]) -> torch.Tensor:
+        """Their mean loss, by forward passes alone; as `step`.
+
+        A micro-batch goes through all stages of this rank before the next one: so no two ranks wait for each other, whatever
+        a backend does with what nobody has asked for yet. With chunks that is slower than their schedule would be.
+        """
+        self.program = self._program_of(micro_batches[0], training=False)
+        self._micro_batches, self._losses = micro_batches, []
+        sending: list[Any] = []
+        pp, last = self.plan.mesh.pp, len(self.plan.stages) - 1
+        for index in range(len(micro_batches)):
+            for number in stages.numbers(self.plan, self.rank):
+                wires = self.program.incoming(number)
+                received = tuple(torch.empty_like(wire.empty(), device=self.device, requires_grad=False) for wire in wires)
+                for tensor in received:
+                    dist.recv(tensor, group=self.group, group_src=(number - 1) % pp)
+                made = self.forward(number, index, received)
+                if number < last:
+                    sending += [(dist.isend(tensor, group=self.group, group_dst=(number + 1) % pp), tensor) for tensor in made]
+        for work, _ in sending:
+            work.wait()
+        self._micro_batches = []
+        return self._total()
+
+    def _total(self) -> torch.Tensor:
+        if self._losses:
+            return torch.stack(self._losses).sum()
+        return torch.zeros((), dtype=self.program.loss, device=self.device)
+
     def forward(self, number: int, index: int, received: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         batch = self._micro_batches[index]
         try:
@@ -141,7 +173,7 @@ class Pipeline:
             loss = self._loss_of(inputs, batch)
         if number == len(self.plan.stages) - 1:
             assert loss is not None
-            loss = loss / self.plan.micro_batches
+            loss = loss / len(self._micro_batches)
             self._losses.append(loss.detach())
             return (torch.stack([loss]),)
         if versions != [local._version for local in kept]:
@@ -158,21 +190,21 @@ class Pipeline:
             for wire in program.outgoing(number)
         )
 
-    def _program_of(self, batch: dict[str, Any]) -> Program:
+    def _program_of(self, batch: dict[str, Any], training: bool = True) -> Program:
         """The program for micro-batches of this shape."""
-        shapes = _shapes(batch)
-        if shapes not in self._programs:
+        key = _shapes(batch), training
+        if key not in self._programs:
             found = self._trace(batch)
             if found.readers != self.program.readers or found.layers != self.program.layers:
                 raise UsageError(
                     "the forward pass takes another way for this batch than for the inputs given to apply.",
                     "A pipeline runs models whose layers are called in one order.",
                 )
-            self._programs[shapes] = found
-        return self._programs[shapes]
+            self._programs[key] = found
+        return self._programs[key]
 
     def _schedule(self, program: Program, count: int) -> tuple[Any, list[Chunk]]:
-        if program not in self._schedules:
+        if (program, count) not in self._schedules:
             chunks = [Chunk(self, number) for number in stages.numbers(self.plan, self.rank)]
             built = [self._stage(program, chunk) for chunk in chunks]
             options: dict[str, Any] = {"loss_fn": lambda output, _: output[0].sum(), "scale_grads": False}
@@ -184,8 +216,8 @@ class Pipeline:
                 made = AnyGPipe(built[0], count, **options)
             else:
                 made = Any1F1B(built[0], count, **options)
-            self._schedules[program] = made, chunks
-        return self._schedules[program]
+            self._schedules[program, count] = made, chunks
+        return self._schedules[program, count]
 
     def _stage(self, program: Program, chunk: Chunk) -> LeanStage:
         last = chunk.number == len(self.plan.stages) - 1

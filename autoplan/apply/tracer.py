@@ -38,6 +38,13 @@ def shadow(model: nn.Module, compute: torch.dtype | None) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def in_mode_of(model: nn.Module, copied: nn.Module) -> nn.Module:
+    """The `shadow`, each module of it training or not as that of `model` is."""
+    for module, double in zip(model.modules(), copied.modules(), strict=True):
+        double.training = module.training
+    return copied
+
+
 def trace(
     model: nn.Module, plan: Plan, batch: dict[str, Any], loss: Loss, tp: DeviceMesh | None, compute: torch.dtype | None
 ) -> Program:

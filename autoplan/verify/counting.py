@@ -15,8 +15,9 @@ from autoplan.verify.traffic import KINDS, Amount, Key, Traffic, axis_of, total
 class Counting(TorchDispatchMode):
     """While it is on, collectives of more than one rank are counted.
 
-    What is received from a neighbouring stage is all ones. In the first step stages ask each other whether they know the
-    shapes of what is sent (`torch.distributed.pipelining`); one means yes, which the fake process group would not say.
+    What is received from a neighbouring stage is all ones. In its first step a schedule asks the stages whether they know the
+    shapes of what is sent (`torch.distributed.pipelining`), with one int32, which is not counted; one means yes, which the
+    fake process group would not say.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -29,7 +30,7 @@ class Counting(TorchDispatchMode):
         return total(self._found)
 
     def forget(self) -> None:
-        """Begin anew: after the first step, in which more is sent than in others."""
+        """Begin anew, after a step."""
         self._found.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -52,6 +53,8 @@ class Counting(TorchDispatchMode):
         if kind == "recv":
             for tensor in tree_leaves(args[0]):
                 tensor.fill_(1)
+        if kind in ("send", "recv") and all(leaf.numel() == 1 and leaf.dtype == torch.int32 for leaf in leaves):
+            return
         if len(ranks) > 1:
             size = max(leaf.numel() * leaf.element_size() for leaf in leaves)  # of input and output the one that is whole
             self._found.append(((axis_of(ranks, self._mesh), kind), Amount(1, size)))

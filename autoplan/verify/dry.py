@@ -23,11 +23,8 @@ from autoplan.verify._torch import FakeStore, FakeTensorMode, Peak, forget_meshe
 from autoplan.verify.compare import DryRun, compare
 from autoplan.verify.counting import Counting
 from autoplan.verify.kernels import as_on_gpus
+from autoplan.verify.steady import sample_of
 from autoplan.verify.traffic import Traffic
-
-STEPS = 2
-"""The first makes the optimizer's states and warms up the pipeline; the last is counted, and the peak is that of both."""
-
 
 SMALL: Bytes = 2 * 2**30
 """What a rank may hold to be run with real tensors, where fake ones don't do."""
@@ -76,21 +73,24 @@ def one_rank(plan: Plan, loaded: LoadedModel, rank: int) -> tuple[Traffic, Bytes
 
 
 def _step(plan: Plan, loaded: LoadedModel, rank: int, mode: AbstractContextManager[Any]) -> tuple[Traffic, Bytes]:
+    sample = sample_of(plan, rank // (plan.mesh.size // plan.mesh.pp))
     with alone(rank, plan.mesh.size), told_devices(), torch.random.fork_rng(devices=[]):
         build, inputs = loaded.build, loaded.example_inputs
         parallel = apply(build, plan, device="cpu", loss_fn=loaded.loss_fn, inputs=inputs, allocating=mode)
         with mode, as_on_gpus():
             optimizer = OPTIMIZERS[plan.workload.optimizer](parallel.parameters())
-            batch = inputs(plan.micro_batch * plan.micro_batches)
+            batches = {count: inputs(plan.micro_batch * count) for count in sample.counts}
             peak, counting = Peak(), Counting(plan.mesh)
             peak.track_external(parallel.module, optimizer)
+            seen: dict[int, Traffic] = {}
             with peak, counting:
-                for _ in range(STEPS):
+                for count in sample.counts:
                     counting.forget()
-                    parallel.step(batch)
+                    parallel.run(batches[count], count)
                     optimizer.step()
                     optimizer.zero_grad()
-        return counting.traffic, peak.peak.get("cpu", 0)
+                    seen[count] = counting.traffic
+        return sample.continued(seen), peak.peak.get("cpu", 0)
 
 
 OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {

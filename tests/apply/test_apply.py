@@ -181,9 +181,15 @@ def test_calls_that_the_plan_does_not_know():
 
 def evaluation():
     parallel = apply(double("translator"), translator(Mesh(tp=2)), device="cpu", seed=3)
+    modes = []
+    parallel.module.head.register_forward_hook(lambda module, *_: modes.append(module.training))
+    evaluated = parallel.evaluate(batches("translator")[0]).item()
+    assert modes == [False]
+    assert parallel.module.head.training
     parallel.module.eval()
     with torch.no_grad():
-        return parallel(**batches("translator")[0]).item()
+        assert parallel(**batches("translator")[0]).item() == evaluated
+    return evaluated
 
 
 @pytest.mark.gloo

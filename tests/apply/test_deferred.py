@@ -9,11 +9,29 @@ from autoplan.errors import UsageError
 from tests.apply.models import FACTORIES
 
 
-@pytest.mark.parametrize("name", list(FACTORIES))
+class ByValue(nn.Module):
+    """Initialised by functions that look at values, twice and on a part too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(8, 6)) for _ in range(3))
+        self.d = nn.Parameter(torch.empty(4, 4, 3))
+        nn.init.trunc_normal_(self.a, std=0.02)
+        nn.init.trunc_normal_(self.a, std=0.5, a=-0.1, b=0.1)
+        nn.init.trunc_normal_(self.b.data[:4], std=0.02)
+        nn.init.orthogonal_(self.c)
+        nn.init.sparse_(self.b.data[4:], 0.5)
+        nn.init.dirac_(self.d)
+
+
+BUILDERS = {**FACTORIES, "by value": ByValue}
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
 def test_values_equal_the_constructors_bit_for_bit(name):
     torch.manual_seed(7)
-    expected = dict(named_tensors(FACTORIES[name]()))
-    deferred = record(FACTORIES[name])
+    expected = dict(named_tensors(BUILDERS[name]()))
+    deferred = record(BUILDERS[name])
     assert all(parameter.is_meta for parameter in deferred.model.parameters())
     found = {}
     deferred.values(7, lambda key, tensor: found.__setitem__(key, tensor.clone()))

@@ -178,3 +178,25 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     found = json.loads(capsys.readouterr().out)
     assert found["differences"]
     assert main(["verify", str(file), str(EXAMPLES / "llama.py")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("case", "fewer"),
+    [
+        (Case(Mesh(pp=2, dp_shard=2), 1, zero=1), (2, 3)),
+        (Case(Mesh(pp=2, dp_shard=2), 1, schedule="interleaved-1f1b", chunks=2, recompute="full"), (4, 6)),
+        (Case(Mesh(dp_shard=2, tp=2), 1, SEQUENCE, zero=1), (2, 3)),
+    ],
+    ids=["1f1b", "interleaved", "accumulation"],
+)
+def test_a_few_micro_batches_show_what_many_do(case: Case, fewer: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from autoplan.verify import dry, steady
+
+    plan, loaded = priced("gpt", case), load("gpt", case.mesh.pp > 1)
+    plan = replace(plan, workload=replace(plan.workload, global_batch=24))
+    assert steady.sample_of(plan, 0).counts == fewer
+    sent, held = dry.one_rank(plan, loaded, 0)
+    monkeypatch.setattr(dry, "sample_of", lambda plan, rank: steady.Sample((24 // plan.mesh.dp,) * 2, 24 // plan.mesh.dp))
+    all_sent, all_held = dry.one_rank(plan, loaded, 0)
+    assert sent == all_sent
+    assert 0 <= all_held - held <= 128 * plan.micro_batches  # a few scalars of each: its loss
