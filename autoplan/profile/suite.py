@@ -43,8 +43,10 @@ _TIMES = 4
 
 
 def suite(machine: Machine, dtypes: Sequence[str]) -> list[Operation]:
-    """Every operation that a profile of `machine` is made of; of a series first what must be measured however short the time. `dtypes`: the first is the
-    one that curves are measured in, of the others the peak."""
+    """Every operation that a profile of `machine` is made of; of a series first what must be measured however short the time.
+
+    `dtypes`: the first is the one that curves are measured in, of the others the peak.
+    """
     device = [*_products(machine, dtypes), *_attention(machine, dtypes[0]), *_moving(machine, dtypes[0])]
     return [Operation("launch", 4.0, "float32", (LAUNCHES,)), *device, *_collectives(machine), *_together(machine, dtypes[0])]
 
