@@ -115,7 +115,7 @@ def case(name: str, ranks: int, profile: HardwareProfile, settings: Settings, *,
     graph = api.inspect(api.load_model(str(ROOT / spec)), compute_dtype="float32")
     costs = CostModel(graph, profile, load)
     picked = api.plan(graph, gpus=ranks, hardware=profile, global_batch=BATCH, compute_dtype="float32", param_dtype="float32")
-    plans = [picked, *uniform_plans(costs, ranks)]
+    plans = [picked, *(plan for plan in uniform_plans(costs, ranks) if key(plan) != key(picked))]
     if settings.plans is not None and len(plans) > settings.plans:
         plans = [picked, *random.Random(1).sample(plans[1:], settings.plans - 1)]
     path = settings.folder / f"closed-loop-{name}-{ranks}.json"
