@@ -28,6 +28,7 @@ _FACE = (
     "load_plan",
     "plan",
     "plan_json",
+    "plans",
     "report",
     "save_plan",
     "verify",

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from datetime import date
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from autoplan.constraints import Constraints
 from autoplan.errors import NothingFits, UsageError
+from autoplan.files.constraints import load_constraints
 from autoplan.files.plan import load_plan, plan_json, save_plan
 from autoplan.graph import Graph
 from autoplan.hardware import HardwareProfile
@@ -55,6 +57,7 @@ __all__ = [
     "load_plan",
     "plan",
     "plan_json",
+    "plans",
     "report",
     "save_plan",
     "verify",
@@ -69,6 +72,9 @@ class Answer:
     plan: Plan | None
     reason: str
 
+
+Objective = Literal["fewest", "speed", "cost"]
+"""Of several numbers of GPUs: the fewest, the most tokens a second, the fewest GPU-hours a token."""
 
 SAMPLES_PER_GPU = 4
 """The global batch, in samples a GPU, when neither the user nor the model's file says one."""
@@ -104,7 +110,9 @@ def plan(
     compute_dtype: DType | None = None,
     param_dtype: DType | None = None,
     optimizer: OptimizerName | None = None,
+    objective: Objective = "fewest",
     fixed: Mapping[str, int] | None = None,
+    constraints: str | Path | Constraints | None = None,
     headroom: float = 0.0,
     gap: float = 1e-4,
     time_limit: float | None = None,
@@ -113,16 +121,49 @@ def plan(
 ) -> Plan:
     """The fastest plan for `gpus` devices, proven within a relative `gap` for the cost model.
 
-    With a range of `gpus`, (8, 64), it is the plan for the fewest that fit, and take at most `step_time` seconds a step; the
-    global batch is then one for all numbers, by default that of the largest.
+    With a range of `gpus`, (8, 64), it is the plan for the "fewest" that fit, and take at most `step_time` seconds a step; or,
+    with that `objective`, the one of the most "speed" (tokens a second) or of the least "cost" (GPU-hours a token). The global
+    batch is then one for all numbers, by default that of the largest.
     What is not given here is taken from the file's `workload`, else from `Workload`'s defaults. `fixed` holds axes of the
-    mesh that the user has decided, {"tp": 8}; `headroom` is a fraction of each device's memory to keep free. A search that
-    `time_limit` seconds or Ctrl-C ends gives the best plan so far, see `Solve.stopped`.
+    mesh that the user has decided, {"tp": 8}; `constraints`, or a file of them, say more: see `autoplan.constraints`;
+    `headroom` is a fraction of each device's memory to keep free. A search that `time_limit` seconds or Ctrl-C ends gives the
+    best plan so far, see `Solve.stopped`.
     Raises `NothingFits` when no plan fits into memory and `UsageError` for a wish or a model that cannot be met.
     """
-    from autoplan.search.numbers import counts, fewest
-    from autoplan.search.planner import search
+    asked = dict(locals())
+    return plans(asked.pop("model"), 1, **asked)[0]
 
+
+def plans(
+    model: str | LoadedModel | Graph,
+    top: int,
+    *,
+    gpus: int | tuple[int, int],
+    step_time: float | None = None,
+    hardware: str | HardwareProfile = DEFAULT_HARDWARE,
+    global_batch: int | None = None,
+    compute_dtype: DType | None = None,
+    param_dtype: DType | None = None,
+    optimizer: OptimizerName | None = None,
+    objective: Objective = "fewest",
+    fixed: Mapping[str, int] | None = None,
+    constraints: str | Path | Constraints | None = None,
+    headroom: float = 0.0,
+    gap: float = 1e-4,
+    time_limit: float | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> list[Plan]:
+    """The `top` best plans, each on another mesh, the best first: no other mesh has a faster one than the last of them.
+
+    The rest as in `plan`; of a range of `gpus` they are for the number that `plan` would choose.
+    """
+    from autoplan.search import numbers, planner
+
+    if top < 1:
+        raise UsageError(f"{top} plans are too few.", "Ask for at least one.")
+    if isinstance(constraints, str | Path):
+        constraints = load_constraints(constraints)
     first, last = (gpus, gpus) if isinstance(gpus, int) else gpus
     if first < 1:
         raise UsageError(f"{first} GPUs are too few.", "Ask for at least one.")
@@ -141,13 +182,15 @@ def plan(
     load = workload({} if isinstance(loaded, Graph) else loaded.workload, wishes, last)
     graph = loaded if isinstance(loaded, Graph) else inspect(loaded, compute_dtype=load.compute_dtype)
 
-    def plan_for(number: int) -> Plan:
-        return search(
+    def plans_for(number: int, top: int = 1) -> list[Plan]:
+        return planner.plans(
             graph,
             profile,
             load,
+            top,
             gpus=number,
             fixed=fixed,
+            constraints=constraints,
             headroom=headroom,
             gap=gap,
             time_limit=inf if time_limit is None else time_limit,
@@ -155,8 +198,14 @@ def plan(
         )
 
     if first == last and step_time is None:
-        return plan_for(first)
-    return fewest(counts(first, last, profile), plan_for, step_time)
+        return plans_for(first, top)
+    range_of, one = numbers.counts(first, last, profile), lambda number: plans_for(number)[0]
+    if objective == "fewest":
+        best = numbers.fewest(range_of, one, step_time)
+    else:
+        cost = numbers.device_seconds if objective == "cost" else numbers.step_seconds
+        best = numbers.least(range_of, one, cost, step_time)
+    return [best] if top == 1 else plans_for(best.mesh.size, top)
 
 
 def workload(from_file: Mapping[str, Any], wishes: Mapping[str, Any], gpus: int) -> Workload:

@@ -26,11 +26,11 @@ class FakeApi(ModuleType):
         self.asked: dict[str, Any] = {}
         self.error: BaseException | None = None
 
-    def plan(self, model: str, **wishes: Any) -> Any:
+    def plans(self, model: str, top: int, **wishes: Any) -> Any:
         self.asked.update(model=model, **wishes)
         if self.error is not None:
             raise self.error
-        return llama()
+        return [llama(), single(), single()][:top]
 
     def save_plan(self, plan: Any, path: Path) -> None:
         path.write_text("version: 1\n")
@@ -79,6 +79,20 @@ def test_plan_writes_both_files_and_says_it(api: FakeApi, capsys: pytest.Capture
     assert api.asked["headroom"] == pytest.approx(0.1)
     assert api.asked["model_kwargs"] == {"size": "70B", "n": 4}
     assert "hardware" not in api.asked
+
+
+def test_other_plans_and_what_the_chosen_one_costs(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "model.py", "--gpus", "8..64", "--objective", "cost=2.5", "--constraints", "wishes.yaml", "--top", "2"]
+    assert cli.main(asked) == 0
+    plan, err = llama(), capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == ["plan-2.yaml", "plan.yaml", "report.html"]
+    assert (api.asked["objective"], api.asked["constraints"]) == ("cost", Path("wishes.yaml"))
+    hours = plan.mesh.size * plan.prediction.step_time / 3600 / (plan.tokens * plan.workload.global_batch) * 1e6
+    assert f"cost: {hours:.4g} GPU-hours a million tokens, {2.5 * hours:.4g} at 2.5 an hour" in err
+    assert cli.main([*asked[:-1], "3", "--force"]) == 0
+    for wrong in ("money", "speed=2", "cost=free", "cost=0"):
+        assert cli.main(["plan", "model.py", "--gpus", "8", "--objective", wrong, "--force"]) == 2
+        assert "Write fewest, speed, cost" in capsys.readouterr().err
 
 
 def test_json_alone_is_on_stdout(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:

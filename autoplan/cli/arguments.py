@@ -64,6 +64,22 @@ def numbers(text: str) -> tuple[int, int]:
     return int(match.group(1)), int(match.group(2) or match.group(1))
 
 
+def objective(text: str) -> tuple[str, float | None]:
+    """ "fewest", "speed", "cost" or "cost=2.5" as (objective, price of a GPU-hour)."""
+    name, equals, price = text.partition("=")
+    known = ("fewest", "speed", "cost")
+    if name not in known or (equals and (name != "cost" or not re.fullmatch(r"\d*\.?\d+", price) or not float(price))):
+        raise UsageError(
+            f"--objective '{text}' is none.", "Write fewest, speed, cost, or cost=2.50 with the price of a GPU-hour."
+        )
+    return name, float(price) if equals else None
+
+
+def numbered(path: Path, number: int) -> Path:
+    """plan.yaml as plan-2.yaml."""
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
 def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
     """`["size=70B", "layers=4"]` as keyword arguments; what reads as a Python value becomes one, the rest stays text."""
     found: dict[str, Any] = {}

@@ -12,14 +12,17 @@ from autoplan.cli import arguments, outputs, talk
 from autoplan.cli.app import app
 from autoplan.cli.arguments import Force, Json, Model, Open, PlanFile, Settings
 from autoplan.errors import UsageError
-from autoplan.units import SECOND, parse
+from autoplan.plan import Plan
+from autoplan.units import SECOND, parse, show
 
 
 @app.command(
     epilog="Examples:\n\nautoplan plan model.py --gpus 8\n\n"
     "autoplan plan model.py --gpus 64 --hardware h100-sxm-8x --global-batch 512\n\n"
     "autoplan plan model.py --set size=70B --gpus 256 --tp 8 -o plan-70b.yaml --report plan-70b.html\n\n"
-    "autoplan plan model.py --gpus 8..64 --global-batch 256 --step-time '2.5 s'"
+    "autoplan plan model.py --gpus 8..64 --global-batch 256 --step-time '2.5 s'\n\n"
+    "autoplan plan model.py --gpus 8..64 --global-batch 256 --objective cost=2.50\n\n"
+    "autoplan plan model.py --gpus 8 --constraints wishes.yaml --top 3"
 )
 def plan(
     model: Model,
@@ -30,6 +33,10 @@ def plan(
     step_time: Annotated[
         str | None, typer.Option(metavar="TIME", help="With a range of --gpus: a step may take so long, such as 2.5 s.")
     ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(metavar="WHAT", help="Of a range of --gpus: fewest, speed (tokens/s), cost, or cost=PRICE of a GPU-hour."),
+    ] = "fewest",
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -44,6 +51,10 @@ def plan(
     dp_shard: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
     cp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh; 1: sequences stay whole.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
+    constraints: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML: choices for axes, and what layers and parameters must do.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="Also write the best plans on N - 1 other meshes.")] = 1,
     memory_headroom: Annotated[
         str, typer.Option(metavar="SHARE", help="Share of each device's memory to keep free: 10%.")
     ] = "0%",
@@ -58,16 +69,20 @@ def plan(
 ) -> None:
     """Find the fastest way to train MODEL on so many GPUs; write the plan and its report. Needs no GPU."""
     headroom, model_kwargs = arguments.share(memory_headroom), arguments.settings(settings)
-    outputs.check((output, report), force)
+    others = [arguments.numbered(output, number) for number in range(2, top + 1)]
+    wanted, price = arguments.objective(objective)
+    outputs.check((output, report, *others), force)
     hardware = arguments.hardware_here(hardware)
     from autoplan import api
 
     axes = {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "tp": tp}
     wishes: dict[str, Any] = {"hardware": hardware} if hardware is not None else {}
+    wishes |= {"objective": wanted, "constraints": constraints}
     started = perf_counter()
     with talk.progress() as on_progress:
-        found = api.plan(
+        found, *rest = api.plans(
             model,
+            top,
             gpus=arguments.numbers(gpus),
             step_time=None if step_time is None else parse(step_time, SECOND),
             global_batch=global_batch,
@@ -93,11 +108,25 @@ def plan(
         from autoplan.report.terminal import summary
 
         talk.show(summary(found, str(output)))
+    if wanted == "cost":
+        talk.say("cost", _cost(found, price))
     talk.say("wrote", f"{output} and {report}")
+    for path, other in zip(others, rest, strict=False):
+        with outputs.atomically(path) as other_file:
+            api.save_plan(other, other_file)
+        slower = other.prediction.step_time / found.prediction.step_time - 1
+        talk.say("wrote", f"{path}: {other.mesh}, {show(other.prediction.step_time, SECOND)} a step, {slower:.1%} slower")
     if open_page:
         outputs.open_in_browser(report)
     if found.solve.stopped == "interrupted":
         raise typer.Exit(130)
+
+
+def _cost(plan: Plan, price: float | None) -> str:
+    tokens = plan.tokens * plan.workload.global_batch
+    hours = plan.mesh.size * plan.prediction.step_time / 3600 / tokens * 1e6
+    paid = "" if price is None else f", {hours * price:.4g} at {price:g} an hour"
+    return f"{hours:.4g} GPU-hours a million tokens{paid} on {plan.mesh.size} GPUs"
 
 
 @app.command(

@@ -7,7 +7,7 @@ layer may do what on a stage then follows from sums (`search.options`), so colum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,6 +22,7 @@ from autoplan.search.dominance import Bools, Floats, unbeaten
 from autoplan.search.lattice import Lattice
 from autoplan.search.options import Column, Costs, Options
 from autoplan.search.shardings import Held, Unbeaten, Ways, streams
+from autoplan.search.wishes import FREE, Wish
 from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy, Within, Zero
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES
@@ -68,8 +69,8 @@ class Priced:
 class Tables:
     """The shardings of every layer by (tp, micro-batch, stream), made when they are first asked for."""
 
-    def __init__(self, costs: CostModel) -> None:
-        self.costs, self.graph = costs, costs.graph
+    def __init__(self, costs: CostModel, wishes: Mapping[int, Wish] | None = None) -> None:
+        self.costs, self.graph, self.wishes = costs, costs.graph, wishes or {}
         self.classes = {OUTER: 1}
         """Body -> number of layers."""
         for block in self.graph.blocks:
@@ -127,10 +128,25 @@ class Tables:
         ]
         return streams(inputs, tp) if tp > 1 else [REPLICATE]
 
+    def _wish(self, g: int) -> Wish:
+        return self.wishes.get(g, FREE)
+
+    def _ways_to_run(self, g: int, zeros: Sequence[Zero]) -> list[tuple[Recompute, Zero]]:
+        """Recomputations and ZeRO levels to choose from; embeddings and head frame the step: they are not recomputed."""
+        wish = self._wish(g)
+        recomputes: tuple[Recompute, ...] = ("none",) if g == OUTER else ALL_RECOMPUTES
+        return [
+            (again, zero)
+            for zero in zeros
+            if len(zeros) == 1 or wish.zero in (None, zero)
+            for again in recomputes
+            if wish.recompute in (None, again)
+        ]
+
     def lattice(self, g: int, tp: int, stream: Layout) -> Lattice:
         key = (g, tp, stream)
         if key not in self._lattices:
-            self._lattices[key] = Lattice(self.costs.layer_model(g, tp, 1), stream)
+            self._lattices[key] = Lattice(self.costs.layer_model(g, tp, 1), stream, self._wish(g).layouts if tp > 1 else None)
         return self._lattices[key]
 
     def ways(self, g: int, within: Within, micro_batch: int, stream: Layout) -> Ways:
@@ -195,8 +211,7 @@ class Tables:
         found = self.ways(g, mesh.within, micro_batch, stream).unbeaten
         dp = _by_sharding(found, lambda held: ideal_data_parallel(held, mesh, outer=g == OUTER))
         price = partial(_ideal_price, self.costs, g, mesh, micro_batch)
-        ways: list[tuple[Recompute, Zero]] = [(again, 3) for again in _recomputes(g)]
-        return self._unbeaten(g, found, dp, ways, 1, price, np.ones(found.number, dtype=bool))
+        return self._unbeaten(g, found, dp, self._ways_to_run(g, (3,)), 1, price, np.ones(found.number, dtype=bool))
 
     def _columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> list[Column]:
         found, costs = self.ways(g, mesh.within, micro_batch, stream).unbeaten, self.costs
@@ -205,7 +220,7 @@ class Tables:
         price = partial(_price, costs, g, mesh, micro_batch)
         kinds, which = found.held
         legal = np.array([held.cut_by(mesh.shards) for held in kinds], dtype=bool)[which]
-        ways = [(again, zero) for zero in _zeros(mesh, m, outer=g == OUTER) for again in _recomputes(g)]
+        ways = self._ways_to_run(g, _zeros(mesh, m, outer=g == OUTER))
         return self._unbeaten(g, found, dp, ways, m, price, legal)
 
     def _unbeaten(
@@ -220,6 +235,8 @@ class Tables:
     ) -> list[Column]:
         """Of all shardings, each with these recomputations and ZeRO levels, those that no other equals or beats."""
         hardware, load = self.costs.hardware, self.costs.workload
+        if not ways:
+            return []
         blocks = []
         for again, zero in ways:
             step = layer_step(found.cost, dp, zero, again == "full", micro_batches, hardware, load, outer=g == OUTER)
@@ -286,10 +303,6 @@ def _zeros(mesh: Mesh, micro_batches: int, *, outer: bool) -> tuple[Zero, ...]:
 
 def _all_costs(outer: Outer) -> tuple[float, ...]:
     return tuple(cost for step in outer.parts.values() for cost in Column.of(outer.strategy, step).costs)
-
-
-def _recomputes(g: int) -> tuple[Recompute, ...]:
-    return ("none",) if g == OUTER else ALL_RECOMPUTES  # embeddings and head frame the step: they are not recomputed
 
 
 def _by_sharding(found: Unbeaten, price: Callable[[Held], DataParallel]) -> DataParallel:

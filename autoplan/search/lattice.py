@@ -15,7 +15,7 @@ can be reached (`_viable`): a query sharded along its sequence, say, ends at the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -26,7 +26,7 @@ import numpy as np
 from autoplan.cost.prices import LayerModel
 from autoplan.cost.rules import Outcome, conversions, outcomes
 from autoplan.cost.walk import changes_memory, saved_values, stream_layout
-from autoplan.graph import Value
+from autoplan.graph import Op, Value
 from autoplan.search.dominance import Floats, Ints
 from autoplan.strategy import REPLICATE, Layout
 
@@ -70,9 +70,11 @@ class Level:
 
 
 class Lattice:
-    """See the module. `model` is of any micro-batch. Raises nothing: where there is no way through, no state `leaves`."""
+    """See the module. `model` is of any micro-batch; `wanted`: layouts that parameters must have. Where there is no way through,
+    no state `leaves`."""
 
-    def __init__(self, model: LayerModel, stream: Layout) -> None:
+    def __init__(self, model: LayerModel, stream: Layout, wanted: Mapping[str, Layout] | None = None) -> None:
+        self.wanted = wanted or {}
         self.model, self.stream, self.body = model, stream, model.body
         self.trainable = {p.name for p in self.body.parameters if p.trainable and not p.buffer}
         self.last_use = {i: len(self.body.ops) for i in self.body.outputs}
@@ -202,7 +204,13 @@ class Lattice:
         elif op.kind == "call":
             yield from self._calls(index, arriving)
         else:
-            yield from outcomes(op, body, arriving, model.tp, model.packings.get(index, ()))
+            for outcome in outcomes(op, body, arriving, model.tp, model.packings.get(index, ())):
+                if not self.wanted or self._as_wanted(op, outcome):
+                    yield outcome
+
+    def _as_wanted(self, op: Op, outcome: Outcome) -> bool:
+        names = [self.body.values[i].parameter for i in op.inputs]
+        return all(self.wanted.get(name, layout) == layout for name, layout in zip(names, outcome.inputs, strict=True) if name)
 
     def _calls(self, index: int, arriving: tuple[Layout | None, ...]) -> Iterator[Outcome]:
         """A block takes its inputs in the stream's layout, if a border can bring them there; its outputs may be brought

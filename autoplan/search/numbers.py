@@ -1,8 +1,12 @@
-"""How many devices: the fewest on which a model fits, or takes a step within some seconds."""
+"""How many devices: the fewest on which a model fits, or takes a step within some seconds; or the fastest, or the cheapest.
+
+Over one global batch a token costs as much as a step, and a step  devices x step time  device-seconds: `device_seconds`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 from autoplan.errors import AutoplanError, NothingFits, UsageError
 from autoplan.hardware import HardwareProfile
@@ -47,3 +51,37 @@ def fewest(numbers: Iterator[int], plan: Callable[[int], Plan], step_time: Secon
         )
     assert missed is not None
     raise missed
+
+
+def least(
+    numbers: Iterator[int], plan: Callable[[int], Plan], cost: Callable[[Plan], float], step_time: Seconds | None = None
+) -> Plan:
+    """Of the plans for all `numbers` that fit, and take at most `step_time` seconds, the one of the least `cost`.
+
+    Raises `NothingFits` when there is none.
+    """
+    best: Plan | None = None
+    rest = iter(numbers)
+    for number in rest:
+        try:
+            found = fewest(chain([number], rest), plan, step_time) if best is None else fewest(iter([number]), plan, step_time)
+        except AutoplanError:
+            if best is None:
+                raise
+            continue
+        if best is None or cost(found) < cost(best):
+            best = found
+        if found.solve.stopped == "interrupted":
+            break
+    assert best is not None
+    return best
+
+
+def device_seconds(plan: Plan) -> Seconds:
+    """Of one step, over all devices: what it costs."""
+    return plan.mesh.size * plan.prediction.step_time
+
+
+def step_seconds(plan: Plan) -> Seconds:
+    """Of one step: the fewest are the most tokens a second."""
+    return plan.prediction.step_time

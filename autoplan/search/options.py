@@ -123,6 +123,14 @@ class Options(Sequence[Option]):
         faster = np.diff(np.minimum.accumulate(seconds), prepend=inf) < 0
         return tuple(_hull(zip(self._costs[1][order][faster].tolist(), seconds[faster].tolist(), strict=True)))
 
+    @cached_property
+    def stairs(self) -> tuple[tuple[Bytes, Bytes], ...]:
+        """(peak, the fewest bytes of a layer with at most this peak): with every step up fewer."""
+        order = np.lexsort((self._costs[1], self._costs[2]))
+        size = self._costs[1][order]
+        fewer = np.diff(np.minimum.accumulate(size), prepend=inf) < 0
+        return tuple(zip(self._costs[2][order][fewer].tolist(), size[fewer].tolist(), strict=True))
+
     def at(self, size: Bytes) -> Seconds:
         """Seconds of the fastest mix that takes `size` bytes a layer; infinite when none does."""
         hull = self.hull
@@ -164,9 +172,16 @@ def _above(a: Vertex, b: Vertex, c: Vertex) -> bool:
     return (b.seconds - a.seconds) * (c.bytes - a.bytes) >= (c.seconds - a.seconds) * (b.bytes - a.bytes)
 
 
-def least_bytes(groups: Sequence[Group]) -> Bytes:
-    """No choice of options needs less."""
-    return sum(group.number * group.options.hull[0].bytes for group in groups) + max(group.options.peak for group in groups)
+def least_bytes(groups: Sequence[Group], peak: Bytes = 0.0) -> Bytes:
+    """No choice of options needs less, and one needs no more; beside them a moment needs `peak`."""
+    steps = [(group.number, group.options.stairs) for group in groups]
+    lowest = max(peak, *(stairs[0][0] for _, stairs in steps))
+    peaks = {lowest, *(at for _, stairs in steps for at, _ in stairs if at > lowest)}
+    return min(p + sum(n * stairs[bisect_right(stairs, p, key=_peak) - 1][1] for n, stairs in steps) for p in peaks)
+
+
+def _peak(step: tuple[Bytes, Bytes]) -> Bytes:
+    return step[0]
 
 
 def least_seconds(groups: Sequence[Group]) -> Seconds:
@@ -176,9 +191,10 @@ def least_seconds(groups: Sequence[Group]) -> Seconds:
 
 def relaxed_seconds(groups: Sequence[Group], limit: Bytes) -> Seconds:
     """No choice of options that fits into `limit` bytes is faster; infinite when none fits."""
-    spare = limit - least_bytes(groups)
-    if spare < 0:
+    if least_bytes(groups) > limit:
         return inf
+    leanest = sum(group.number * group.options.hull[0].bytes for group in groups)
+    spare = max(0.0, limit - leanest - max(group.options.peak for group in groups))
     seconds = sum(group.number * group.options.hull[0].seconds for group in groups)
     edges = [
         ((b.seconds - a.seconds) / (b.bytes - a.bytes), group.number * (b.bytes - a.bytes))

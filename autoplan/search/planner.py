@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import inf
 from time import monotonic
-from typing import Literal
+from typing import Literal, Required, TypedDict, Unpack
 
+from autoplan.constraints import Constraints
 from autoplan.cost.context import context_inputs
 from autoplan.cost.model import CostModel
 from autoplan.errors import SolverError
 from autoplan.graph import Graph
 from autoplan.hardware import HardwareProfile
 from autoplan.plan import Baseline, Candidate, Pipeline, Plan, Solve
+from autoplan.search.baselines import baselines
 from autoplan.search.columns import Priced, Tables
 from autoplan.search.naming import named
 from autoplan.search.shortfall import nothing_fits
@@ -22,33 +24,59 @@ from autoplan.search.space import check_parameters
 from autoplan.search.stages import Solution
 from autoplan.search.telling import candidates, misses
 from autoplan.search.tree import Progress, Tell, Tree
+from autoplan.search.wishes import divided
 from autoplan.units import SECOND, Bytes, Seconds, show
 from autoplan.workload import Workload
 
-__all__ = ["Progress", "search", "written"]
+__all__ = ["Asked", "Progress", "plans", "search", "written"]
 
 
-def search(
-    graph: Graph,
-    hardware: HardwareProfile,
-    workload: Workload,
-    *,
-    gpus: int,
-    fixed: Mapping[str, int] | None = None,
-    headroom: float = 0.0,
-    gap: float = 1e-4,
-    time_limit: Seconds = inf,
-    tell: Tell | None = None,
-) -> Plan:
-    """The fastest plan for `gpus` devices, within a relative `gap` of the optimum of the cost model.
+class Asked(TypedDict, total=False):
+    """What a search may be told besides model, machine and workload."""
+
+    gpus: Required[int]
+    fixed: Mapping[str, int] | None
+    constraints: Constraints | None
+    headroom: float
+    gap: float
+    time_limit: Seconds
+    tell: Tell | None
+
+
+def search(graph: Graph, hardware: HardwareProfile, workload: Workload, **asked: Unpack[Asked]) -> Plan:
+    """The fastest plan for `gpus` devices, within a relative `gap` of the optimum of the cost model. See `plans`."""
+    return plans(graph, hardware, workload, 1, **asked)[0]
+
+
+def plans(graph: Graph, hardware: HardwareProfile, workload: Workload, top: int, **asked: Unpack[Asked]) -> list[Plan]:
+    """The fastest plan, and those of the `top - 1` next best meshes: none on another mesh is faster, within the gap.
 
     A search that `time_limit` or Ctrl-C ends gives the best plan so far, which is then not called optimal (`Solve.stopped`).
     Before there is any plan Ctrl-C goes on as `KeyboardInterrupt`, and the time limit is a `SolverError`. Raises `NothingFits`
-    when no plan fits into memory and `UsageError` when the wishes in `fixed` contradict each other.
+    when no plan fits into memory and `UsageError` when the wishes in `fixed` or `constraints` contradict each other.
     """
     check_parameters(graph)
+    gpus, gap, time_limit = asked["gpus"], asked.get("gap", 1e-4), asked.get("time_limit", inf)
+    constraints = asked.get("constraints") or Constraints()
     costs = CostModel(graph, hardware, workload)
-    run = Tree(Tables(costs), gpus, fixed or {}, costs.memory_limit(headroom), gap, monotonic() + time_limit, tell)
+    limit = costs.memory_limit(asked.get("headroom", 0.0))
+    tables, compared = Tables(costs), None
+    if constraints.placing:
+        compared = baselines(tables, gpus, limit)  # of what people write by hand nothing is asked
+        parted, wishes = divided(graph, constraints)
+        tables = Tables(CostModel(parted, hardware, workload), wishes)
+    run = Tree(
+        tables,
+        gpus,
+        asked.get("fixed") or {},
+        constraints,
+        limit,
+        gap,
+        monotonic() + time_limit,
+        asked.get("tell"),
+        top,
+        compared,
+    )
     stopped: Literal["", "interrupted", "time limit"] = ""
     try:
         stopped = "" if run.run() else "time limit"
@@ -61,11 +89,22 @@ def search(
             f"{show(time_limit, SECOND)} passed before any plan was found.", "Give --time-limit more, or fix an axis: --pp 1."
         )
     if run.best is None:
-        raise nothing_fits(run.tables, misses(run), run.refused, run.limit, gpus)
-    staging, solution = run.best
+        raise nothing_fits(run.tables, misses(run), run.refused, limit, gpus, constrained=constraints != Constraints())
     told, covered = candidates(run)
-    proof = replace(_proof(solution.seconds, run.proven_bound(), gap, covered), stopped=stopped)
-    return written(costs, staging.priced, solution, proof, told, run.baselines, run.limit)
+    found, bound = run.plans or run.leaders(), run.proven_bound()
+    return [
+        written(
+            tables.costs,
+            staging.priced,
+            solution,
+            replace(_proof(solution.seconds, bound, gap, covered), stopped=stopped),
+            told if number == 0 else [],
+            run.baselines or [],
+            limit,
+            graph.fingerprint,
+        )
+        for number, (staging, solution) in enumerate(found)
+    ]
 
 
 def _proof(seconds: Seconds, bound: Seconds, gap: float, candidates: int) -> Solve:
@@ -84,6 +123,7 @@ def written(
     candidates: list[Candidate],
     compared: list[Baseline],
     limit: Bytes,
+    fingerprint: str = "",
 ) -> Plan:
     """A solution as a plan, priced once more as what was written: the same to 1e-9. Raises `SolverError` where it isn't."""
     graph, mesh = costs.graph, priced.mesh
@@ -99,7 +139,7 @@ def written(
     cut = solution.cut
     return Plan(
         model=graph.model,
-        graph=graph.fingerprint,
+        graph=fingerprint or graph.fingerprint,
         hardware=costs.hardware.name,
         hardware_fingerprint=costs.hardware.fingerprint,
         workload=costs.workload,

@@ -17,16 +17,23 @@ _MOST_GPUS = 65536
 
 
 def nothing_fits(
-    tables: Tables, stagings: Sequence[Staging], refused: Sequence[Candidate], limit: Bytes, gpus: int
+    tables: Tables,
+    stagings: Sequence[Staging],
+    refused: Sequence[Candidate],
+    limit: Bytes,
+    gpus: int,
+    *,
+    constrained: bool = False,
 ) -> NothingFits:
     """The error to raise: the nearest miss with its bytes by category, and hints."""
     device = tables.costs.hardware.device
     where = f"{gpus} x {device.name} ({show(limit, BYTE)} usable each)"
     if not stagings:
         reason = refused[0].reason if refused else "there is no mesh"
-        return NothingFits(
-            f"No plan is legal on {where}: {reason}.", "Change --global-batch so that it divides by the number of GPUs."
+        hint = (
+            "Ask for less in --constraints." if constrained else "Change --global-batch so that it divides by the number of GPUs."
         )
+        return NothingFits(f"No plan is legal on {where}: {reason}.", hint)
     nearest = min(stagings, key=lambda staging: staging.least_memory)
     message = (
         f"No plan fits {where}: the nearest miss ({nearest.priced.mesh}, micro-batch {nearest.priced.micro_batch}) needs at "

@@ -116,5 +116,5 @@ def uncut(gpus: int, fixed: Mapping[str, int], context: Context) -> tuple[list[i
 
 def unplaceable(mesh: Mesh, micro_batch: int) -> Candidate:
     """The candidate of a mesh on which some layer has no legal strategy."""
-    reason = f"a packed weight of every sharding does not divide over dp_shard {mesh.dp_shard}"
+    reason = f"a packed weight of every sharding that may be used does not divide over dp_shard {mesh.dp_shard}"
     return Candidate(mesh=mesh, micro_batch=micro_batch, status="illegal", reason=reason)

@@ -205,7 +205,10 @@ class Staging:
         (g,), layers = self._counts, j - i
         options = self._layer_options(g, min(self.flight(s)))
         beside, size, peak = self._outer_at(s)
-        return beside + layers * options.at((self.limits[s] - size - max(peak, options.peak)) / layers)
+        room = self.limits[s] - size
+        if least_bytes([Group(g, 0, layers, options)], peak) > room:
+            return inf
+        return beside + layers * options.at((room - max(peak, options.peak)) / layers)
 
     @cached_property
     def least_memory(self) -> Bytes:

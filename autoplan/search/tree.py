@@ -26,6 +26,7 @@ from heapq import heappop, heappush
 from math import inf
 from time import monotonic
 
+from autoplan.constraints import Constraints
 from autoplan.plan import Baseline, Candidate
 from autoplan.schedule import ScheduleKind, exposed_hops
 from autoplan.search.baselines import baselines
@@ -34,7 +35,7 @@ from autoplan.search.columns import Tables
 from autoplan.search.ilp import UnsolvedError
 from autoplan.search.space import indivisible, meshes, micro_batches, schedules, uncut, unplaceable, unstageable
 from autoplan.search.stages import Solution, Staging
-from autoplan.strategy import Layout, Mesh, Within
+from autoplan.strategy import AXES, Layout, Mesh, Within
 from autoplan.units import Bytes, Seconds
 
 
@@ -97,6 +98,7 @@ class Bounded:
     staging: Staging
 
 
+Found = tuple[Staging, Solution]
 Node = Family | Group | Shape | Staging | Bounded
 
 
@@ -108,13 +110,16 @@ class Tree:
         tables: Tables,
         gpus: int,
         fixed: Mapping[str, int],
+        constraints: Constraints,
         limit: Bytes,
         gap: float,
         deadline: Seconds,
         tell: Tell | None,
+        top: int = 1,
+        compared: list[Baseline] | None = None,
     ) -> None:
         self.tables, self.gpus, self.limit, self.gap = tables, gpus, limit, gap
-        self.deadline, self.tell = deadline, tell
+        self.deadline, self.tell, self.constraints, self.top = deadline, tell, constraints, top
         self.meshes: dict[tuple[Within, int], list[Mesh]] = {}
         """By (tp and cp, pp)."""
         self.refused: list[Candidate] = []
@@ -128,9 +133,14 @@ class Tree:
         """Proven to be no better than what was known; whether for want of memory or of speed is told of those that are listed."""
         self.dropped: list[Staging] = []
         """Likewise, of shapes: on an ideal mesh (`Tables.ideal`), so that they say something of bounds and nothing of prices."""
-        self.best: tuple[Staging, Solution] | None = None
-        self.baselines: list[Baseline] = []
+        self.best: Found | None = None
+        self.solutions: dict[Mesh, Found] = {}
+        """The best of every mesh that was solved."""
+        self.baselines = compared
+        """Priced by `run` where they are not given."""
         self.bounds: list[Seconds] = []
+        self.plans: list[Found] = []
+        """The `leaders` that were proven."""
         self.open: list[tuple[Seconds, int, Node]] = []
         self.pushed = 0
         self._known_sizes: dict[tuple[Within, int | None], list[int]] = {}
@@ -138,9 +148,13 @@ class Tree:
         cps, uncuttable = uncut(gpus, fixed, tables.costs.context)
         self.refused += uncuttable
         for mesh in meshes(gpus, fixed, cps):
+            if not all(constraints.allows(axis, getattr(mesh, axis)) for axis in AXES):
+                continue
             refused = unstageable(mesh, tables.graph, order)
             if refused is None and not micro_batches(mesh, load):
                 refused = indivisible(mesh, load)
+            if refused is None and not self._allowed_sizes(mesh):
+                continue
             if refused is None:
                 self.meshes.setdefault((mesh.within, mesh.pp), []).append(mesh)
             else:
@@ -148,7 +162,8 @@ class Tree:
 
     def run(self) -> bool:
         """Open nodes until the best solution is proven, or there is none; False when time ran out first."""
-        self.baselines = baselines(self.tables, self.gpus, self.limit)
+        if self.baselines is None:
+            self.baselines = baselines(self.tables, self.gpus, self.limit)
         for within in sorted({within for within, _ in self.meshes}):
             if self.tables.least_moment(within, self.sizes(within)[0]) > self.limit:
                 for size in self.sizes(within):
@@ -156,10 +171,11 @@ class Tree:
                 continue
             for stream in self.tables.streams(within.tp):
                 self._push(self._least_seconds(within, stream, self.sizes(within)[-1]), Family(within, stream))
-        while self.open and (self.best is None or self.open[0][0] < self.best[1].seconds * (1 - self.gap)):
+        while self.open and self.open[0][0] < self.aim * (1 - self.gap):
             if monotonic() > self.deadline:
                 return False
             self._open_next()
+        self.plans = self.leaders()
         if self.best is not None:
             self._runners_up()
         return True
@@ -176,17 +192,20 @@ class Tree:
         for staging in list(by_mesh.values())[:ATTEMPTS]:
             if solved == RUNNERS_UP or monotonic() > self.deadline:
                 return
-            if staging.fits and self.best is not None and staging.priced.mesh != self.best[0].priced.mesh:
+            if staging.fits and staging.priced.mesh not in self.solutions:
                 self._solve(staging, staging.quick_bound, inf, ROUGHLY)
                 solved += 1
 
     def sizes(self, within: Within, pp: int | None = None) -> list[int]:
         """Micro-batches that some mesh of this tp and cp (and pp) can run."""
         if (within, pp) not in self._known_sizes:
-            load = self.tables.costs.workload
             some = [meshes[0] for at, meshes in self.meshes.items() if at[0] == within and pp in (None, at[1])]
-            self._known_sizes[within, pp] = sorted({size for mesh in some for size in micro_batches(mesh, load)})
+            self._known_sizes[within, pp] = sorted({size for mesh in some for size in self._allowed_sizes(mesh)})
         return self._known_sizes[within, pp]
+
+    def _allowed_sizes(self, mesh: Mesh) -> list[int]:
+        sizes = micro_batches(mesh, self.tables.costs.workload)
+        return [size for size in sizes if self.constraints.allows("micro_batch", size)]
 
     def _open_next(self) -> None:
         bound, number, node = heappop(self.open)
@@ -243,6 +262,8 @@ class Tree:
             m = costs.micro_batches(some[0], group.micro_batch)
             hop = costs.hop(some[0], group.micro_batch, group.stream)
             for schedule, chunks in schedules(some[0], m, self.tables.graph):
+                if pp > 1 and not self.constraints.allows("schedule", schedule):
+                    continue
                 work = (m + (pp - 1) / chunks) / pp * slot + exposed_hops(schedule, pp, m, chunks) * hop
                 shape = Shape(within, group.stream, group.micro_batch, pp, schedule, chunks)
                 self._push(max(bound, work), shape)
@@ -271,15 +292,35 @@ class Tree:
                 self.stagings.append(staging)
                 self._push(max(bound, staging.quick_bound), staging)
 
+    def leaders(self) -> list[Found]:
+        """The best solutions of the `top` best meshes that are known, the fastest first."""
+        return sorted(self.solutions.values(), key=lambda found: found[1].seconds)[: self.top]
+
+    @property
+    def aim(self) -> Seconds:
+        """The step of the last of the `top` plans that are asked for."""
+        found = self.leaders()
+        return found[-1][1].seconds if len(found) == self.top else inf
+
     @property
     def known(self) -> Seconds:
-        """A step that can be had: the best solution's, or that of a plan by hand that keeps the wishes."""
-        return min(self._by_hand, self.best[1].seconds if self.best else inf) * (1 + 1e-9)
+        """A step that can be had: the aim, or that of a plan by hand that keeps the wishes."""
+        return (min(self._by_hand, self.aim) if self.top == 1 else self.aim) * (1 + 1e-9)
 
     @property
     def _by_hand(self) -> Seconds:
-        kept = [b for b in self.baselines if b.mesh in self.meshes.get((b.mesh.within, b.mesh.pp), ())]
+        kept = [b for b in self.baselines or () if self._keeps(b)]
         return min((b.step_time for b in kept if b.step_time is not None), default=inf)
+
+    def _keeps(self, by_hand: Baseline) -> bool:
+        """Whether a plan by hand is one of those that are searched."""
+        mesh, allows = by_hand.mesh, self.constraints.allows
+        return (
+            mesh in self.meshes.get((mesh.within, mesh.pp), ())
+            and allows("micro_batch", by_hand.micro_batch)
+            and (mesh.pp == 1 or allows("schedule", "1f1b"))
+            and not self.constraints.placing
+        )
 
     def _bound(self, staging: Staging, bound: Seconds) -> None:
         if staging.hopeless or not staging.can_beat(self.known):
@@ -307,6 +348,9 @@ class Tree:
             if gap is None:  # else the mesh was proven to be no better before
                 self.bounds.append(solution.bound)
             self.verdicts.append(replace(slower(staging, solution.seconds, bound=False), memory=solution.memory))
+            mesh = staging.priced.mesh
+            if mesh not in self.solutions or solution.seconds < self.solutions[mesh][1].seconds:
+                self.solutions[mesh] = staging, solution
             if self.best is None or solution.seconds < self.best[1].seconds:
                 self.best = staging, solution
 

@@ -72,7 +72,10 @@ def test_bounds_hold(problem: tuple[list[tuple[int, list[Column]]], int]) -> Non
     classes, limit = problem
     groups = groups_of(classes)
     best = cheapest(groups, limit * MIB)
-    assert least_seconds(groups) <= best * (1 + 1e-12)
+    everything = cheapest(groups, inf)
+    assert least_seconds(groups) <= everything * (1 + 1e-12)
+    assert isinf(cheapest(groups, least_bytes(groups) * (1 - 1e-9))), "the least is not the least"
+    assert not isinf(cheapest(groups, least_bytes(groups) * (1 + 1e-9))), "nothing needs as little"
     assert relaxed_seconds(groups, limit * MIB) <= best * (1 + 1e-9)
     if not isinf(best):
         assert least_bytes(groups) <= limit * MIB
@@ -94,4 +97,7 @@ def test_a_point_of_the_hull_is_the_relaxed_mix(options: list[Column], number: i
     group = Group(0, 0, number, Options.of(options, 1.0, 1))
     mixed = number * group.options.at((limit * MIB - group.options.peak) / number)
     relaxed = relaxed_seconds([group], limit * MIB)
-    assert mixed == relaxed or abs(mixed - relaxed) <= 1e-9 * relaxed
+    if least_bytes([group]) > limit * MIB:
+        assert isinf(relaxed)
+    else:
+        assert abs(mixed - relaxed) <= 1e-9 * relaxed

@@ -38,3 +38,18 @@ def test_the_fewest_that_are_fast_enough_are_found() -> None:
     assert 2 < plan.mesh.size <= 4
     with pytest.raises(NothingFits, match="takes a step within"):
         api.plan(GRAPH, gpus=(1, 8), step_time=times[3] / 10, hardware=machine(), global_batch=8)
+
+
+def test_the_cheapest_and_the_fastest_are_found() -> None:
+    """On a slow network more devices take fewer seconds and more device-seconds."""
+    every = [api.plan(GRAPH, gpus=n, hardware=machine(memory=0.6e9), global_batch=8) for n in (2, 4, 8)]
+    cost = {p.mesh.size: p.mesh.size * p.prediction.step_time for p in every}
+    cheapest = api.plan(GRAPH, gpus=(1, 8), objective="cost", hardware=machine(memory=0.6e9), global_batch=8)
+    fastest = api.plan(GRAPH, gpus=(1, 8), objective="speed", hardware=machine(memory=0.6e9), global_batch=8)
+    assert cheapest.mesh.size * cheapest.prediction.step_time <= min(cost.values()) * (1 + 1e-4)
+    assert fastest.prediction.step_time <= min(p.prediction.step_time for p in every) * (1 + 1e-4)
+    within = api.plan(
+        GRAPH, gpus=(1, 8), objective="cost", step_time=fastest.prediction.step_time * 1.0001, hardware=machine(memory=0.6e9),
+        global_batch=8,
+    )  # fmt: skip
+    assert within.mesh.size == fastest.mesh.size > cheapest.mesh.size
