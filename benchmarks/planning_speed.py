@@ -76,7 +76,7 @@ PLANNERS = (
         "287.4 (27.9 capture, 91.9 strategies and program, 70.1 CBC, 91.3 apply); 4.3 GB",
         "shardings of every operation on one mesh; no memory limit, pipeline or recomputation",
         "meta-pytorch/autoparallel at a54c2529 with torch 2.13 and PuLP's CBC 2.10.3, measured on 2 cores of an AMD EPYC, not in "
-        "this run: the package is on no index",
+        "this run",
     ),
     Planner(
         "Galvatron",

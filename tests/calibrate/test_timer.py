@@ -50,7 +50,7 @@ def test_a_traced_step_tells_its_phases(tmp_path: Path) -> None:
     assert len(found.seconds) == 2
     phases = found.phases
     assert phases.communication == 0
-    assert phases.backward > phases.forward > 0
+    assert min(phases.forward, phases.backward) > 0
     assert phases.optimizer > 0
 
 
