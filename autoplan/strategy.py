@@ -20,11 +20,16 @@ A `Border` redistributes one tensor where it passes a module's border; the colle
     PARTIAL -> shard        reduce_scatter  all_gather
 
 On the `cp` axis nothing is chosen: activations are cut along the sequence, parameters are whole (`cost.context`).
+
+`ep` is no axis of its own: it folds into the three that share a batch, `dp_shard x cp x tp = efsdp x ep`. Everywhere else these
+axes mean what they mean; the experts of a layer (`Experts`) are dealt over the `ep` innermost of their devices, and FSDP cuts
+each of them over the `efsdp` groups that hold the same ones.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -44,13 +49,16 @@ class Within(NamedTuple):
 
     tp: int = 1
     cp: int = 1
+    ep: int = 1
+    """Over how many devices experts are dealt: those of the two, and of dp_shard."""
 
     @property
     def size(self) -> int:
         return self.tp * self.cp
 
     def __str__(self) -> str:
-        return " x ".join(f"{axis} {size}" for axis, size in (("cp", self.cp), ("tp", self.tp)) if size > 1) or "1 device"
+        axes = (("cp", self.cp), ("tp", self.tp), ("ep", self.ep))
+        return " x ".join(f"{axis} {size}" for axis, size in axes if size > 1) or "1 device"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -62,6 +70,8 @@ class Mesh:
     dp_shard: int = 1
     cp: int = 1
     tp: int = 1
+    ep: int = 1
+    """Devices over which experts are dealt, of dp_shard x cp x tp."""
 
     @property
     def dp(self) -> int:
@@ -70,7 +80,7 @@ class Mesh:
 
     @property
     def within(self) -> Within:
-        return Within(self.tp, self.cp)
+        return Within(self.tp, self.cp, self.ep)
 
     @property
     def shards(self) -> int:
@@ -78,12 +88,25 @@ class Mesh:
         return self.dp_shard * self.cp
 
     @property
+    def efsdp(self) -> int:
+        """Groups of devices that hold the same experts: into how many parts FSDP cuts each of these."""
+        return self.shards * self.tp // self.ep
+
+    @property
     def size(self) -> int:
         return self.pp * self.dp * self.cp * self.tp
 
     def __str__(self) -> str:
         axes = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
-        return " x ".join(axes) or "1 device"
+        return (" x ".join(axes) or "1 device") + (f", ep {self.ep}" if self.ep > 1 else "")
+
+
+def expert_cut(shape: Sequence[int], efsdp: int) -> int:
+    """The dim along which FSDP cuts one device's experts, a parameter `[experts, ...]`: the experts where there are enough, else
+    the first that divides (FSDP cuts no other dim unevenly)."""
+    if shape[0] >= efsdp:
+        return 0
+    return next((dim for dim, size in enumerate(shape) if dim and size % efsdp == 0), 0)
 
 
 def key_copies(key_heads: int, cp: int) -> int:
@@ -151,6 +174,26 @@ class Border:
     target: Layout
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Experts:
+    """The module of a layer that holds experts in parameters `[experts, ...]` and runs all of them.
+
+    It is called in one of two ways, which its devices' tokens pass through (`apply.expert_parallel`):
+
+        chosen   (rows [tokens, hidden], choice [tokens, k] of experts, weights [tokens, k]) -> [tokens, hidden]
+        sorted   (rows [tokens * k, hidden] in the order of their experts, counts [experts]) -> [tokens * k, hidden]
+    """
+
+    module: str
+    """Relative to the layer."""
+    form: Literal["chosen", "sorted"]
+    number: int
+
+    def holds(self, name: str) -> bool:
+        """Whether it is the module, or the parameter is its."""
+        return name == self.module or name.startswith(f"{self.module}.")
+
+
 @dataclass(frozen=True)
 class Sharding:
     """How one layer is spread over the `tp` axis: the layouts of its parameters and its redistributions.
@@ -163,6 +206,8 @@ class Sharding:
     borders: tuple[Border, ...] = ()
     stream: Layout = REPLICATE
     """Layout of the activations that enter and leave the layer's own border: `shard(1)` under sequence parallelism."""
+    experts: tuple[Experts, ...] = ()
+    """What is dealt over `ep`; nothing where that is 1."""
 
     def layout(self, parameter: str) -> Layout:
         return self._layouts.get(parameter, REPLICATE)

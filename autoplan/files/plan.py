@@ -32,7 +32,7 @@ from autoplan.plan import (
     StagePrediction,
     TimeBreakdown,
 )
-from autoplan.strategy import REPLICATE, Mesh, Sharding, Strategy
+from autoplan.strategy import REPLICATE, Experts, Mesh, Sharding, Strategy
 from autoplan.units import BYTE, SECOND, exact
 
 HEADER = f"""\
@@ -90,7 +90,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "hardware_fingerprint": plan.hardware_fingerprint,
         "workload": asdict(plan.workload),
         "tokens": plan.tokens,
-        "mesh": asdict(plan.mesh),
+        "mesh": _mesh_document(asdict(plan.mesh)),
         "micro_batch": plan.micro_batch,
         **({"pipeline": _pipeline_document(plan.pipeline)} if plan.pipeline else {}),
         "outer": plan.outer,
@@ -107,12 +107,16 @@ def document(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _mesh_document(mesh: dict[str, int]) -> dict[str, int]:
+    return {axis: size for axis, size in mesh.items() if axis != "ep" or size > 1}
+
+
 def _pipeline_document(pipeline: Pipeline) -> dict[str, Any]:
     return {**asdict(pipeline), "split_before": list(pipeline.split_before)}
 
 
 def _with_units(data: dict[str, Any]) -> dict[str, Any]:
-    shown = {k: v for k, v in data.items() if v not in (None, "", False)}
+    shown = {k: v for k, v in data.items() if v not in (None, "", False)} | {"mesh": _mesh_document(data["mesh"])}
     for key, unit in (("step_time", SECOND), ("memory", BYTE)):
         if key in shown:
             shown[key] = exact(shown[key], unit)
@@ -128,6 +132,8 @@ def _strategy_document(strategy: Strategy) -> dict[str, Any]:
         data["parameters"] = {name: str(layout) for name, layout in sharding.parameters}
     if sharding.borders:
         data["borders"] = [border_text(border) for border in sharding.borders]
+    if sharding.experts:
+        data["experts"] = {each.module: {"form": each.form, "number": each.number} for each in sharding.experts}
     return data
 
 
@@ -215,7 +221,8 @@ def _strategy(name: str, data: StrategyDocument) -> Strategy:
         borders = tuple(parse_border(text) for text in data.borders)
     except UsageError as error:
         raise UsageError(f"strategies.{name}.borders: {error.message}", error.hint) from None
-    sharding = Sharding(tuple(data.parameters.items()), borders, data.stream)
+    experts = tuple(Experts(module, each.form, each.number) for module, each in data.experts.items())
+    sharding = Sharding(tuple(data.parameters.items()), borders, data.stream, experts)
     return Strategy(sharding, data.recompute, data.zero)
 
 
@@ -251,8 +258,24 @@ def _check(plan: Plan) -> None:
             raise UsageError(f"strategies.{name} shards over tp, but mesh.tp is 1.")
     if mesh.cp > 1 and mesh.tp > 1:
         raise UsageError(f"mesh: cp {mesh.cp} and tp {mesh.tp} can't be combined yet.", "Set one of them to 1.")
+    _check_experts(plan)
     if mesh.cp > 1 and not plan.context:
         raise UsageError(f"mesh.cp is {mesh.cp}, but no input is cut.", "Say which inputs and along which dim: context.")
+
+
+def _check_experts(plan: Plan) -> None:
+    mesh = plan.mesh
+    if mesh.ep > 1 and (mesh.shards * mesh.tp % mesh.ep or mesh.ep % (mesh.cp * mesh.tp)):
+        raise UsageError(
+            f"mesh.ep {mesh.ep} does not fold into dp_shard {mesh.dp_shard} x cp {mesh.cp} x tp {mesh.tp}.",
+            "Let it be cp x tp times a divisor of dp_shard.",
+        )
+    for name, strategy in plan.strategies:
+        for each in strategy.sharding.experts:
+            if mesh.ep == 1 or each.number % mesh.ep:
+                raise UsageError(
+                    f"strategies.{name} deals the {each.number} experts of '{each.module}' over ep, but mesh.ep is {mesh.ep}."
+                )
 
 
 def _check_pipeline(plan: Plan, layers: list[str]) -> None:

@@ -68,6 +68,14 @@ class MeshDocument(_Document):
     dp_shard: _Count = 1
     cp: _Count = 1
     tp: _Count = 1
+    ep: _Count = 1
+
+
+class ExpertsDocument(_Document):
+    """A module that holds experts: how it is called, and how many it has."""
+
+    form: Literal["chosen", "sorted"]
+    number: _Count
 
 
 class StrategyDocument(_Document):
@@ -78,6 +86,7 @@ class StrategyDocument(_Document):
     stream: Annotated[_LayoutText, Field(json_schema_extra={"default": str(REPLICATE)})] = REPLICATE
     parameters: dict[str, _LayoutText] = {}
     borders: list[str] = []
+    experts: dict[str, ExpertsDocument] = {}
 
 
 class PipelineDocument(_Document):
