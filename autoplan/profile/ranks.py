@@ -1,4 +1,4 @@
-"""The ranks that measure: those of torchrun, or processes started here."""
+"""The ranks that measure or train: those of torchrun, or processes started here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def start(ranks: int, function: Callable[..., None], *arguments: Any, hint: str 
         except ProcessRaisedException as error:
             told = sorted(Path(folder).glob("error*"))
             if not told:
-                raise UsageError(f"a rank failed: {_last_line(error)}.", hint) from error
+                raise UsageError(f"a rank failed: {_raised(str(error))}.", hint) from error
             message, _, hint = told[0].read_text(encoding="utf-8").partition("\n")
             raise UsageError(message, hint or None) from None
         except ProcessExitedException as error:
@@ -58,6 +58,27 @@ def _on_rank(rank: int, ranks: int, folder: str, function: Callable[..., None], 
         raise
     except KeyboardInterrupt:
         os._exit(130)
+    _leave()
+
+
+def _leave() -> None:
+    """End this process, whose work is done, at once.
+
+    DTensor's caches keep process groups, whose threads a dying interpreter can end by `std::terminate`.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def join(device: torch.device) -> None:
+    """Join the process group of all ranks that were started."""
+    store = os.environ.get("AUTOPLAN_STORE")
+    where: dict[str, Any] = {}
+    if store:
+        where = {"init_method": f"file://{store}", "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **where)
 
 
 @contextmanager
@@ -69,9 +90,7 @@ def joined(device: torch.device, hint: str | None = None) -> Iterator[None]:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     mine = ranks > 1 and not dist.is_initialized()
     if mine:
-        store = os.environ.get("AUTOPLAN_STORE")
-        where: dict[str, Any] = {"init_method": f"file://{store}", "rank": int(os.environ["RANK"]), "world_size": ranks}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **(where if store else {}))
+        join(device)
     try:
         yield
     except RuntimeError as error:
@@ -90,6 +109,12 @@ def this_device() -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def _raised(trace: str) -> str:
+    """What was raised, from a traceback: the first line after the last frame."""
+    lines = trace.rpartition('\n  File "')[2].splitlines()[1:]
+    return next((line for line in lines if line and not line.startswith(" ")), trace.strip()).rstrip(".")
 
 
 def _last_line(error: BaseException) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from autoplan.apply import apply
 from autoplan.apply.checkpoint import full
 from autoplan.apply.loss import loss_of
 from autoplan.capture import LoadedModel, load_model
-from autoplan.errors import AutoplanError, UsageError
+from autoplan.errors import UsageError
 from autoplan.plan import Plan
+from autoplan.profile.ranks import join, start
 
 STEPS = 3
 TOLERANCE = 1e-4
@@ -58,13 +56,7 @@ def parity(plan: Plan, spec: str, ranks: int) -> Parity:
     load = replace(plan.workload, param_dtype="float64", compute_dtype="float64", reduce_dtype="float64")
     plan = replace(plan, workload=load)
     with tempfile.TemporaryDirectory(prefix="autoplan-verify-") as folder:
-        try:
-            spawn(_on_rank, (plan, spec, folder), nprocs=ranks)
-        except ProcessRaisedException as error:
-            told = sorted(Path(folder).glob("error*"))
-            raise UsageError(f"a rank failed: {told[0].read_text() if told else error}") from error
-        except ProcessExitedException as error:
-            raise UsageError(f"a rank ended before its time: {error}") from error
+        start(ranks, _train, plan, spec, folder)
         found: Result = torch.load(Path(folder) / "result")
     return _compare(ranks, _single(plan, load_model(spec)), found)
 
@@ -78,18 +70,12 @@ def check_ranks(plan: Plan, ranks: int) -> None:
         )
 
 
-def _on_rank(rank: int, plan: Plan, spec: str, folder: str) -> None:
+def _train(plan: Plan, spec: str, folder: str) -> None:
+    """The steps of one rank; rank 0 writes the result."""
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=plan.mesh.size, timeout=timedelta(seconds=120)
-    )
-    try:
-        found = _parallel(plan, load_model(spec))
-    except AutoplanError as error:
-        (Path(folder) / f"error{rank:05}").write_text(str(error))
-        raise
-    if rank == 0:
+    join(torch.device("cpu"))
+    found = _parallel(plan, load_model(spec))
+    if dist.get_rank() == 0:
         torch.save(found, Path(folder) / "result")
     dist.barrier()
     dist.destroy_process_group()

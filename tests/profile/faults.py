@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 from pathlib import Path
@@ -46,3 +47,14 @@ def run(output: str, dies_after: int | None) -> None:
     if os.environ["RANK"] == "0":
         Path(output).write_text("\n".join(str(m.operation) for m in found.measurements))
         measure.finished(Path(output))
+
+
+def aborts_at_exit(folder: str) -> None:
+    """The work is done, and an end of the interpreter would abort, as those of C++ threads can."""
+    atexit.register(os.abort)
+    (Path(folder) / os.environ["RANK"]).write_text(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\n")
+    print("done", end="")
+
+
+def raises() -> None:
+    raise RuntimeError("shapes differ\n  here and\nthere")
