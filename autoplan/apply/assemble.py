@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autoplan.apply import data_parallel, stages, tensor_parallel
+from autoplan.apply import data_parallel, expert_parallel, stages, tensor_parallel
 from autoplan.apply._torch import HashStore
 from autoplan.apply.check import check_pipeline, check_world, parameter_shards
 from autoplan.apply.context_parallel import cut_inputs, is_context
@@ -66,38 +66,49 @@ def apply(
 
         adapt(module)
     shards = parameter_shards(module, plan)
-    mesh = _mesh(plan, device)
-    at = _coordinate(mesh)
+    mesh, dealing = _mesh(plan, device), _dealing_mesh(plan, device)
+    place = Place(mesh, dealing, _coordinate(mesh, dealing), device)
     allocating = allocating or nullcontext()
     if plan.mesh.tp > 1:
         tensor_parallel.parallelize(module, plan, shards, mesh["tp"])
+    if dealing is not None:
+        tensor_parallel.distribute(module, shards, dealing["ep"], dealt=True)
     if plan.pipeline is None:
-        _whole(found, plan, shards, mesh, at, device, allocating)
+        _whole(found, plan, shards, place, allocating)
         pipeline = None
     else:
-        pipeline = _staged(found, plan, shards, mesh, at, device, loss_fn, inputs, allocating)
-    parallel = ParallelModel(module, plan, mesh, shards, at, loss_fn, pipeline, spread_over(plan, mesh))
+        pipeline = _staged(found, plan, shards, place, loss_fn, inputs, allocating)
+    parallel = ParallelModel(module, plan, mesh, shards, place.at, loss_fn, pipeline, spread_over(plan, mesh))
     # dropout: alike within a tp group, different between dp ranks and between stages
     torch.manual_seed(seed + parallel.dp_rank + (pipeline.rank * parallel.dp_size if pipeline else 0))
     return parallel
 
 
+class Place(NamedTuple):
+    """Where this process is."""
+
+    mesh: DeviceMesh
+    dealing: DeviceMesh | None
+    """Another view of the same devices, with the axes efsdp and ep; None where no experts are dealt."""
+    at: Coordinate
+    device: torch.device
+
+
 def _whole(
-    found: Source, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh, at: Coordinate, device: torch.device,
-    allocating: AbstractContextManager[Any],
-) -> None:  # fmt: skip
+    found: Source, plan: Plan, shards: dict[str, ParameterShards], place: Place, allocating: AbstractContextManager[Any]
+) -> None:
     """Every rank has its share of the whole model."""
-    spread = spread_over(plan, mesh)
-    _wrap_forward(found.model, plan, spread)
+    spread = spread_over(plan, place.mesh)
+    _wrap_forwards(found.model, plan, spread, place.dealing)
     data_parallel.recompute(found.model, plan, spread)
-    data_parallel.shard(found.model, plan, shards, mesh)
+    data_parallel.shard(found.model, plan, shards, place.mesh, place.dealing)
     with allocating:
-        found.model.to_empty(device=device)
-        materialize(found, shards, at, device)
+        found.model.to_empty(device=place.device)
+        materialize(found, shards, place.at, place.device)
 
 
 def _staged(
-    found: Source, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh, at: Coordinate, device: torch.device,
+    found: Source, plan: Plan, shards: dict[str, ParameterShards], place: Place,
     loss_fn: LossFn | None, inputs: Inputs | None, allocating: AbstractContextManager[Any],
 ) -> Pipeline:  # fmt: skip
     """Every rank has its share of its stages; the rest stays on meta."""
@@ -106,14 +117,14 @@ def _staged(
             "apply needs to know what the model is called with, to cut it into pipeline stages.",
             "Pass inputs=example_inputs, or a batch, to autoplan.apply.",
         )
-    module = found.model
+    module, (mesh, dealing, at, device) = found.model, place
     spread = spread_over(plan, mesh)
     compute = data_parallel.mixed_precision(plan.workload).param_dtype
     copied = shadow(module, compute)
     for each in (module, copied):
         for name, _ in plan.layers():
             watch(each.get_submodule(name), name)
-        _wrap_forward(each, plan, spread)
+        _wrap_forwards(each, plan, spread, dealing)
 
     def loss(model: nn.Module, arguments: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
         return loss_of(model, arguments, batch, loss_fn, spread)
@@ -131,7 +142,7 @@ def _staged(
         )
     data_parallel.recompute(module, plan, spread)
     root, ignored = stages.build(module, plan, pipeline.program, pipeline.rank, pipeline.run)
-    units = data_parallel.shard_stages(root, module, ignored, plan, shards, mesh)
+    units = data_parallel.shard_stages(root, module, ignored, plan, shards, mesh, dealing)
     present = stages.present(module, plan, pipeline.program, pipeline.rank)
     with allocating:
         stages.allocate(root, module, present, device)
@@ -140,7 +151,9 @@ def _staged(
     return pipeline
 
 
-def _wrap_forward(model: nn.Module, plan: Plan, spread: DeviceMesh | None) -> None:
+def _wrap_forwards(model: nn.Module, plan: Plan, spread: DeviceMesh | None, dealing: DeviceMesh | None) -> None:
+    if dealing is not None:
+        expert_parallel.install(model, plan, dealing["ep"], spread)
     if spread is None:
         return
     if is_context(spread):
@@ -151,6 +164,14 @@ def _wrap_forward(model: nn.Module, plan: Plan, spread: DeviceMesh | None) -> No
 def _mesh(plan: Plan, device: torch.device) -> DeviceMesh:
     axes = [axis for axis in AXES if axis not in ("pp", "cp") or getattr(plan.mesh, axis) > 1]
     return init_device_mesh(device.type, tuple(getattr(plan.mesh, axis) for axis in axes), mesh_dim_names=tuple(axes))
+
+
+def _dealing_mesh(plan: Plan, device: torch.device) -> DeviceMesh | None:
+    """dp_shard x cp x tp seen as efsdp x ep. Parameters over ep that FSDP cuts over efsdp need both of one mesh."""
+    if not expert_parallel.dealt(plan):
+        return None
+    sizes = {axis: getattr(plan.mesh, axis) for axis in ("pp", "dp_replicate", "efsdp", "ep")}
+    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def spread_over(plan: Plan, mesh: DeviceMesh) -> DeviceMesh | None:
@@ -182,9 +203,14 @@ def _start(device: torch.device) -> int:
     return dist.get_world_size()
 
 
-def _coordinate(mesh: DeviceMesh) -> Coordinate:
+def _coordinate(mesh: DeviceMesh, dealing: DeviceMesh | None) -> Coordinate:
     shard, shards = mesh.get_local_rank("dp_shard"), mesh["dp_shard"].size()
     if "cp" in (mesh.mesh_dim_names or ()):  # FSDP cuts over both, cp within dp_shard
         cp = mesh["cp"].size()
         shard, shards = shard * cp + mesh.get_local_rank("cp"), shards * cp
-    return Coordinate(mesh.get_local_rank("tp"), mesh["tp"].size(), shard, shards)
+    experts = None
+    if dealing is not None:
+        experts = Coordinate(
+            dealing.get_local_rank("ep"), dealing["ep"].size(), dealing.get_local_rank("efsdp"), dealing["efsdp"].size()
+        )
+    return Coordinate(mesh.get_local_rank("tp"), mesh["tp"].size(), shard, shards, experts)

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from autoplan.apply.expert_parallel import dealt
 from autoplan.apply.shards import ParameterShards
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
 from autoplan.schedule import order
-from autoplan.strategy import REPLICATE, Layout, Sharding
+from autoplan.strategy import REPLICATE, Experts, Layout, Sharding, expert_cut, shard
 
 _REPLAN = "The plan was made for another model: plan this one."
 
@@ -50,11 +51,15 @@ def check_pipeline(plan: Plan) -> None:
 def parameter_shards(model: nn.Module, plan: Plan) -> dict[str, ParameterShards]:
     """How every parameter of `model` is cut, tied names included. Raises `UsageError` when plan and model do not fit."""
     layouts = _layouts(model, plan)
+    experts = dict(_experts(model, plan))
     shards: dict[str, ParameterShards] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shape = tuple(parameter.shape)
         if not shape:
             raise UsageError(f"parameter '{name}' is a scalar, which FSDP can't hold.", "Give it the shape [1].")
+        if name in experts:
+            shards[name] = _dealt(name, shape, experts[name], plan)
+            continue
         layout = layouts.get(name, REPLICATE) if plan.mesh.tp > 1 else REPLICATE
         _check_layout(name, shape, layout, plan)
         shards[name] = ParameterShards(shape, layout, _fsdp_dim(name, shape, layout, plan))
@@ -81,6 +86,22 @@ def _layouts(model: nn.Module, plan: Plan) -> dict[str, Layout]:
             raise UsageError(f"the plan places the tied parameters {', '.join(group)} differently.", "Give them one layout.")
         found.update({name: layout for name in group for layout in named})
     return found
+
+
+def _experts(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Experts]]:
+    """By full parameter name, tied names included: whose experts it holds."""
+    for module, experts in dealt(plan).items():
+        for name, _ in _submodule(model, module).named_parameters(remove_duplicate=False):
+            yield f"{module}.{name}", experts
+
+
+def _dealt(name: str, shape: tuple[int, ...], experts: Experts, plan: Plan) -> ParameterShards:
+    if shape[0] != experts.number or len(shape) < 2:
+        raise UsageError(f"the plan deals {experts.number} experts of parameter '{name}', which is {list(shape)}.", _REPLAN)
+    if experts.number % plan.mesh.ep:
+        raise UsageError(f"the {experts.number} experts of '{name}' can't be dealt over ep {plan.mesh.ep}.", _REPLAN)
+    local = (shape[0] // plan.mesh.ep, *shape[1:])
+    return ParameterShards(shape, shard(0), expert_cut(local, plan.mesh.efsdp), dealt=True)
 
 
 def _members(plan: Plan) -> Iterator[tuple[str, Sharding]]:

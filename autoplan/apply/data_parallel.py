@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from autoplan.apply._torch import beside, flattened
+from autoplan.apply.expert_parallel import dealt
 from autoplan.apply.local_ops import local_ops
 from autoplan.apply.shards import ParameterShards
 from autoplan.apply.stages import Rank, fsdp_units
-from autoplan.apply.zero import Unit, keeps
+from autoplan.apply.zero import Unit, level, units_of
 from autoplan.plan import Plan
 from autoplan.workload import Workload
 
@@ -41,33 +43,31 @@ def _checkpointed(forward: Callable[..., Any], tp: DeviceMesh | None) -> Callabl
     return wrapped
 
 
-def shard(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> list[Unit]:
-    """FSDP per layer and for the root, over `dp_shard` (and `cp`), replicated over `dp_replicate`; returns what it manages.
+def shard(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh, dealing: DeviceMesh | None) -> None:
+    """FSDP per layer and for the root, over `dp_shard` (and `cp`), replicated over `dp_replicate`; for experts, over `efsdp`.
 
     A mesh of size 1 goes the same way: FSDP then skips its collectives, and still casts parameters, brings gradients to
     their placements and keeps master weights, so there is one path. Resharding is free there, so it always happens.
     """
-    wrap = _wrapper(model, plan, shards, mesh)
-    for name, strategy in plan.layers():
-        wrap(model.get_submodule(name), reshard_after_forward=not keeps(strategy.zero, plan.mesh.shards))
-    wrap(model, reshard_after_forward=not keeps(plan.outer_strategy.zero, plan.mesh.shards))
-    units = [(model.get_submodule(name), strategy.zero) for name, strategy in plan.layers()]
-    return [*units, (model, plan.outer_strategy.zero)]  # type: ignore[list-item]
+    wrap = _wrapper(model, plan, shards, mesh, dealing)
+    for module, zero in units_of(model, plan, (name for name, _ in plan.layers())):
+        wrap(module, zero)
+    wrap(model, level(plan.outer_strategy.zero, plan.mesh.shards))
 
 
 def shard_stages(
     root: Rank, model: nn.Module, ignored: dict[nn.Module, set[nn.Parameter]], plan: Plan,
-    shards: dict[str, ParameterShards], mesh: DeviceMesh,
+    shards: dict[str, ParameterShards], mesh: DeviceMesh, dealing: DeviceMesh | None,
 ) -> dict[int, list[Unit]]:  # fmt: skip
     """The same for a pipeline rank's virtual stages: `ignored` holds the parameters that are others'."""
-    wrap = _wrapper(model, plan, shards, mesh)
-    outer = not keeps(plan.outer_strategy.zero, plan.mesh.shards)
+    wrap = _wrapper(model, plan, shards, mesh, dealing)
+    outer = level(plan.outer_strategy.zero, plan.mesh.shards)
     units = fsdp_units(root, plan, model)
     for number, stage in root.stages.items():
-        for layer, zero in units[int(number)][:-1]:
-            wrap(layer, reshard_after_forward=not keeps(zero, plan.mesh.shards))
-        wrap(stage, reshard_after_forward=outer, ignored_params=ignored[stage])
-    wrap(root, reshard_after_forward=outer, ignored_params=ignored[root])
+        for module, zero in units[int(number)][:-1]:
+            wrap(module, zero)
+        wrap(stage, outer, ignored_params=ignored[stage])
+    wrap(root, outer, ignored_params=ignored[root])
     for position, each in units.items():
         _prefetch_within([module for module, _ in each], ends=position == len(plan.stages) - 1)
     _prefetch_nothing(root)  # type: ignore[arg-type]
@@ -94,17 +94,28 @@ def _prefetch_nothing(module: FSDPModule) -> None:
     module.set_modules_to_backward_prefetch([module])
 
 
-def _wrapper(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> Any:
-    """`fully_shard` with everything that is alike for all modules."""
-    replicated = plan.mesh.dp_replicate > 1
+def _wrapper(
+    model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh, dealing: DeviceMesh | None
+) -> Callable[..., None]:
+    """`fully_shard` of a module, with a ZeRO level."""
     sharded = flattened(mesh, *(["dp_shard", "cp"] if plan.mesh.cp > 1 else ["dp_shard"]))
+    experts = {model.get_submodule(name) for name in dealt(plan)}
     dims = {id(p): shards[name].fsdp_dim for name, p in model.named_parameters(remove_duplicate=False)}
-    return partial(
-        fully_shard,
-        mesh=beside(mesh["dp_replicate"], sharded) if replicated else sharded,
-        mp_policy=mixed_precision(plan.workload),
-        shard_placement_fn=lambda parameter: Shard(dims[id(parameter)]),
-    )
+    policy = mixed_precision(plan.workload)
+
+    def wrap(module: nn.Module, zero: int, **options: Any) -> None:
+        of, over = (dealing, dealing["efsdp"]) if dealing and module in experts else (mesh, sharded)
+        fully_shard(
+            module,
+            mesh=beside(of["dp_replicate"], over) if plan.mesh.dp_replicate > 1 else over,
+            # experts are called in the formats that their layer computes in: the router's weights often have a wider one
+            mp_policy=replace(policy, cast_forward_inputs=False) if module in experts else policy,
+            shard_placement_fn=lambda parameter: Shard(dims[id(parameter)]),
+            reshard_after_forward=zero == 3,
+            **options,
+        )
+
+    return wrap
 
 
 def mixed_precision(workload: Workload) -> MixedPrecisionPolicy:

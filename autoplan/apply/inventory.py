@@ -11,7 +11,7 @@ from autoplan.apply.model import ParallelModel
 from autoplan.apply.outside import LAYER
 from autoplan.apply.program import Program, Wire
 from autoplan.apply.stages import holders, numbers
-from autoplan.apply.zero import keeps
+from autoplan.apply.zero import level
 from autoplan.strategy import Layout, Strategy
 from autoplan.units import Bytes
 
@@ -104,7 +104,7 @@ def _units(parallel: ParallelModel, program: Program | None, stages: tuple[int, 
     found = []
     for (layer, stage), parameters in held.items():
         strategy: Strategy = plan.by_name[strategy_of.get(layer, plan.outer)]
-        kept = keeps(strategy.zero, plan.mesh.dp_shard)
+        kept = level(strategy.zero, plan.mesh.shards) < 3
         recomputed = bool(layer) and strategy.recompute == "full"
         start = len(layer) + 1 if layer else 0
         own = tuple(replace(one, name=one.name[start:]) for one in parameters)

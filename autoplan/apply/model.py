@@ -20,7 +20,7 @@ from autoplan.apply.loss import LossFn, loss_of
 from autoplan.apply.pipeline import Pipeline
 from autoplan.apply.shards import Coordinate, ParameterShards
 from autoplan.apply.tied import Tied
-from autoplan.apply.zero import Unit, before_backward, reshard
+from autoplan.apply.zero import Unit, before_backward, level, reshard, units_of
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
 
@@ -126,7 +126,7 @@ class ParallelModel:
         for i, micro_batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             root.set_is_last_backward(last)
-            before_backward(units, last, self.plan.mesh.shards)
+            before_backward(units, last)
             loss = self._loss(micro_batch) / len(micro_batches)
             loss.backward()
             losses.append(loss.detach())
@@ -136,8 +136,9 @@ class ParallelModel:
         """Everything that FSDP manages."""
         if self._pipeline is not None:
             return self._pipeline.units
-        layers = [(self.module.get_submodule(name), strategy.zero) for name, strategy in self.plan.layers()]
-        return [*layers, (self.module, self.plan.outer_strategy.zero)]  # type: ignore[list-item]
+        layers = units_of(self.module, self.plan, (name for name, _ in self.plan.layers()))
+        outer = level(self.plan.outer_strategy.zero, self.plan.mesh.shards)
+        return [*layers, (self.module, outer)]  # type: ignore[list-item]
 
     def _micro_batches(self, batch: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
         size = self.plan.micro_batch * count

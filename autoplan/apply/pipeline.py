@@ -153,9 +153,9 @@ class Pipeline:
             if other != number:
                 zero.spare(units)
         last = index == len(self._micro_batches) - 1
-        zero.before_backward(self._units[number], last, self.plan.mesh.shards)
-        outer = [(root, self.plan.outer_strategy.zero)]
-        zero.before_backward(outer, self._left == 0, self.plan.mesh.shards)
+        zero.before_backward(self._units[number], last)
+        outer = [(root, zero.level(self.plan.outer_strategy.zero, self.plan.mesh.shards))]
+        zero.before_backward(outer, self._left == 0)
 
     def run(
         self, number: int, received: tuple[torch.Tensor, ...], inputs: dict[str, Any], batch: dict[str, Any]

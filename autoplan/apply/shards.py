@@ -1,4 +1,5 @@
-"""Which part of a parameter a rank holds: tensor parallel cuts first, FSDP cuts what is left.
+"""Which part of a parameter a rank holds: tensor parallel cuts first, FSDP cuts what is left; experts are dealt over ep in
+tensor parallel's stead, and FSDP cuts them over efsdp.
 
 The same arithmetic serves three verbs: to fill a shard from a full tensor, to name a shard's place in a checkpoint, and
 to fill a full tensor from shards. A shard of a packed weight is several rectangles of the full tensor, hence *pieces*.
@@ -26,6 +27,8 @@ class Coordinate:
     tp_size: int
     dp_shard: int
     dp_shard_size: int
+    experts: Coordinate | None = None
+    """On those that cut experts, ep and efsdp, where there are any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +53,11 @@ class ParameterShards:
     shape: tuple[int, ...]
     layout: Layout
     fsdp_dim: int
+    dealt: bool = False
+    """It is experts', dealt over ep: `layout` is over that axis."""
 
     def tp_shape(self, tp_size: int) -> tuple[int, ...]:
-        """Shape of the part that one rank of the tp axis works with."""
+        """Shape of the part that one rank of the tp axis, or of ep, works with."""
         shape = list(self.shape)
         if self.layout.sharded:
             shape[self.layout.dim] //= tp_size
@@ -60,6 +65,7 @@ class ParameterShards:
 
     def pieces(self, at: Coordinate) -> Iterator[Piece]:
         """The rectangles that the rank at `at` holds, none of them empty."""
+        at = at.experts if self.dealt and at.experts is not None else at
         runs = [self._runs(dim, at) for dim in range(len(self.shape))]
         starts = [[0, *accumulate(length for _, length in dim_runs)] for dim_runs in runs]
         for choice in product(*(range(len(dim_runs)) for dim_runs in runs)):

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from autoplan.apply.deferred import named_tensors
 from autoplan.apply.program import Program
+from autoplan.apply.zero import Unit, level, units_of
 from autoplan.plan import Plan
 
 Run = Callable[[int, tuple[torch.Tensor, ...], dict[str, Any], dict[str, Any]], tuple[torch.Tensor, ...]]
@@ -122,11 +122,10 @@ def present(model: nn.Module, plan: Plan, program: Program, rank: int) -> set[st
     return has | {name for name in tables if not name.startswith(elsewhere)}
 
 
-def fsdp_units(root: Rank, plan: Plan, model: nn.Module) -> dict[int, list[tuple[FSDPModule, int]]]:
-    """By virtual stage: its FSDP modules, each with what the plan says of it (ZeRO 1, 2 or 3)."""
-    units: dict[int, list[tuple[FSDPModule, int]]] = {}
-    zero = {name: strategy.zero for name, strategy in plan.layers()}
-    for key, stage in root.stages.items():
-        layers = [(model.get_submodule(name), zero[name]) for name in plan.stages[int(key)]]
-        units[int(key)] = [*layers, (stage, plan.outer_strategy.zero)]  # type: ignore[list-item]
-    return units
+def fsdp_units(root: Rank, plan: Plan, model: nn.Module) -> dict[int, list[Unit]]:
+    """By virtual stage: its FSDP modules, the stage itself last, each with its ZeRO level."""
+    outer = level(plan.outer_strategy.zero, plan.mesh.shards)
+    return {
+        int(key): [*units_of(model, plan, plan.stages[int(key)]), (stage, outer)]  # type: ignore[list-item]
+        for key, stage in root.stages.items()
+    }

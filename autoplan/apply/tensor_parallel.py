@@ -20,13 +20,19 @@ from autoplan.strategy import Layout
 
 def parallelize(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh) -> None:
     """Spread the (meta) parameters of `model` over `mesh` and hook the plan's borders."""
+    distribute(model, shards, mesh, dealt=False)
+    borders.install(model, plan, mesh)
+
+
+def distribute(model: nn.Module, shards: dict[str, ParameterShards], mesh: DeviceMesh, dealt: bool) -> None:
+    """Spread over `mesh` the parameters that are experts', or the others."""
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if id(parameter) not in made:
-            made[id(parameter)] = _distribute(parameter, shards[name], mesh)
-        owner, _, last = name.rpartition(".")
-        model.get_submodule(owner)._parameters[last] = made[id(parameter)]
-    borders.install(model, plan, mesh)
+        if shards[name].dealt == dealt:
+            if id(parameter) not in made:
+                made[id(parameter)] = _distribute(parameter, shards[name], mesh)
+            owner, _, last = name.rpartition(".")
+            model.get_submodule(owner)._parameters[last] = made[id(parameter)]
 
 
 def _distribute(parameter: nn.Parameter, shards: ParameterShards, mesh: DeviceMesh) -> nn.Parameter:

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from autoplan.apply.expert_parallel import dealt
+from autoplan.plan import Plan
+
 Unit = tuple[FSDPModule, int]
-"""A module that FSDP manages, and the ZeRO level of its own parameters."""
+"""A module that FSDP manages, and the ZeRO level of its own parameters, as `level` has it."""
 
 
-def keeps(zero: int, shards: int) -> bool:
-    """Do gathered parameters stay after the forward pass? On one device resharding is free, so it always happens."""
-    return zero < 3 and shards > 1
+def level(zero: int, shards: int) -> int:
+    """The plan's ZeRO level of parameters that are cut into `shards`. On one device resharding is free, so it always happens."""
+    return zero if shards > 1 else 3
 
 
-def before_backward(units: Iterable[Unit], last: bool, shards: int) -> None:
+def units_of(model: nn.Module, plan: Plan, layers: Iterable[str]) -> Iterator[Unit]:
+    """These layers, each after the modules of experts that are dealt of it: in the order in which FSDP wraps and runs them."""
+    zero = {name: strategy.zero for name, strategy in plan.layers()}
+    experts = dealt(plan)
+    for name in layers:
+        for inner in experts:
+            if inner.startswith(f"{name}."):
+                yield model.get_submodule(inner), level(zero[name], plan.mesh.efsdp)  # type: ignore[misc]
+        yield model.get_submodule(name), level(zero[name], plan.mesh.shards)  # type: ignore[misc]
+
+
+def before_backward(units: Iterable[Unit], last: bool) -> None:
     """Set what FSDP does in the coming backward pass; `last`: it is the last of the step.
 
     Under ZeRO 1 gradients stay whole, and parameters gathered, until the last. Else gradients are reduced and scattered
     over `dp_shard` at once, so that no rank keeps whole ones; over `dp_replicate` they are reduced in the last alone.
     """
     for module, zero in units:
-        if zero == 1 and shards > 1:
+        if zero == 1:
             module.set_requires_gradient_sync(last, recurse=False)
             module.set_reshard_after_backward(last, recurse=False)
         else:
