@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from autoplan.apply import apply
@@ -58,7 +60,9 @@ def parity(plan: Plan, spec: str, ranks: int) -> Parity:
     with tempfile.TemporaryDirectory(prefix="autoplan-verify-") as folder:
         start(ranks, _train, plan, spec, folder)
         found: Result = torch.load(Path(folder) / "result")
-    return _compare(ranks, _single(plan, load_model(spec)), found)
+    with wide_products():
+        expected = _single(plan, load_model(spec))
+    return _compare(ranks, expected, found)
 
 
 def check_ranks(plan: Plan, ranks: int) -> None:
@@ -74,11 +78,35 @@ def _train(plan: Plan, spec: str, folder: str) -> None:
     """The steps of one rank; rank 0 writes the result."""
     torch.set_num_threads(1)
     join(torch.device("cpu"))
-    found = _parallel(plan, load_model(spec))
+    with wide_products():
+        found = _parallel(plan, load_model(spec))
     if dist.get_rank() == 0:
         torch.save(found, Path(folder) / "result")
     dist.barrier()
     dist.destroy_process_group()
+
+
+@contextmanager
+def wide_products() -> Iterator[None]:
+    """While it lasts, `F.grouped_mm` takes float64 too, for which it has no kernel: one product after another."""
+    original = F.grouped_mm
+
+    def grouped_mm(
+        rows: torch.Tensor, matrices: torch.Tensor, *, offs: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
+        if rows.dtype != torch.float64 or rows.ndim != 2 or matrices.ndim != 3 or offs is None:
+            return original(rows, matrices, offs=offs, **options)
+        if rows.is_meta:
+            return rows.new_empty(len(rows), matrices.shape[2])
+        ends = offs.tolist()
+        parts = [rows[start:end] @ matrix for start, end, matrix in zip([0, *ends], ends, matrices, strict=False)]
+        return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-1], matrices.shape[2])])
+
+    F.grouped_mm = grouped_mm  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.grouped_mm = original
 
 
 def _double(loaded: LoadedModel) -> nn.Module:
