@@ -26,9 +26,11 @@ class Held:
     dtype: str
     local_shape: tuple[int, ...]
     layout: Layout
-    """Over `tp`."""
+    """Over `tp`; experts' over `ep`."""
     fsdp_dim: int
-    """What FSDP cuts over `dp_shard`."""
+    """What FSDP cuts over `dp_shard`; of experts over `efsdp`."""
+    dealt: bool
+    """It is experts', which are dealt over `ep`."""
     copies: tuple[int, ...]
     """The pipeline ranks that have it."""
 
@@ -116,7 +118,7 @@ def _held(parallel: ParallelModel, name: str, parameter: nn.Parameter, copies: t
     shards = parallel._shards[name]
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     dtype = str(parameter.dtype).removeprefix("torch.")
-    return Held(name, shards.shape, dtype, tuple(local.shape), shards.layout, shards.fsdp_dim, copies)
+    return Held(name, shards.shape, dtype, tuple(local.shape), shards.layout, shards.fsdp_dim, shards.dealt, copies)
 
 
 def _crossing(wire: Wire, program: Program) -> Crossing:

@@ -125,7 +125,8 @@ def _owner(held: Held) -> str:
 
 def _over(plan: Plan) -> str:
     axes = [f"{axis} {getattr(plan.mesh, axis)}" for axis in ("dp_replicate", "dp_shard", "cp") if getattr(plan.mesh, axis) > 1]
-    return f"over {' x '.join(axes)}" if axes else "on one rank, for number formats alone"
+    over = f"over {' x '.join(axes)}" if axes else "on one rank, for number formats alone"
+    return f"{over}; experts over efsdp {plan.mesh.efsdp}" if plan.mesh.ep > 1 else over
 
 
 def _wrapped(plan: Plan, groups: list[list[Unit]]) -> RenderableType:
@@ -152,11 +153,12 @@ def _sharded(plan: Plan, parameters: Sequence[Held]) -> RenderableType:
     from autoplan.report.tables import table
     from autoplan.report.words import clean
 
-    tp, dp = plan.mesh.tp > 1, plan.mesh.shards > 1
-    axes = [("<", axis) for axis, used in (("tp", tp), ("FSDP", dp)) if used]
+    tp, ep, dp = plan.mesh.tp > 1, plan.mesh.ep > 1, plan.mesh.shards > 1
+    axes = [("<", axis) for axis, used in (("tp", tp), ("ep", ep), ("FSDP", dp)) if used]
     made = table(("<", "parameter"), ("<", "whole"), *axes, ("<", "held"))
     for held in parameters:
-        layouts = [str(held.layout)] * tp + [f"Shard({held.fsdp_dim})"] * dp
+        across = ["-" if held.dealt else str(held.layout)] * tp + [str(held.layout) if held.dealt else "-"] * ep
+        layouts = [*across, *[f"Shard({held.fsdp_dim})"] * dp]
         made.add_row(*map(Text, (clean(held.name), _shape(held.shape), *layouts, _shape(held.local_shape))))
     return made
 
