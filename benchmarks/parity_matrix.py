@@ -40,6 +40,8 @@ BATCH = 8
 TOLERANCE = 1e-10
 SEQUENCE = shard(1)
 FAMILIES = ("gpt2", "llama-3", "qwen3", "mistral", "gemma-2", "phi-3", "bert", "vit", "whisper", "t5")
+SPARSE = ("mixtral", "qwen3-moe", "deepseek-v3")
+"""Those with experts."""
 DEPTHS = {
     "n_layer": 4,
     "num_hidden_layers": 4,
@@ -88,12 +90,33 @@ PLANS: dict[str, Wish] = {
 }
 
 
+EXPERT_PLANS: dict[str, Wish] = {
+    "ep 2": Wish(Mesh(dp_shard=2, ep=2), 2),
+    "ep 2, ZeRO 1": Wish(Mesh(dp_shard=2, ep=2), 2, zero=1),
+    **{f"ep 2, {way} recompute": Wish(Mesh(dp_shard=2, ep=2), 2, recompute=way) for way in AGAIN},
+    "ep 2 over tp 2": Wish(Mesh(tp=2, ep=2), 4),
+    "ep 4": Wish(Mesh(dp_shard=4, ep=4), 1),
+    "ep 2 x FSDP 2": Wish(Mesh(dp_shard=4, ep=2), 1),
+    "ep 2 x FSDP 2, ZeRO 2": Wish(Mesh(dp_shard=4, ep=2), 1, zero=2),
+    "ep 2 x FSDP 2, ZeRO 1": Wish(Mesh(dp_shard=4, ep=2), 1, zero=1),
+    "dp 2 x ep 2": Wish(Mesh(dp_replicate=2, dp_shard=2, ep=2), 1),
+    "ep 4 over tp 2 x FSDP 2": Wish(Mesh(dp_shard=2, tp=2, ep=4), 2),
+    "ep 4 over tp + sp 2 x FSDP 2": Wish(Mesh(dp_shard=2, tp=2, ep=4), 2, SEQUENCE),
+    "tp 2 = ep 2, x FSDP 2": Wish(Mesh(dp_shard=2, tp=2, ep=2), 2),
+    "pp 2 x ep 2": Wish(Mesh(pp=2, dp_shard=2, ep=2), 1),
+    "pp 2, interleaved, x ep 2": Wish(Mesh(pp=2, dp_shard=2, ep=2), 2, schedule="interleaved-1f1b", chunks=2),
+    "pp 2 x tp 2 = ep 2": Wish(Mesh(pp=2, tp=2, ep=2), 2),
+}
+"""For models with experts."""
+
+
 def models() -> dict[str, Any]:
     """Functions that load the models, by name."""
     found: dict[str, Any] = {}
     for name, sizes in DEEP.items():
         found[f"examples/{name}.py"] = partial(_example, name, sizes)
-    for name in FAMILIES:
+    found["examples/moe.py"] = partial(_example, "moe", {**DEEP["llama"], "size": "1B", "experts": 8, "chosen": 2})
+    for name in (*FAMILIES, *SPARSE):
         title, fields, seq_len = ZOO[name].sizes["tiny"].args  # type: ignore[attr-defined]
         changes = {key: value for key, value in DEPTHS.items() if key in fields} or {"num_hidden_layers": 4}
         found[f"HF {name}"] = partial(load_huggingface, title, {**fields, **changes, **dict.fromkeys(_DROPOUTS, 0.0)}, seq_len)
@@ -107,7 +130,7 @@ def _example(name: str, sizes: dict[str, Any]) -> LoadedModel:
 
 
 def tables(loaded: LoadedModel) -> Tables:
-    graph = capture(loaded, compute_dtype="float64")
+    graph = capture(loaded, compute_dtype="bfloat16")  # the format alone for which every kernel has shapes
     workload = Workload(global_batch=BATCH, param_dtype="float64", compute_dtype="float64", reduce_dtype="float64")
     return Tables(CostModel(graph, find_hardware("cpu-gloo"), workload))
 
@@ -153,7 +176,8 @@ def cells(wanted: list[str], plans: dict[str, Wish]) -> Iterator[Cell]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             known = tables(loaded)
-        made = {title: plan_of(known, wish) for title, wish in plans.items()}
+        every = plans if known.costs.mixtures.numbers else {title: plans[title] for title in plans if title in PLANS}
+        made = {title: plan_of(known, wish) for title, wish in every.items()}
         yield from (Cell(name, title, refused=reason) for title, reason in made.items() if isinstance(reason, str))
         runnable = {title: plan for title, plan in made.items() if isinstance(plan, Plan)}
         expected = reference(loaded, BATCH)
@@ -172,7 +196,10 @@ def told(cell: Cell) -> str:
 
 def page(found: list[Cell]) -> str:
     """The table, and under it what each refusal and failure is."""
-    names, titles = list(dict.fromkeys(c.model for c in found)), [t for t in PLANS if any(c.plan == t for c in found)]
+    names, titles = (
+        list(dict.fromkeys(c.model for c in found)),
+        [t for t in (*PLANS, *EXPERT_PLANS) if any(c.plan == t for c in found)],
+    )
     by_place = {(cell.model, cell.plan): cell for cell in found}
     notes: list[str] = []
     lines = ["| plan | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
@@ -215,7 +242,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="words of models' names; default: all")
     parser.add_argument("--plan", help="words of plans' names; default: all")
     arguments = parser.parse_args()
-    plans = {title: wish for title, wish in PLANS.items() if not arguments.plan or arguments.plan in title}
+    plans = {t: wish for t, wish in {**PLANS, **EXPERT_PLANS}.items() if not arguments.plan or arguments.plan in t}
     in_float64()
     start, found = time.perf_counter(), []
     for cell in cells(arguments.models, plans):

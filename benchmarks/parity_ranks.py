@@ -24,6 +24,7 @@ from autoplan.apply.checkpoint import full
 from autoplan.apply.loss import loss_of
 from autoplan.capture import LoadedModel
 from autoplan.plan import Plan
+from autoplan.verify.parity import widened as wide_grouped_mm
 from tests.test_parity import Result, optimizer
 
 STEPS, SEED = 3, 3
@@ -61,6 +62,7 @@ def in_float64() -> None:
     torch.Tensor.to = wide  # type: ignore[method-assign,assignment]
     torch.Tensor.float = lambda self: self if self.dtype == torch.float64 else to(self, torch.float32)  # type: ignore
     F.softmax = torch.nn.functional.softmax = wide_softmax  # type: ignore[assignment]
+    F.grouped_mm = wide_grouped_mm(F.grouped_mm)
 
 
 def build(loaded: LoadedModel) -> torch.nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,8 +88,17 @@ def _train(plan: Plan, spec: str, folder: str) -> None:
 
 @contextmanager
 def wide_products() -> Iterator[None]:
-    """While it lasts, `F.grouped_mm` takes float64 too, for which it has no kernel: one product after another."""
+    """While it lasts, `F.grouped_mm` takes float64 too."""
     original = F.grouped_mm
+    F.grouped_mm = widened(original)
+    try:
+        yield
+    finally:
+        F.grouped_mm = original
+
+
+def widened(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`F.grouped_mm`, in float64, for which it has no kernel, one product after another."""
 
     def grouped_mm(
         rows: torch.Tensor, matrices: torch.Tensor, *, offs: torch.Tensor | None = None, **options: Any
@@ -102,11 +111,7 @@ def wide_products() -> Iterator[None]:
         parts = [rows[start:end] @ matrix for start, end, matrix in zip([0, *ends], ends, matrices, strict=False)]
         return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-1], matrices.shape[2])])
 
-    F.grouped_mm = grouped_mm  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.grouped_mm = original
+    return grouped_mm
 
 
 def _double(loaded: LoadedModel) -> nn.Module:
