@@ -48,7 +48,7 @@ class Cell:
 
 def in_float64() -> None:
     """Models bring norms, rotations, scores and the loss to float32; here everything is to stay in float64."""
-    to, softmax = torch.Tensor.to, F.softmax
+    to, as_type, softmax = torch.Tensor.to, torch.Tensor.type, F.softmax
 
     def wide(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if torch.is_floating_point(self) and self.dtype == torch.float64:
@@ -56,10 +56,14 @@ def in_float64() -> None:
             kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
         return to(self, *args, **kwargs)
 
+    def wide_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self if self.dtype == torch.float64 and args == (torch.float32,) else as_type(self, *args, **kwargs)
+
     def wide_softmax(input: torch.Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> torch.Tensor:
         return softmax(input, *args, dtype=None if input.dtype == torch.float64 else dtype, **kwargs)
 
     torch.Tensor.to = wide  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = wide_type  # type: ignore[method-assign]
     torch.Tensor.float = lambda self: self if self.dtype == torch.float64 else to(self, torch.float32)  # type: ignore
     F.softmax = torch.nn.functional.softmax = wide_softmax  # type: ignore[assignment]
     F.grouped_mm = wide_grouped_mm(F.grouped_mm)
