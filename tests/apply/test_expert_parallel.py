@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,7 @@ CASES = {
         "ep x fsdp, zero 1": (Mesh(dp_shard=4, ep=2), {"micro_batch": 1, "zero": 1}),
         "ep over tp and dp_shard": (Mesh(dp_shard=2, tp=2, ep=4), {"micro_batch": 2}),
         "ep over tp, recompute": (Mesh(dp_shard=2, tp=2, ep=2), {"recompute": "full"}),
+        "ep over cp and dp_shard": (Mesh(dp_shard=2, cp=2, ep=4), {}),
         "pp, recompute, zero 1": (Mesh(pp=2, dp_shard=2, ep=2), {"micro_batch": 1, "recompute": "full", "zero": 1}),
         "dp": (Mesh(dp_replicate=2, dp_shard=2, ep=2), {"micro_batch": 1}),
     },
@@ -67,7 +69,8 @@ def plan_of(name, mesh, batch=8, **options):
         layer: Sharding(experts=(experts,)) if _has(module, experts.module) else Sharding()
         for layer, module in ((f"{layers}.{i}", model.get_submodule(f"{layers}.{i}")) for i in range(2))
     }
-    return make(shardings, Sharding(), mesh, batch=batch, **options)
+    plan = make(shardings, Sharding(), mesh, batch=batch, **options)
+    return replace(plan, context=(("input_ids", 1), ("labels", 1))) if mesh.cp > 1 else plan
 
 
 def _has(module, name):
