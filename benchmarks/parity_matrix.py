@@ -195,24 +195,40 @@ def told(cell: Cell) -> str:
 
 
 def page(found: list[Cell]) -> str:
-    """The table, and under it what each refusal and failure is."""
-    names, titles = (
-        list(dict.fromkeys(c.model for c in found)),
-        [t for t in (*PLANS, *EXPERT_PLANS) if any(c.plan == t for c in found)],
-    )
-    by_place = {(cell.model, cell.plan): cell for cell in found}
+    """The tables, and under them what each refusal and failure is."""
+    sparse = {cell.model for cell in found if cell.plan in EXPERT_PLANS}
+    groups = {
+        "The examples": [c for c in found if c.model not in sparse and c.model.startswith("examples/")],
+        "Families of Hugging Face": [c for c in found if c.model not in sparse and not c.model.startswith("examples/")],
+        "Models with experts": [c for c in found if c.model in sparse],
+    }
     notes: list[str] = []
-    lines = ["| plan | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
-    for title in titles:
-        lines.append(f"| {title} | " + " | ".join(_entry(by_place.get((name, title)), notes) for name in names) + " |")
+    parts = [HEAD.format(torch=torch.__version__) + _counts(found)]
+    parts += [f"## {title}\n\n{_table(some, notes)}" for title, some in groups.items() if some]
+    if notes:
+        listed = "\n".join(f"{i}. {note}" for i, note in enumerate(notes, 1))
+        parts.append(f"## What is refused, and what fails\n\n{listed}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _counts(found: list[Cell]) -> str:
     good = sum(not c.refused and not c.failed and c.error < TOLERANCE for c in found)
     refused = sum(bool(c.refused) for c in found)
     bad = len(found) - good - refused
-    summary = (
-        f"{good} of {len(found)} cells equal one process to {TOLERANCE:.0e}, {refused} are refused by the planner, {bad} fail."
+    return (
+        f"Of {len(found)} cells {good} equal one process to {TOLERANCE:.0e}, {refused} are refused by the planner and "
+        f"{bad or 'none'} fail{'s' if bad == 1 else ''}."
     )
-    listed = "\n".join(f"{i}. {note}" for i, note in enumerate(notes, 1))
-    return HEAD.format(torch=torch.__version__) + summary + "\n\n" + "\n".join(lines) + "\n" + (f"\n{listed}\n" if notes else "")
+
+
+def _table(found: list[Cell], notes: list[str]) -> str:
+    names = list(dict.fromkeys(cell.model for cell in found))
+    by_place = {(cell.model, cell.plan): cell for cell in found}
+    lines = ["| plan | " + " | ".join(name.removeprefix("HF ") for name in names) + " |", "|---|" + "--:|" * len(names)]
+    for title in (*PLANS, *EXPERT_PLANS):
+        if any((name, title) in by_place for name in names):
+            lines.append(f"| {title} | " + " | ".join(_entry(by_place.get((name, title)), notes) for name in names) + " |")
+    return "\n".join(lines)
 
 
 HEAD = """# Parity: the parallel model computes the same
@@ -220,7 +236,11 @@ HEAD = """# Parity: the parallel model computes the same
 Made by `make parity` with torch {torch}, on processes that talk through gloo. Every cell trains a tiny model for three AdamW
 steps in float64 under a plan of that kind, with the planner's own shardings, and compares with one process: the number is the
 largest relative difference of the losses, of all gradients of the first step and of all parameters after the last. Dropout is
-off.
+off. What is refused, the planner never proposes; why, is told below by number.
+
+The names of plans are those of the mesh: `dp` replicates, FSDP shards parameters (ZeRO 3 unless told), `tp` shards layers, `+ sp`
+also the activations between them along the sequence, `pp` cuts the model into stages, `ep` deals experts (over the ranks of FSDP,
+of tp or of both); the number behind is that of ranks.
 
 """
 

@@ -28,7 +28,7 @@ from autoplan.verify.parity import widened as wide_grouped_mm
 from tests.test_parity import Result, optimizer
 
 STEPS, SEED = 3, 3
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds for one plan."""
 
 
