@@ -43,6 +43,9 @@ Kind = Literal["replicate", "gathered", "partial", "shard"]
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """The axes of a mesh, outermost first."""
 
+DEGREES = (*AXES, "ep")
+"""What a mesh is told by: the axes, and the one that folds into them."""
+
 
 class Within(NamedTuple):
     """The axes whose devices share the work of one micro-batch on one stage."""

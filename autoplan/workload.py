@@ -23,3 +23,6 @@ class Workload:
     compute_dtype: DType = "bfloat16"
     reduce_dtype: DType = "float32"
     optimizer: OptimizerName = "adamw"
+    expert_imbalance: float = 1.0
+    """Where experts are dealt over devices: tokens of the fullest device over the mean. It multiplies what that device
+    computes, sends and keeps of them; 1 is a router that balances perfectly."""

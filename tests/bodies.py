@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autoplan.graph import Block, Body, Cost, Graph, Op, Parameter, Value
 
 
@@ -100,9 +102,48 @@ def mlp_block(hidden: int = 64, seq: int = 16, ffn: int = 128, norm: bool = True
     return b.body([outside], [b.border("exit", "", y)])
 
 
-def model(layers: int = 4, hidden: int = 64, seq: int = 16, ffn: int = 128, vocab: int = 256) -> Graph:
+def expert_block(
+    hidden: int = 64, seq: int = 16, ffn: int = 128, experts: int = 4, chosen: int = 2, form: str = "chosen", holder: str = "moe"
+) -> Body:
+    """x + moe(norm(x)), where a router chooses some of `experts` for every token; `holder` is the module that has them."""
+    b = Builder(hidden, seq)
+    outside = b.activation(hidden)
+    x = b.border("enter", "", outside)
+    h = b.norm("norm", x)
+    rows = b.op("view", "flatten", [h], [b.value(seq, hidden, storage=b.values[h].storage)])
+    numbers = seq * chosen
+    choice = b.op("opaque", "topk", [rows], [b.value(seq, chosen, grad=False, dtype="int64")])
+    weights = b.op("opaque", "gather", [rows, choice], [b.value(seq, chosen)], saved=(choice,))
+    if form == "sorted":
+        rows = b.op("opaque", "getitem", [rows, choice], [b.value(numbers, hidden)], saved=(choice,))
+        counts = b.op("opaque", "bincount", [choice], [b.value(experts, grad=False, dtype="int64")])
+        b.values[counts] = replace(b.values[counts], batch_dim=None)
+    entering = [rows, choice, weights] if form == "chosen" else [rows, counts]
+    given = [b.border("enter", holder, i, str(n)) for n, i in enumerate(entering)]
+    b.scope.append(holder)
+    h = given[0]
+    if form == "chosen":
+        h = b.op("opaque", "getitem", [h, given[1]], [b.value(numbers, hidden)], saved=(given[1],))
+    for name, width in (("up", ffn), ("down", hidden)):
+        weight = b.parameter(f"{holder}.{name}", experts, b.values[h].shape[1], width)
+        flops = 2.0 * numbers * b.values[h].shape[1] * width
+        h = b.op("opaque", "_grouped_mm", [h, weight], [b.value(numbers, width)], flops, saved=(h,))
+    if form == "chosen":
+        h = b.op("opaque", "combine", [h, given[2]], [b.value(seq, hidden)], saved=(h, given[2]))
+    b.scope.pop()
+    h = b.border("exit", holder, h)
+    if form == "sorted":
+        h = b.op("opaque", "index_add", [h, choice], [b.value(seq, hidden)], saved=(choice,))
+    h = b.op("view", "view", [h], [b.value(1, seq, hidden, storage=b.values[h].storage)])
+    y = b.pointwise("add", x, h, linear=True)
+    return b.body([outside], [b.border("exit", "", y)])
+
+
+def model(
+    layers: int = 4, hidden: int = 64, seq: int = 16, ffn: int = 128, vocab: int = 256, block: Body | None = None
+) -> Graph:
     """Embedding, `layers` equal blocks, head and loss."""
-    block = mlp_block(hidden, seq, ffn)
+    block = block or mlp_block(hidden, seq, ffn)
     b = Builder(hidden, seq)
     tokens = b.value(1, seq, grad=False, dtype="int64")
     b.scope.append("embed")

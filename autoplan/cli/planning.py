@@ -50,6 +50,7 @@ def plan(
     dp_replicate: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
     dp_shard: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
     cp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh; 1: sequences stay whole.")] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="Fix over how many GPUs experts are dealt; 1: none are.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
     constraints: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML: choices for axes, and what layers and parameters must do.")
@@ -75,7 +76,7 @@ def plan(
     hardware = arguments.hardware_here(hardware)
     from autoplan import api
 
-    axes = {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "tp": tp}
+    axes = {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "tp": tp, "ep": ep}
     wishes: dict[str, Any] = {"hardware": hardware} if hardware is not None else {}
     wishes |= {"objective": wanted, "constraints": constraints}
     started = perf_counter()

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autoplan.cost.compute import MULTIPLIES
-from autoplan.cost.prices import LayerModel, LocalParameter
+from autoplan.cost.prices import LayerModel, LocalParameter, Sizes, sizes
 from autoplan.cost.walk import Step, call_borders, changes_memory, saved_values, shared_root, stream_layout, walk
 from autoplan.graph import DTYPE_BYTES
 from autoplan.strategy import REPLICATE, Layout, Sharding
@@ -43,6 +43,10 @@ class LayerCost:
     """What of `forward` and `backward` are matrix products."""
     attention: tuple[Seconds, Seconds] = (0.0, 0.0)
     """What of `forward` and `backward` are attention kernels."""
+
+    def sizes(self, dealt: bool, shards: int) -> Sizes:
+        """See `cost.step.HasParameters`."""
+        return sizes(self.parameters, dealt, shards)
 
 
 def layer_cost(model: LayerModel, sharding: Sharding, only: Callable[[Step], bool] | None = None) -> LayerCost:
@@ -90,7 +94,8 @@ class _Account:
         source, target = step.op.inputs[0], step.op.outputs[0]
         before, after = step.outcome.inputs[0], step.outcome.outputs[0]
         self._send(*self.model.border(self.body.values[source], before, after), wanted)
-        self.root[target] = target if changes_memory(before, after) else self.root.get(source, source)
+        moved = changes_memory(before, after) or step.index in self.model.doors
+        self.root[target] = target if moved else self.root.get(source, source)
         if step.op.kind == "enter" and step.op.module == "" and source in self.body.inputs:
             self.inside[self.root[target]] = (target, after)
 

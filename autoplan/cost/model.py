@@ -25,6 +25,7 @@ from itertools import pairwise
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.context import Context, Gather
+from autoplan.cost.experts import Mixtures
 from autoplan.cost.layer import LayerCost, layer_cost
 from autoplan.cost.outer import OuterParts
 from autoplan.cost.prices import LayerModel
@@ -59,8 +60,8 @@ class CostModel:
     def __init__(self, graph: Graph, hardware: HardwareProfile, workload: Workload) -> None:
         self.graph, self.hardware, self.workload = graph, hardware, workload
         hardware.device.peak_of(workload.compute_dtype)  # a profile without this dtype is the user's error, told early
-        self._models: dict[tuple[int, int, int, int], LayerModel] = {}
-        self._costs: dict[tuple[int, int, int, int, Sharding], LayerCost] = {}
+        self._models: dict[tuple[int, int, int, int, int], LayerModel] = {}
+        self._costs: dict[tuple[int, int, int, int, int, Sharding], LayerCost] = {}
         self._parts: dict[tuple[tuple[int, ...], int, int, int, Sharding], LayerCost] = {}
         self._dp: dict[Hashable, DataParallel] = {}
         self._passed: dict[tuple[int, float], Bytes] = {}
@@ -72,9 +73,10 @@ class CostModel:
         other.workload = replace(self.workload, global_batch=global_batch)
         return other
 
-    def layer_model(self, body: int, tp: int, micro_batch: int, cp: int = 1) -> LayerModel:
+    def layer_model(self, body: int, tp: int, micro_batch: int, cp: int = 1, ep: int = 1) -> LayerModel:
         """The table of prices of a body (an index, or OUTER)."""
-        key = (body, tp, micro_batch, cp)
+        dealt = self.mixtures.dealt.get(body, ()) if ep > 1 else ()
+        key = (body, tp, micro_batch, cp, ep if dealt else 1)
         if key not in self._models:
             graph = self.graph
             blocks = tuple((block.name, block.body) for block in graph.blocks)
@@ -88,6 +90,9 @@ class CostModel:
                 dtype=self.workload.compute_dtype,
                 cp=cp,
                 gathered=self._gathered(body) if cp > 1 else None,
+                ep=ep,
+                dealt=dealt,
+                imbalance=self.workload.expert_imbalance,
             )
         return self._models[key]
 
@@ -96,14 +101,19 @@ class CostModel:
         """Where the model's sequences run."""
         return Context(self.graph)
 
+    @cached_property
+    def mixtures(self) -> Mixtures:
+        """Where the model's experts are."""
+        return Mixtures(self.graph)
+
     def _gathered(self, body: int) -> dict[int, tuple[Gather, ...]]:
         return {index: found for (of, index), found in self.context.gathered.items() if of == body}
 
-    def layer_cost(self, body: int, sharding: Sharding, tp: int, micro_batch: int, cp: int = 1) -> LayerCost:
+    def layer_cost(self, body: int, sharding: Sharding, tp: int, micro_batch: int, cp: int = 1, ep: int = 1) -> LayerCost:
         """Cost of one layer for one micro-batch. Raises `UsageError` when the sharding is not legal for it."""
-        key = (body, tp, micro_batch, cp, sharding)
+        key = (body, tp, micro_batch, cp, ep, sharding)
         if key not in self._costs:
-            self._costs[key] = layer_cost(self.layer_model(body, tp, micro_batch, cp), sharding)
+            self._costs[key] = layer_cost(self.layer_model(body, tp, micro_batch, cp, ep), sharding)
         return self._costs[key]
 
     def micro_batches(self, mesh: Mesh, micro_batch: int) -> int:
@@ -117,8 +127,8 @@ class CostModel:
 
     def layer_step(self, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int) -> LayerStep:
         """One layer's share of a step; OUTER: all that stands outside the layers."""
-        key = (body, mesh.tp, micro_batch, mesh.cp, strategy.sharding)
-        cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp)
+        key = (body, mesh.within, micro_batch, strategy.sharding)
+        cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp, mesh.ep)
         return self._step(key, cost, strategy, mesh, micro_batch, outer=body == OUTER)
 
     def outer_step(self, regions: tuple[int, ...], strategy: Strategy, mesh: Mesh, micro_batch: int) -> LayerStep:
@@ -141,7 +151,7 @@ class CostModel:
     ) -> LayerStep:
         """`layer_step`, or `outer_step` of some regions, with dp axes that cost nothing (cost.step.ideal_data_parallel)."""
         if regions is None or len(regions) == len(self.outer.busy):
-            cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp)
+            cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp, mesh.ep)
         else:
             cost = self._part(regions, strategy.sharding, mesh, micro_batch)
         dp, again = ideal_data_parallel(cost, mesh, outer=body == OUTER), strategy.recompute == "full"
@@ -150,7 +160,7 @@ class CostModel:
     def _step(
         self, key: Hashable, cost: LayerCost, strategy: Strategy, mesh: Mesh, micro_batch: int, *, outer: bool
     ) -> LayerStep:
-        of = (key, mesh.dp_replicate, mesh.dp_shard)  # cp is in the key
+        of = (key, mesh.dp_replicate, mesh.dp_shard)  # the other axes are in the key
         if of not in self._dp:
             self._dp[of] = data_parallel(cost, mesh, self.hardware, self.workload)
         zero: Zero = strategy.zero if mesh.shards > 1 else 3

@@ -9,6 +9,10 @@ For an operation `o` of `micro_batch / cp` samples (a cp group shares the positi
 (`LayerModel.op`), and for attention an all_to_all over cp of every operand, forward and backward; a border costs the
 collectives of `autoplan.strategy`'s table (`.border`), a GATHERED parameter one all_reduce of its gradient
 (`.parameter_sync`).
+
+Inside a module of experts that are dealt over ep (cost.experts) a device works on 1/tp of the rows, the fullest one on
+`imbalance` times that, with 1/ep of the weights; rows arrive and leave by an all_to_all over ep each, forward and backward, and
+those of a tp group are gathered when they have left (`.dealing`).
 """
 
 from __future__ import annotations
@@ -17,14 +21,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
+from typing import NamedTuple
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import kernel_time
 from autoplan.cost.context import Gather
+from autoplan.cost.experts import Dealt
 from autoplan.cost.rules import BORDER_COLLECTIVES, Outcome, packings
 from autoplan.graph import DTYPE_BYTES, Body, Op, Parameter, Value
 from autoplan.hardware import HardwareProfile
-from autoplan.strategy import GATHERED, Layout, key_copies
+from autoplan.strategy import GATHERED, Layout, expert_cut, key_copies
 from autoplan.units import Bytes, Seconds
 
 
@@ -40,6 +46,31 @@ class OpCost:
     temporary: Bytes
 
 
+class Sizes(NamedTuple):
+    """Elements of some parameters on one rank; `trainable` ones among them."""
+
+    numel: int
+    trainable: int
+
+
+def sizes(parameters: Sequence[LocalParameter], dealt: bool, shards: int) -> Sizes:
+    """Of those that are dealt over ep or those that are not, on the fullest of `shards` ranks that FSDP cuts them over."""
+    every = [(p.numel(shards), p.trainable) for p in parameters if p.dealt == dealt]
+    return Sizes(sum(n for n, _ in every), sum(n for n, trainable in every if trainable))
+
+
+Sending = tuple[str, Bytes, int]
+"""A collective of neighbours: its kind, size (as in cost.collectives) and number of devices."""
+
+
+class Dealing(NamedTuple):
+    """What is sent and held where the rows of experts change hands."""
+
+    forward: tuple[Sending, ...]
+    backward: tuple[Sending, ...]
+    held: Bytes
+
+
 @dataclass(frozen=True, slots=True)
 class LocalParameter:
     """A parameter's piece on one tp rank: `shape` is local, `fsdp_dim` the dim that FSDP cuts further."""
@@ -48,13 +79,19 @@ class LocalParameter:
     shape: tuple[int, ...]
     fsdp_dim: int
     trainable: bool
+    dealt: bool = False
+    """Over ep: FSDP cuts what one device has of the experts over `Mesh.efsdp`, along `expert_cut`."""
 
-    def numel(self, dp_shard: int) -> int:
-        """Elements on the fullest of `dp_shard` ranks (FSDP cuts into equal chunks, the last ones shorter or empty)."""
+    def cut(self, shards: int) -> int:
+        """The dim along which FSDP cuts it over so many ranks."""
+        return expert_cut(self.shape, shards) if self.dealt else self.fsdp_dim
+
+    def numel(self, shards: int) -> int:
+        """Elements on the fullest of `shards` ranks (FSDP cuts into equal chunks, the last ones shorter or empty)."""
         if not self.shape:
             return 1
-        cut = ceil(self.shape[self.fsdp_dim] / dp_shard)
-        return cut * prod(self.shape) // max(self.shape[self.fsdp_dim], 1)
+        dim = self.cut(shards)
+        return ceil(self.shape[dim] / shards) * prod(self.shape) // max(self.shape[dim], 1)
 
 
 def border_leaf(body: Body, value: int) -> str:
@@ -80,6 +117,9 @@ class LayerModel:
         dtype: str,
         cp: int = 1,
         gathered: Mapping[int, Sequence[Gather]] | None = None,
+        ep: int = 1,
+        dealt: Sequence[Dealt] = (),
+        imbalance: float = 1.0,
     ) -> None:
         self.body, self.bodies, self.blocks = body, bodies, blocks
         self.tp, self.cp, self.hardware, self.dtype = tp, cp, hardware, dtype
@@ -87,6 +127,10 @@ class LayerModel:
         """What operations (by index) bring together over cp."""
         self.samples = micro_batch / cp
         """Samples' worth of work: a device of a cp group has a part of the sequence of each."""
+        self.ep, self.dealt, self.imbalance = ep, tuple(dealt) if ep > 1 else (), imbalance
+        self.doors = frozenset(index for each in self.dealt for index in each.doors)
+        """Borders (by index) at which rows of experts change hands."""
+        self._inside = frozenset(i for each in self.dealt for i in each.inside)
         self._op_costs: dict[tuple[int, tuple[Layout, ...], tuple[Layout, ...]], OpCost] = {}
         self._border_costs: dict[tuple[int, Layout, Layout], tuple[Seconds, Seconds]] = {}
 
@@ -108,8 +152,27 @@ class LayerModel:
     def packings(self) -> dict[int, tuple[int, ...]]:
         return packings(self.body)
 
+    def share(self, value: Value, layout: Layout) -> float:
+        """What part of a tensor is on this device, of the samples that it works on."""
+        whole = 1.0 / self.tp if layout.sharded else 1.0
+        if not self.dealt:
+            return whole
+        if value.batch_dim is not None:
+            return whole * (self._rows if value.id in self._inside else 1.0)
+        weight = self.body.values[value.storage].parameter  # itself, or one of which it is a view
+        return whole / (self.ep if weight is not None and self.holder(weight) else 1)
+
+    @property
+    def _rows(self) -> float:
+        """Rows inside a module of experts, for every row of its caller."""
+        return self.imbalance / self.tp
+
+    def holder(self, parameter: str) -> Dealt | None:
+        """The module of experts that a parameter belongs to, where these are dealt."""
+        return next((each for each in self.dealt if each.experts.holds(parameter)), None)
+
     def local_bytes(self, value: Value, layout: Layout) -> Bytes:
-        return value.bytes_at(self.samples) / (self.tp if layout.sharded else 1)
+        return value.bytes_at(self.samples) * self.share(value, layout)
 
     def whole_bytes(self, value: Value) -> Bytes:
         """Of the whole sequence."""
@@ -125,7 +188,9 @@ class LayerModel:
     def _price(self, index: int, outcome: Outcome) -> OpCost:
         op = self.body.ops[index]
         batch = self.samples
-        share = (self.tp if outcome.sharded else 1) * (2 if op.causal else 1)  # a causal kernel skips half of the products
+        share = float(self.tp if outcome.sharded else 1) * (2 if op.causal else 1)  # a causal kernel skips half of the products
+        if self._inside.intersection(op.outputs):
+            share /= self._rows
         operands = [
             (self.body.values[i], layout)
             for i, layout in zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
@@ -146,14 +211,42 @@ class LayerModel:
             tp_forward = self._collective("all_reduce", statistic) + self._collective("all_reduce", 2 * statistic)
         exchanged = sum(self._over_cp("all_to_all", size * self.cp) for size in self.exchanged(op, outcome))
         gathered = {backward: self._gathers(index, backward) for backward in (False, True)}
+        dealing = self.dealing(index)
         return OpCost(
             forward,
             backward,
-            tp_forward + exchanged + gathered[False],
-            exchanged + gathered[True],
-            op.saved_extra.at(batch) / (self.tp if outcome.sharded else 1),
-            self._temporary(op, outcome),
+            tp_forward + exchanged + gathered[False] + sum(self._sent(*each) for each in dealing.forward),
+            exchanged + gathered[True] + sum(self._sent(*each) for each in dealing.backward),
+            op.saved_extra.at(batch) / share * (2 if op.causal else 1),
+            max(self._temporary(op, outcome), dealing.held),
         )
+
+    def dealing(self, index: int) -> Dealing:
+        """What is sent where rows of experts change hands: with the first operation inside they have come, with the last they
+        leave. The rows of a tp group, each of which dealt its share, are gathered afterwards, forward and backward."""
+        forward: list[Sending] = []
+        backward: list[Sending] = []
+        held = 0.0
+        for each in self.dealt:
+            if index not in (each.first, each.last):
+                continue
+            value = self.body.values[each.rows]
+            whole = value.bytes_at(self.samples)
+            rows = whole * each.chosen * self._rows
+            if index == each.first:
+                counts = float(each.experts.number * DTYPE_BYTES["int64"] * self.ep)
+                forward += [("all_to_all", counts, self.ep), ("all_to_all", rows * self.ep, self.ep)]
+                backward += [("all_to_all", rows * self.ep, self.ep), ("all_gather", whole, self.tp)]
+                if each.weights is not None and self.body.values[each.weights].requires_grad:
+                    backward.append(("all_gather", self.body.values[each.weights].bytes_at(self.samples), self.tp))
+            if index == each.last:
+                forward += [("all_to_all", rows * self.ep, self.ep), ("all_gather", whole, self.tp)]
+                backward.append(("all_to_all", rows * self.ep, self.ep))
+            held = 2 * rows
+        return Dealing(tuple(forward), tuple(backward), held)
+
+    def _sent(self, kind: str, size: Bytes, group: int) -> Seconds:
+        return collective_time(kind, size, group, 1, self.hardware)
 
     def exchanged(self, op: Op, outcome: Outcome) -> tuple[Bytes, ...]:
         """What a device sends of each operand of attention, to exchange the sequence for heads over cp, and of the result, to
@@ -226,6 +319,8 @@ class LayerModel:
 
     def local_parameter(self, parameter: Parameter, layout: Layout) -> LocalParameter:
         shape = list(parameter.shape)
+        if self.holder(parameter.name):
+            return LocalParameter(parameter.name, (shape[0] // self.ep, *shape[1:]), 0, parameter.trainable, dealt=True)
         if layout.sharded:
             shape[layout.dim] //= self.tp
         # FSDP cuts dim 0, but a packed parameter's dim 0 is strided already: it cuts dim 1 there

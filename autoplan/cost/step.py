@@ -5,6 +5,7 @@ backward `B = backward + tp_backward + R`, and
 
     g  all_gather of its parameters over dp_shard (and cp), in the compute dtype
     r  reduce_scatter of its gradients over dp_shard, in the reduce dtype
+       (those of experts that are dealt over ep: over efsdp)
     a  all_reduce of its gradient shards over dp_replicate, once a step
     e(c, q) = max(0, q - c) + overlap min(c, q)        what communication of q seconds beside c seconds of computation costs
 
@@ -38,7 +39,7 @@ import numpy as np
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import memory_time, optimizer_time
 from autoplan.cost.layer import LayerCost
-from autoplan.cost.prices import LocalParameter
+from autoplan.cost.prices import Sizes
 from autoplan.graph import DTYPE_BYTES
 from autoplan.hardware import HardwareProfile
 from autoplan.plan import MemoryBreakdown, TimeBreakdown
@@ -137,39 +138,39 @@ class DataParallel(NamedTuple):
 class HasParameters(Protocol):
     """What has parameters: a layer's cost."""
 
-    @property
-    def parameters(self) -> tuple[LocalParameter, ...]:
-        """Of one tp rank."""
+    def sizes(self, dealt: bool, shards: int) -> Sizes:
+        """`cost.prices.sizes` of them."""
 
 
 def data_parallel(cost: HasParameters, mesh: Mesh, hardware: HardwareProfile, load: Workload) -> DataParallel:
     """Seconds of gathering parameters and reducing gradients over dp_shard, of all-reducing their shards over dp_replicate,
     and of the optimizer."""
-    whole = sum(p.numel(1) for p in cost.parameters)
-    whole_trainable = sum(p.numel(1) for p in cost.parameters if p.trainable)
-    numel = sum(p.numel(mesh.shards) for p in cost.parameters)
-    trainable = sum(p.numel(mesh.shards) for p in cost.parameters if p.trainable)
-    reduced = whole_trainable * DTYPE_BYTES[load.reduce_dtype]
-    return DataParallel(
-        collective_time("all_gather", whole * DTYPE_BYTES[load.compute_dtype], mesh.shards, mesh.tp, hardware),
-        collective_time("reduce_scatter", reduced, mesh.shards, mesh.tp, hardware),
-        collective_time("all_reduce", reduced / mesh.shards, mesh.dp_replicate, mesh.tp * mesh.shards, hardware),
-        optimizer_time(trainable * DTYPE_BYTES[load.param_dtype], OPTIMIZER_STATES[load.optimizer], hardware.device),
-        numel,
-        trainable,
-        whole,
-        whole_trainable,
-    )
+    size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
+    gather = reduction = final = 0.0
+    numel = trainable = whole = whole_trainable = 0
+    for dealt, shards, stride in ((False, mesh.shards, mesh.tp), (True, mesh.efsdp, mesh.ep)):
+        gathered, trained = cost.sizes(dealt, 1)
+        if not gathered:
+            continue
+        local = cost.sizes(dealt, shards)
+        numel, trainable = numel + local.numel, trainable + local.trainable
+        whole, whole_trainable = whole + gathered, whole_trainable + trained
+        gather += collective_time("all_gather", gathered * compute, shards, stride, hardware)
+        reduction += collective_time("reduce_scatter", trained * reduce, shards, stride, hardware)
+        final += collective_time("all_reduce", trained * reduce / shards, mesh.dp_replicate, shards * stride, hardware)
+    optimizer = optimizer_time(trainable * size, OPTIMIZER_STATES[load.optimizer], hardware.device)
+    return DataParallel(gather, reduction, final, optimizer, numel, trainable, whole, whole_trainable)
 
 
 def ideal_data_parallel(cost: HasParameters, mesh: Mesh, *, outer: bool) -> DataParallel:
     """No dp axes are better: they take no time, and cut all states. What a layer gathers takes room at least once (under level
     3, in which this is priced, twice in a moment; else as long as it stays), as do its gradients before they are reduced."""
-    numel = sum(p.numel(mesh.dp * mesh.cp) for p in cost.parameters)
-    trainable = sum(p.numel(mesh.dp * mesh.cp) for p in cost.parameters if p.trainable)
-    whole = sum(p.numel(1) for p in cost.parameters)
-    whole_trainable = sum(p.numel(1) for p in cost.parameters if p.trainable)
-    return DataParallel(0.0, 0.0, 0.0, 0.0, numel, trainable, whole if outer else whole / 2, whole_trainable)
+    dense = mesh.dp * mesh.cp
+    local = [cost.sizes(dealt, shards) for dealt, shards in ((False, dense), (True, max(1, dense * mesh.tp // mesh.ep)))]
+    whole = [cost.sizes(dealt, 1) for dealt in (False, True)]
+    numel, trainable = map(sum, zip(*local, strict=True))
+    gathered, trained = map(sum, zip(*whole, strict=True))
+    return DataParallel(0.0, 0.0, 0.0, 0.0, numel, trainable, gathered if outer else gathered / 2, trained)
 
 
 def layer_step(

@@ -41,6 +41,10 @@ def stream_layout(value: Value, stream: Layout) -> Layout:
 def walk(model: LayerModel, sharding: Sharding) -> Iterator[Step]:
     """Follow `sharding` through the layer. Raises `UsageError`, naming operation and module, where a rule forbids it."""
     body = model.body
+    dealt = tuple(each.experts for each in model.dealt)
+    if sharding.experts != dealt:
+        has = ", ".join(f"'{each.module}'" for each in dealt) or "none"
+        raise UsageError(f"the plan deals other experts over ep than the layer has: it has {has}.")
     borders: dict[BorderKey, Border] = {(b.module, b.side, b.leaf): b for b in sharding.borders}
     used: set[BorderKey] = set()
     layouts = {i: stream_layout(body.values[i], sharding.stream) for i in body.inputs}

@@ -9,10 +9,10 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 from autoplan.constraints import Constraints
 from autoplan.errors import UsageError
 from autoplan.files.document import did_you_mean, read_document, validate
-from autoplan.strategy import AXES, parse_layout
+from autoplan.strategy import DEGREES, parse_layout
 
 _ADAPTER = TypeAdapter(with_config(ConfigDict(extra="forbid"))(Constraints))
-_CHOSEN = [*AXES, "micro_batch", "schedule"]
+_CHOSEN = [*DEGREES, "micro_batch", "schedule"]
 
 
 def load_constraints(path: str | Path) -> Constraints:

@@ -75,8 +75,8 @@ class Tables:
         """Body -> number of layers."""
         for block in self.graph.blocks:
             self.classes[block.body] = self.classes.get(block.body, 0) + 1
-        self._lattices: dict[tuple[int, int, Layout], Lattice] = {}
-        self._wholes: dict[tuple[int, int], Bytes] = {}
+        self._lattices: dict[tuple[int, int, Layout, bool], Lattice] = {}
+        self._wholes: dict[tuple[int, int, int], Bytes] = {}
         self._ways: dict[tuple[int, Within, int, Layout], Ways] = {}
         self._priced: dict[tuple[Mesh, int, Layout], Priced | None] = {}
         self._ideal: dict[tuple[Mesh, int, Layout], Priced | None] = {}
@@ -103,20 +103,22 @@ class Tables:
         they are gathered, and their gradients as they are before they are reduced."""
         bodies = self.graph.bodies
         saved = [body.saved.at(micro_batch / within.cp) / within.tp for body in bodies]
-        return max((size + self._whole(g, within.tp) for g, size in enumerate(saved)), default=0.0)
+        return max((size + self._whole(g, within.tp, within.ep) for g, size in enumerate(saved)), default=0.0)
 
-    def _whole(self, g: int, tp: int) -> Bytes:
-        """Bytes of a layer's parameters in the compute dtype and of its gradients, cut by tp where they can be."""
-        if (g, tp) not in self._wholes:
+    def _whole(self, g: int, tp: int, ep: int) -> Bytes:
+        """Bytes of a layer's parameters in the compute dtype and of its gradients, cut by tp or ep where they can be."""
+        dealt = self.costs.mixtures.dealt[g] if ep > 1 else ()
+        if (g, tp, ep) not in self._wholes:
             load, lattices = self.costs.workload, [self.lattice(g, tp, stream) for stream in self.streams(tp)]
             compute, reduce = DTYPE_BYTES[load.compute_dtype], DTYPE_BYTES[load.reduce_dtype]
-            self._wholes[g, tp] = sum(
+            self._wholes[g, tp, ep] = sum(
                 p.numel * (compute * (1 + p.trainable) + reduce * p.trainable)
-                / (1 if all(lattice.whole(p.name) for lattice in lattices) else tp)
+                / (ep if any(each.experts.holds(p.name) for each in dealt)
+                   else 1 if all(lattice.whole(p.name) for lattice in lattices) else tp)
                 for p in self.graph.bodies[g].parameters
                 if not p.buffer
             )  # fmt: skip
-        return self._wholes[g, tp]
+        return self._wholes[g, tp, ep]
 
     def streams(self, tp: int) -> list[Layout]:
         """The layouts in which activations may pass between all layers."""
@@ -143,23 +145,29 @@ class Tables:
             if wish.recompute in (None, again)
         ]
 
-    def lattice(self, g: int, tp: int, stream: Layout) -> Lattice:
-        key = (g, tp, stream)
+    def lattice(self, g: int, tp: int, stream: Layout, ep: int = 1) -> Lattice:
+        """Whatever ep is, where it is above 1: its size changes prices alone."""
+        key = (g, tp, stream, ep > 1 and bool(self.costs.mixtures.dealt.get(g)))
         if key not in self._lattices:
-            self._lattices[key] = Lattice(self.costs.layer_model(g, tp, 1), stream, self._wish(g).layouts if tp > 1 else None)
+            model = self.costs.layer_model(g, tp, 1, ep=ep)
+            self._lattices[key] = Lattice(model, stream, self._wish(g).layouts if tp > 1 else None)
         return self._lattices[key]
 
     def ways(self, g: int, within: Within, micro_batch: int, stream: Layout) -> Ways:
         """A body's lattice at the prices of a micro-batch."""
         key = (g, within, micro_batch, stream)
         if key not in self._ways:
-            model = self.costs.layer_model(g, within.tp, micro_batch, within.cp)
-            self._ways[key] = Ways(model, self.lattice(g, within.tp, stream))
+            model = self.costs.layer_model(g, within.tp, micro_batch, within.cp, within.ep)
+            self._ways[key] = Ways(model, self.lattice(g, within.tp, stream, within.ep))
         return self._ways[key]
 
     def fastest(self, g: int, within: Within, micro_batch: int, stream: Layout) -> Seconds | None:
         """Seconds of one layer and micro-batch at its fastest sharding; None when there is no legal one."""
         return self.ways(g, within, micro_batch, stream).fastest_seconds
+
+    def least(self, g: int, within: Within, micro_batch: int, stream: Layout) -> Seconds | None:
+        """A bound on `fastest` that is quickly found."""
+        return self.ways(g, within, micro_batch, stream).least_seconds
 
     def shardings(self, g: int, within: Within, micro_batch: int, stream: Layout) -> list[Sharding]:
         """Every unbeaten sharding of a body."""
@@ -178,7 +186,7 @@ class Tables:
 
         Its strategies are no strategies; only bounds come of it. The outer one is the best in every respect at once.
         """
-        mesh = Mesh(pp=mesh.pp, dp_shard=mesh.dp, cp=mesh.cp, tp=mesh.tp)
+        mesh = Mesh(pp=mesh.pp, dp_shard=mesh.dp, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep)
         key = (mesh, micro_batch, stream)
         if key not in self._ideal:
             self._ideal[key] = self._price_ideal(mesh, micro_batch, stream)

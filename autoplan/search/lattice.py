@@ -87,6 +87,8 @@ class Lattice:
         self.from_blocks = {i for op in calls for i in op.outputs} - self.used_outside
         """Values that only pass from block to block, in the stream's layout."""
         self._known: dict[tuple[int, tuple[Layout | None, ...]], list[Choice]] = {}
+        self.usable: dict[int, list[Choice]] = {}
+        """By operation: the choices that can occur in a complete sharding, correlations between values ignored."""
         self.viable = self._viable()
 
     @cached_property
@@ -136,8 +138,8 @@ class Lattice:
         alive = {i: set(layouts) for i, layouts in reached.items()}
         for i in body.outputs:
             alive[i] &= {REPLICATE if self.model.outer else stream_layout(body.values[i], self.stream)}
-        for op, run in zip(reversed(body.ops), reversed(runs), strict=True):
-            usable = [
+        for index, op, run in zip(reversed(range(len(runs))), reversed(body.ops), reversed(runs), strict=True):
+            usable = self.usable[index] = [
                 choice
                 for choice in run
                 if all(layout in alive[i] for i, layout in zip(op.outputs, choice.outcome.outputs, strict=True))
@@ -263,7 +265,7 @@ class Lattice:
         return renamed, frozenset([numbers[m] for m in counted if m in numbers])
 
     def _size(self, value: Value, layout: Layout) -> Size:
-        size = value.bytes_at(1) / (self.model.tp if layout.sharded else 1)
+        size = value.bytes_at(1) * self.model.share(value, layout)
         return (size, 0.0) if value.batch_dim is not None else (0.0, size)
 
     def _fresh(self, i: int, layout: Layout) -> Live:
@@ -275,7 +277,7 @@ class Lattice:
         op, values = self.body.ops[index], self.body.values
         if op.kind in ("enter", "exit"):
             source = live.get(op.inputs[0])
-            moved = source is None or changes_memory(outcome.inputs[0], layout)
+            moved = source is None or changes_memory(outcome.inputs[0], layout) or index in self.model.doors
             return self._fresh(output, layout) if moved or source is None else source._replace(layout=layout)
         for i in op.inputs:
             if values[output].storage != output and values[i].storage == values[output].storage and i in live:

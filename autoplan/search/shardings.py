@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoplan.cost.layer import LayerCost
-from autoplan.cost.prices import LayerModel, LocalParameter
+from autoplan.cost.prices import LayerModel, LocalParameter, Sizes, sizes
 from autoplan.cost.walk import borders_of, call_borders, changes_memory
 from autoplan.graph import DTYPE_BYTES
 from autoplan.search.dominance import Bools, Floats, Ints, unbeaten
@@ -86,6 +86,18 @@ class Ways:
         return cost.forward + cost.tp_forward, backward, cost.saved_extra, numel, cost.temporary
 
     @cached_property
+    def least_seconds(self) -> Seconds | None:
+        """No sharding is faster: every operation at its cheapest, whatever comes before and after; None when one can't run. It
+        needs no states, and tells already which degrees are too many."""
+        seconds = 0.0
+        for index, choices in self.lattice.usable.items():
+            prices = [sum(self._price(index, choice)[:2]) for choice in choices]
+            if not prices:
+                return None
+            seconds += min(prices)
+        return seconds * (1 - 1e-12)  # summed in another order than `fastest_seconds`
+
+    @cached_property
     def fastest_seconds(self) -> Seconds | None:
         """Forward and backward of the fastest sharding, recomputation and data parallelism apart; None when there is none."""
         seconds = np.zeros(1)
@@ -142,14 +154,23 @@ def _kept(costs: Floats, counts: Ints, merged: Bools) -> Ints:
     return every[np.argsort(state[every], kind="stable")]
 
 
-class Held(NamedTuple):
+class Held:
     """The parameters of some shardings of a layer: those in which all of them have the same layouts."""
 
-    parameters: tuple[LocalParameter, ...]
+    def __init__(self, parameters: tuple[LocalParameter, ...]) -> None:
+        self.parameters = parameters
+        self._sizes: dict[tuple[bool, int], Sizes] = {}
+
+    def sizes(self, dealt: bool, shards: int) -> Sizes:
+        """See `cost.step.HasParameters`. Kept: many meshes cut into as many parts."""
+        key = (dealt, shards)
+        if key not in self._sizes:
+            self._sizes[key] = sizes(self.parameters, dealt, shards)
+        return self._sizes[key]
 
     def cut_by(self, shards: int) -> bool:
         """FSDP cuts a packed parameter along dim 1, and only evenly."""
-        return not any(p.fsdp_dim and p.shape[p.fsdp_dim] % shards for p in self.parameters)
+        return not any(p.fsdp_dim and not p.dealt and p.shape[p.fsdp_dim] % shards for p in self.parameters)
 
 
 class Unbeaten:
@@ -233,4 +254,5 @@ class Unbeaten:
                 borders.extend(borders_of(level.operation, self.model, outcome, self.lattice.stream))
         order = {p.name: n for n, p in enumerate(self.lattice.body.parameters)}
         layouts = [(name, layout) for name, layout in self._layouts(i).items() if layout != REPLICATE]
-        return Sharding(tuple(sorted(layouts, key=lambda item: order[item[0]])), tuple(borders), self.lattice.stream)
+        experts = tuple(each.experts for each in self.model.dealt)
+        return Sharding(tuple(sorted(layouts, key=lambda item: order[item[0]])), tuple(borders), self.lattice.stream, experts)

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 from autoplan.cost.context import Context
+from autoplan.cost.experts import Mixtures
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
 from autoplan.plan import Candidate
 from autoplan.schedule import ScheduleKind
-from autoplan.strategy import AXES, Mesh
+from autoplan.strategy import DEGREES, Mesh
 from autoplan.workload import Workload
 
 
@@ -19,16 +20,16 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def meshes(gpus: int, fixed: Mapping[str, int], cps: Sequence[int] = (1,)) -> Iterator[Mesh]:
-    """Every way to arrange exactly `gpus` devices, with the axes in `fixed` as given and cp one of `cps`.
+def meshes(gpus: int, fixed: Mapping[str, int], cps: Sequence[int] = (1,), eps: Sequence[int] = (1,)) -> Iterator[Mesh]:
+    """Every way to arrange exactly `gpus` devices, with the axes in `fixed` as given, cp one of `cps` and ep one of `eps`.
 
-    cp and tp are not combined: nothing runs them together yet.
+    cp and tp are not combined: nothing runs them together yet. Where experts are dealt, they are over all of cp and tp.
 
     Raises `UsageError` when an axis is unknown or its size does not divide `gpus`.
     """
     for axis, size in fixed.items():
-        if axis not in AXES:
-            raise UsageError(f"there is no mesh axis '{axis}'.", f"Use one of {', '.join(AXES)}.")
+        if axis not in DEGREES:
+            raise UsageError(f"there is no mesh axis '{axis}'.", f"Use one of {', '.join(DEGREES)}.")
         if size < 1 or gpus % size:
             raise UsageError(
                 f"{axis} {size} does not divide {gpus} devices.", f"Use one of {', '.join(map(str, divisors(gpus)))}."
@@ -41,10 +42,12 @@ def meshes(gpus: int, fixed: Mapping[str, int], cps: Sequence[int] = (1,)) -> It
         if gpus % (pp * dp_replicate * dp_shard) == 0
         for rest in [gpus // (pp * dp_replicate * dp_shard)]
         for cp, tp in {(1, rest), (rest, 1)}
-        for mesh in [Mesh(pp, dp_replicate, dp_shard, cp, tp)]
+        for ep in dict.fromkeys((1, *eps))
+        if ep == 1 or (ep % (cp * tp) == 0 and dp_shard % (ep // (cp * tp)) == 0)
+        for mesh in [Mesh(pp, dp_replicate, dp_shard, cp, tp, ep)]
         if all(getattr(mesh, axis) == size for axis, size in fixed.items())
     ]
-    legal = sorted(mesh for mesh in found if mesh.cp in cps)
+    legal = sorted(mesh for mesh in found if mesh.cp in cps and mesh.ep in eps)
     if not found:
         raise UsageError(f"{' x '.join(f'{axis} {size}' for axis, size in fixed.items())} does not make {gpus} devices.")
     yield from legal
@@ -112,6 +115,16 @@ def uncut(gpus: int, fixed: Mapping[str, int], context: Context) -> tuple[list[i
         for cp in refused[:1]
     ]
     return [size for size in sizes if size not in refused], told
+
+
+def undealt(gpus: int, fixed: Mapping[str, int], mixtures: Mixtures) -> tuple[list[int], list[Candidate]]:
+    """The sizes of ep over which the model's experts can be dealt, and the candidate of one that was asked for in vain."""
+    asked = fixed.get("ep")
+    sizes = [size for size in divisors(gpus) if asked in (None, size) and not mixtures.refusal(size)]
+    if asked is None or sizes:
+        return sizes, []
+    mesh = Mesh(dp_shard=gpus, ep=asked)
+    return [], [Candidate(mesh=mesh, micro_batch=1, status="illegal", reason=mixtures.refusal(asked))]
 
 
 def unplaceable(mesh: Mesh, micro_batch: int) -> Candidate:

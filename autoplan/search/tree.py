@@ -1,15 +1,17 @@
 """Best-first branch and bound over meshes, micro-batches and schedules.
 
-A *family* is a size of tp and of cp with a layout in which activations pass between layers; it splits into *groups*, one a
+A *family* is a size of tp, of cp and of ep with a layout in which activations pass between layers; it splits into *groups*, one a
 micro-batch, a group into *shapes*, one a number of stages and a schedule, and a shape into *stagings*, one a mesh and outer
 strategy. Each has a lower bound on the step that is valid for everything in it:
 
-    family, group   (m / pp) sum_g N_g fastest_seconds(g)          forward and backward of the fastest sharding of every layer;
+    family, group   (m / pp) sum_g N_g least_seconds(g)            forward and backward of every operation at its cheapest;
                                                                    memory, bubble and the data-parallel axes ignored. m / pp is
                                                                    the same for all meshes. A family's is taken at its largest
                                                                    micro-batch: a sample is never dearer in a larger one
-    shape           the same with the bubble and the p2p of its schedule; it is dropped where not even a dp axis that sends
-                    nothing and cuts all states makes it fit in time (`Tables.ideal`)
+    shape           (m + bubble) sum_g N_g fastest_seconds(g)      of the fastest sharding of every layer, with the bubble and the
+                                                                   p2p of its schedule; it is dropped where not even a dp axis
+                                                                   that sends nothing and cuts all states makes it fit in time
+                                                                   (`Tables.ideal`)
     staging         Staging.quick_bound                            every layer at its fastest strategy on this mesh
                     Staging.bound                                  ... under memory, strategies mixed in fractions
     solved          Staging.solve                                  exact, under memory
@@ -33,9 +35,9 @@ from autoplan.search.baselines import baselines
 from autoplan.search.candidates import slower
 from autoplan.search.columns import Tables
 from autoplan.search.ilp import UnsolvedError
-from autoplan.search.space import indivisible, meshes, micro_batches, schedules, uncut, unplaceable, unstageable
+from autoplan.search.space import indivisible, meshes, micro_batches, schedules, uncut, undealt, unplaceable, unstageable
 from autoplan.search.stages import Solution, Staging
-from autoplan.strategy import AXES, Layout, Mesh, Within
+from autoplan.strategy import DEGREES, Layout, Mesh, Within
 from autoplan.units import Bytes, Seconds
 
 
@@ -64,7 +66,7 @@ ROUGHLY = 1e-3
 
 @dataclass(frozen=True)
 class Family:
-    """All meshes and micro-batches of one size of tp and cp, and stream layout."""
+    """All meshes and micro-batches of one size of tp, cp and ep, and stream layout."""
 
     within: Within
     stream: Layout
@@ -72,7 +74,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Group:
-    """All meshes of one size of tp and cp, stream layout and micro-batch."""
+    """All meshes of one size of tp, cp and ep, stream layout and micro-batch."""
 
     within: Within
     stream: Layout
@@ -121,7 +123,7 @@ class Tree:
         self.tables, self.gpus, self.limit, self.gap = tables, gpus, limit, gap
         self.deadline, self.tell, self.constraints, self.top = deadline, tell, constraints, top
         self.meshes: dict[tuple[Within, int], list[Mesh]] = {}
-        """By (tp and cp, pp)."""
+        """By (tp, cp and ep; pp)."""
         self.refused: list[Candidate] = []
         self.stagings: list[Staging] = []
         self.verdicts: list[Candidate] = []
@@ -146,9 +148,10 @@ class Tree:
         self._known_sizes: dict[tuple[Within, int | None], list[int]] = {}
         load, order = tables.costs.workload, tables.costs.outer.order
         cps, uncuttable = uncut(gpus, fixed, tables.costs.context)
-        self.refused += uncuttable
-        for mesh in meshes(gpus, fixed, cps):
-            if not all(constraints.allows(axis, getattr(mesh, axis)) for axis in AXES):
+        eps, undivided = undealt(gpus, fixed, tables.costs.mixtures)
+        self.refused += [*uncuttable, *undivided]
+        for mesh in meshes(gpus, fixed, cps, eps):
+            if not all(constraints.allows(axis, getattr(mesh, axis)) for axis in DEGREES):
                 continue
             refused = unstageable(mesh, tables.graph, order)
             if refused is None and not micro_batches(mesh, load):
@@ -197,7 +200,7 @@ class Tree:
                 solved += 1
 
     def sizes(self, within: Within, pp: int | None = None) -> list[int]:
-        """Micro-batches that some mesh of this tp and cp (and pp) can run."""
+        """Micro-batches that some mesh of this tp, cp and ep (and pp) can run."""
         if (within, pp) not in self._known_sizes:
             some = [meshes[0] for at, meshes in self.meshes.items() if at[0] == within and pp in (None, at[1])]
             self._known_sizes[within, pp] = sorted({size for mesh in some for size in self._allowed_sizes(mesh)})
@@ -242,15 +245,16 @@ class Tree:
             self.pushed += 1
             heappush(self.open, (bound, self.pushed, node))
 
-    def _slot(self, within: Within, stream: Layout, micro_batch: int) -> Seconds | None:
-        """Seconds of one micro-batch through all layers at their fastest shardings; None when some layer has none."""
-        seconds = [self.tables.fastest(g, within, micro_batch, stream) for g in self.tables.classes]
+    def _slot(self, within: Within, stream: Layout, micro_batch: int, *, roughly: bool = False) -> Seconds | None:
+        """Seconds of one micro-batch through all layers at their fastest shardings, or a bound; None when some layer has none."""
+        of = self.tables.least if roughly else self.tables.fastest
+        seconds = [of(g, within, micro_batch, stream) for g in self.tables.classes]
         if any(t is None for t in seconds):
             return None
         return sum(n * t for n, t in zip(self.tables.classes.values(), seconds, strict=True) if t is not None)
 
     def _least_seconds(self, within: Within, stream: Layout, micro_batch: int) -> Seconds | None:
-        slot = self._slot(within, stream, micro_batch)
+        slot = self._slot(within, stream, micro_batch, roughly=True)
         return None if slot is None else self.tables.costs.workload.global_batch * within.size / (self.gpus * micro_batch) * slot
 
     def _shapes(self, group: Group, bound: Seconds) -> None:

@@ -17,7 +17,7 @@ from autoplan.hardware import HardwareProfile
 from autoplan.measurement import MeasuredSteps
 from autoplan.plan import Plan
 from autoplan.search.planner import search
-from autoplan.strategy import AXES
+from autoplan.strategy import DEGREES
 from autoplan.tune.steps import measured_steps
 from autoplan.units import SECOND, Seconds, show
 from autoplan.workload import Workload
@@ -63,7 +63,7 @@ def candidates(graph: Graph, profile: HardwareProfile, load: Workload, gpus: int
         if found == top:
             return
         with suppress(NothingFits):
-            yield search(graph, profile, load, gpus=gpus, fixed={axis: getattr(mesh, axis) for axis in AXES})
+            yield search(graph, profile, load, gpus=gpus, fixed={axis: getattr(mesh, axis) for axis in DEGREES})
             found += 1
 
 

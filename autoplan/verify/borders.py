@@ -1,4 +1,4 @@
-"""The tp and cp collectives of one micro-batch of a layer, from its sharding and the graph."""
+"""The tp, cp and ep collectives of one micro-batch of a layer, from its sharding and the graph."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ def context_parallel(model: LayerModel, strategy: Strategy, wanted: Callable[[St
     return _passes(model, strategy, wanted, _over_cp)
 
 
+def expert_parallel(model: LayerModel, strategy: Strategy, wanted: Callable[[Step], bool]) -> Iterator[Collective]:
+    """The same over ep: what a device sends to the experts of others. The rows of a tp group are gathered over tp."""
+    return _passes(model, strategy, wanted, _over_ep)
+
+
 def _passes(
     model: LayerModel,
     strategy: Strategy,
@@ -71,8 +76,23 @@ def _over_cp(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
         yield _Sent(step.index, True, tuple(("all_reduce", float(size)) for size in sizes))
 
 
+def _over_ep(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
+    dealing = model.dealing(step.index)
+    passes = [
+        tuple((kind, size / model.ep) for kind, size, _ in sent if kind == "all_to_all")
+        for sent in (dealing.forward, dealing.backward)
+    ]
+    yield _Sent(step.index, True, *passes)
+
+
 def _over_tp(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
     op, outcome, values = step.op, step.outcome, model.body.values
+    dealing = model.dealing(step.index)
+    gathers = [
+        tuple((kind, size) for kind, size, _ in sent if kind != "all_to_all") for sent in (dealing.forward, dealing.backward)
+    ]
+    if any(gathers):
+        yield _Sent(step.index, True, *gathers)
     if op.kind in ("enter", "exit"):
         yield _border(model, step, values[op.inputs[0]], outcome.inputs[0], outcome.outputs[0], op.module != "")
     elif op.kind == "call":

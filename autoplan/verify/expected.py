@@ -8,6 +8,8 @@ With `m` micro-batches, for every virtual stage of a pipeline rank:
                   a GATHERED parameter one all_reduce of its gradient            m times, with dp_shard and zero 1: once
     cp            attention: an all_to_all of every operand forward, of every gradient backward, repeated when the layer is
                   recomputed; the loss two small all_reduces                                                     m times
+    ep            where experts are dealt an all_to_all of their numbers, of the rows and of the results forward, two backward,
+                  repeated when the layer is recomputed                                                          m times
     dp_shard, cp  zero 3: two gathers and one reduction of each FSDP unit, zero 2: one and one                   m times
                   zero 1: one and one                                                                            once
     dp_replicate  one all_reduce of each unit's gradient shards                                                  once
@@ -28,8 +30,8 @@ from autoplan.cost.walk import Step, walk
 from autoplan.graph import DTYPE_BYTES, Value
 from autoplan.plan import Plan
 from autoplan.strategy import REPLICATE, Layout, Strategy
-from autoplan.verify.borders import Collective, context_parallel, parameter_gradients, tensor_parallel
-from autoplan.verify.traffic import Amount, Key, Traffic, total
+from autoplan.verify.borders import Collective, context_parallel, expert_parallel, parameter_gradients, tensor_parallel
+from autoplan.verify.traffic import Amount, Key, Traffic, axis_of, total
 
 Parts = Iterator[tuple[Key, Amount]]
 Axis = Callable[[LayerModel, Strategy, Callable[[Step], bool]], Iterator[Collective]]
@@ -55,6 +57,9 @@ def _parts(plan: Plan, costs: CostModel, rank: int) -> Parts:
         if plan.mesh.cp > 1:
             for kind, size in stage.across(context_parallel):
                 yield ("cp", kind), Amount(1, size).times(plan.micro_batches)
+        if plan.mesh.ep > 1:
+            for kind, size in stage.across(expert_parallel):
+                yield (axis_of(range(plan.mesh.ep), plan.mesh), kind), Amount(1, size).times(plan.micro_batches)
         yield from stage.passed()
     for parameters, strategy in units(plan, costs, stages):
         yield from _unit(plan, parameters, strategy.zero)
@@ -77,14 +82,15 @@ class Stage:
         """(body, strategy)"""
 
     def model(self, body: int) -> LayerModel:
-        return self.costs.layer_model(body, self.plan.mesh.tp, self.plan.micro_batch, self.plan.mesh.cp)
+        mesh = self.plan.mesh
+        return self.costs.layer_model(body, mesh.tp, self.plan.micro_batch, mesh.cp, mesh.ep)
 
     def mine(self, step: Step) -> bool:
         """Does this stage run a step of the outer body?"""
         return self.costs.outer.regions[step.index] in self.regions
 
     def across(self, axis: Axis) -> Iterator[Collective]:
-        """Of one micro-batch, over the axis that `axis` knows: `tensor_parallel` or `context_parallel`."""
+        """Of one micro-batch, over the axis that `axis` knows: `tensor_parallel`, `context_parallel` or `expert_parallel`."""
         found: dict[tuple[int, Strategy], list[Collective]] = {}
         for body, strategy in self.layers:
             if (body, strategy) not in found:
@@ -142,11 +148,14 @@ def outer_layouts(plan: Plan, model: LayerModel) -> dict[int, Layout]:
 
 
 def units(plan: Plan, costs: CostModel, stages: list[Stage]) -> Iterator[tuple[list[LocalParameter], Strategy]]:
-    """The parameters of every FSDP unit of a rank: each layer, and what stands outside them: in a pipeline what each stage
-    uses alone, and what several of the rank's stages share."""
+    """The parameters of every FSDP unit of a rank: each layer, apart from it its experts where they are dealt, and what stands
+    outside the layers: in a pipeline what each stage uses alone, and what several of the rank's stages share."""
     for stage in stages:
         for body, strategy in stage.layers:
-            yield stage.parameters(body, strategy), strategy
+            own = stage.parameters(body, strategy)
+            for dealt in (False, True):  # experts are units of their own
+                if some := [p for p in own if p.dealt == dealt]:
+                    yield some, strategy
     outer = plan.outer_strategy
     if plan.mesh.pp == 1:
         yield stages[0].parameters(OUTER, outer), outer
@@ -170,24 +179,26 @@ def _synchronised(plan: Plan, strategy: Strategy, elements: int) -> Amount:
 def _unit(plan: Plan, parameters: list[LocalParameter], zero: int) -> Parts:
     """Gathers and reductions of one FSDP unit in a step."""
     mesh, load, m = plan.mesh, plan.workload, plan.micro_batches
-    whole = sum(_padded(p, mesh.shards) for p in parameters)
-    trainable = sum(_padded(p, mesh.shards) for p in parameters if p.trainable)
+    dealt = any(p.dealt for p in parameters)
+    shards = mesh.efsdp if dealt else mesh.shards
+    whole = sum(_padded(p, shards) for p in parameters)
+    trainable = sum(_padded(p, shards) for p in parameters if p.trainable)
     reduced = trainable * DTYPE_BYTES[load.reduce_dtype]
-    if mesh.shards > 1 and whole:
-        axis = "+".join(axis for axis in ("dp_shard", "cp") if getattr(mesh, axis) > 1)
+    if shards > 1 and whole:
+        axis = axis_of(range(0, shards * mesh.ep, mesh.ep) if dealt else range(0, shards * mesh.tp, mesh.tp), mesh)
         gathers, reductions = {3: (2 * m, m), 2: (m, m), 1: (1, 1)}[zero]
         yield (axis, "all_gather"), Amount(1, whole * DTYPE_BYTES[load.compute_dtype]).times(gathers)
         if trainable:
             yield (axis, "reduce_scatter"), Amount(1, reduced).times(reductions)
     if mesh.dp_replicate > 1 and trainable:
-        yield ("dp_replicate", "all_reduce"), Amount(1, reduced / mesh.shards)
+        yield ("dp_replicate", "all_reduce"), Amount(1, reduced / shards)
 
 
 def _padded(parameter: LocalParameter, shards: int) -> int:
     """Elements, the dim that FSDP cuts made divisible."""
     if not parameter.shape:
         return 1
-    length = parameter.shape[parameter.fsdp_dim]
+    length = parameter.shape[parameter.cut(shards)]
     return prod(parameter.shape) // max(length, 1) * ceil(length / shards) * shards
 
 

@@ -21,12 +21,12 @@ from autoplan.schedule import additive_seconds, in_flight_by_chunk, slots
 from autoplan.search import planner, tree
 from autoplan.search.columns import Priced, Tables
 from autoplan.search.planner import Progress, search
-from autoplan.search.space import meshes, micro_batches, schedules, unstageable
+from autoplan.search.space import meshes, micro_batches, schedules, undealt, unstageable
 from autoplan.search.stages import Staging, chunk_sizes
 from autoplan.search.tree import Tree
 from autoplan.strategy import Layout, Mesh
 from autoplan.workload import Workload
-from tests.bodies import model
+from tests.bodies import expert_block, model
 from tests.hardware import machine
 
 T = TypeVar("T")
@@ -56,7 +56,8 @@ def brute_force(tables: Tables, gpus: int) -> float:
     of the fastest that fits, infinite when nothing does."""
     costs, graph = tables.costs, tables.graph
     bodies, best, limit = [block.body for block in graph.blocks], inf, costs.memory_limit(0.0) - 2**20
-    for mesh in meshes(gpus, {}):
+    eps, _ = undealt(gpus, {}, costs.mixtures)
+    for mesh in meshes(gpus, {}, eps=eps):
         if unstageable(mesh, graph, costs.outer.order):
             continue
         for micro_batch in micro_batches(mesh, costs.workload):
@@ -107,6 +108,37 @@ CASES = [
     for memory in (40.0, 0.9, 0.6, 0.45, 0.35, 0.25, 0.15)
 ]
 """336 of them. `memory`: gigabytes a thousand features of hidden size, squared."""
+
+
+MIXTURES = [
+    (layers, experts, gpus, memory)
+    for layers, experts in ((1, 4), (1, 8), (2, 4), (2, 6))
+    for gpus in (2, 3, 4)
+    for memory in (40.0, 0.25, 0.18, 0.12)
+]
+
+
+@pytest.mark.parametrize("form", ["chosen", "sorted"])
+def test_equals_brute_force_with_experts(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for 48 small mixtures of experts, which may be dealt over ep."""
+    monkeypatch.setattr(planner, "Tables", ThinTables)
+    monkeypatch.setattr(tree, "baselines", lambda *_: [])
+    eps = set()
+    for layers, experts, gpus, memory_size in MIXTURES:
+        block = expert_block(512, 64, 2048, experts, form=form)
+        graph = model(layers=layers, hidden=512, seq=64, vocab=512, block=block)
+        hardware, load = machine(memory=memory_size * 1e9, span=2), Workload(global_batch=2 * gpus, expert_imbalance=1.25)
+        best = brute_force(ThinTables(CostModel(graph, hardware, load)), gpus)
+        if isinf(best):
+            with pytest.raises(NothingFits):
+                search(graph, hardware, load, gpus=gpus)
+            eps.add(0)
+            continue
+        plan = search(graph, hardware, load, gpus=gpus)
+        assert plan.prediction.step_time == pytest.approx(best, rel=1.01e-4), (layers, experts, gpus, memory_size)
+        assert plan.solve.status == "optimal"
+        eps.add(plan.mesh.ep)
+    assert {0, 1, 2, 4} <= eps
 
 
 @pytest.mark.parametrize("part", range(8))
