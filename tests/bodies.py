@@ -139,9 +139,7 @@ def expert_block(
     return b.body([outside], [b.border("exit", "", y)])
 
 
-def model(
-    layers: int = 4, hidden: int = 64, seq: int = 16, ffn: int = 128, vocab: int = 256, block: Body | None = None
-) -> Graph:
+def model(layers: int = 4, hidden: int = 64, seq: int = 16, ffn: int = 128, vocab: int = 256, block: Body | None = None) -> Graph:
     """Embedding, `layers` equal blocks, head and loss."""
     block = block or mlp_block(hidden, seq, ffn)
     b = Builder(hidden, seq)

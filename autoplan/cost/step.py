@@ -26,12 +26,13 @@ Bytes: states (parameters, gradients, optimizer) are cut by tp and by dp_shard; 
 flight. While a layer's backward pass runs, it needs besides what it recomputes, its gathered parameters and those of its
 neighbour, its unreduced gradients and its largest temporary: of these moments only the largest of a rank counts.
 
-All arithmetic in `layer_step` is elementwise: the numbers of a cost may be numpy arrays with an entry for every sharding.
+All arithmetic in `data_parallel` and `layer_step` is elementwise: the numbers of a cost may be numpy arrays with an entry for
+every sharding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -150,16 +151,30 @@ def data_parallel(cost: HasParameters, mesh: Mesh, hardware: HardwareProfile, lo
     numel = trainable = whole = whole_trainable = 0
     for dealt, shards, stride in ((False, mesh.shards, mesh.tp), (True, mesh.efsdp, mesh.ep)):
         gathered, trained = cost.sizes(dealt, 1)
-        if not gathered:
+        if not np.any(gathered):
             continue
         local = cost.sizes(dealt, shards)
         numel, trainable = numel + local.numel, trainable + local.trainable
         whole, whole_trainable = whole + gathered, whole_trainable + trained
-        gather += collective_time("all_gather", gathered * compute, shards, stride, hardware)
-        reduction += collective_time("reduce_scatter", trained * reduce, shards, stride, hardware)
-        final += collective_time("all_reduce", trained * reduce / shards, mesh.dp_replicate, shards * stride, hardware)
-    optimizer = optimizer_time(trainable * size, OPTIMIZER_STATES[load.optimizer], hardware.device)
+
+        def seconds(kind: str, sent: Bytes, group: int, apart: int) -> Seconds:
+            return _of_each(lambda one: collective_time(kind, one, group, apart, hardware), sent)
+
+        gather = gather + seconds("all_gather", gathered * compute, shards, stride)
+        reduction = reduction + seconds("reduce_scatter", trained * reduce, shards, stride)
+        final = final + seconds("all_reduce", trained * reduce / shards, mesh.dp_replicate, shards * stride)
+    states = OPTIMIZER_STATES[load.optimizer]
+    optimizer = _of_each(lambda one: optimizer_time(one, states, hardware.device), trainable * size)
     return DataParallel(gather, reduction, final, optimizer, numel, trainable, whole, whole_trainable)
+
+
+def _of_each(price: Callable[[Bytes], Seconds], sizes: Bytes) -> Seconds:
+    """`price` of a size, or of every size of an array: most of them are alike."""
+    if not isinstance(sizes, np.ndarray):
+        return price(sizes)
+    different, which = np.unique(sizes, return_inverse=True)
+    found: Seconds = np.array([price(size) for size in different.tolist()])[which]
+    return found
 
 
 def ideal_data_parallel(cost: HasParameters, mesh: Mesh, *, outer: bool) -> DataParallel:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, get_args
+from itertools import accumulate
+from typing import NamedTuple, get_args
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from autoplan.graph import DTYPE_BYTES
 from autoplan.search.dominance import Bools, Floats, unbeaten
 from autoplan.search.lattice import Lattice
 from autoplan.search.options import Column, Costs, Options
-from autoplan.search.shardings import Held, Unbeaten, Ways, streams
+from autoplan.search.shardings import Unbeaten, Ways, streams
 from autoplan.search.wishes import FREE, Wish
 from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy, Within, Zero
 from autoplan.units import Bytes, Seconds
@@ -75,11 +76,26 @@ class Tables:
         """Body -> number of layers."""
         for block in self.graph.blocks:
             self.classes[block.body] = self.classes.get(block.body, 0) + 1
+        self._stretches: dict[tuple[int, int], int] = {}
+        self._kinds: dict[tuple[int, ...], int] = {}
         self._lattices: dict[tuple[int, int, Layout, bool], Lattice] = {}
         self._wholes: dict[tuple[int, int, int], Bytes] = {}
         self._ways: dict[tuple[int, Within, int, Layout], Ways] = {}
         self._priced: dict[tuple[Mesh, int, Layout], Priced | None] = {}
         self._ideal: dict[tuple[Mesh, int, Layout], Priced | None] = {}
+
+    @cached_property
+    def counts(self) -> dict[int, list[int]]:
+        """For every body, how many of the first i layers are of it."""
+        order = [block.body for block in self.graph.blocks]
+        return {g: [0, *accumulate(int(body == g) for body in order)] for g in self.classes if g != OUTER}
+
+    def stretch(self, i: int, j: int) -> int:
+        """The layers i ... j - 1 as a number: equal for what holds the same bodies and regions of the outer body."""
+        if (i, j) not in self._stretches:
+            held = (*(counts[j] - counts[i] for counts in self.counts.values()), *self.costs.outer.within(i, j))
+            self._stretches[i, j] = self._kinds.setdefault(held, len(self._kinds))
+        return self._stretches[i, j]
 
     def with_batch(self, global_batch: int) -> Tables:
         """The same tables for another global batch: shardings and layer costs do not depend on it."""
@@ -217,19 +233,17 @@ class Tables:
 
     def _ideal_columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> list[Column]:
         found = self.ways(g, mesh.within, micro_batch, stream).unbeaten
-        dp = _by_sharding(found, lambda held: ideal_data_parallel(held, mesh, outer=g == OUTER))
+        dp = ideal_data_parallel(found, mesh, outer=g == OUTER)
         price = partial(_ideal_price, self.costs, g, mesh, micro_batch)
         return self._unbeaten(g, found, dp, self._ways_to_run(g, (3,)), 1, price, np.ones(found.number, dtype=bool))
 
     def _columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> list[Column]:
         found, costs = self.ways(g, mesh.within, micro_batch, stream).unbeaten, self.costs
-        dp = _by_sharding(found, lambda held: data_parallel(held, mesh, costs.hardware, costs.workload))
+        dp = data_parallel(found, mesh, costs.hardware, costs.workload)
         m = costs.micro_batches(mesh, micro_batch)
         price = partial(_price, costs, g, mesh, micro_batch)
-        kinds, which = found.held
-        legal = np.array([held.cut_by(mesh.shards) for held in kinds], dtype=bool)[which]
         ways = self._ways_to_run(g, _zeros(mesh, m, outer=g == OUTER))
-        return self._unbeaten(g, found, dp, ways, m, price, legal)
+        return self._unbeaten(g, found, dp, ways, m, price, found.cut_by(mesh.shards))
 
     def _unbeaten(
         self,
@@ -262,10 +276,8 @@ class Tables:
     def _placeable(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Iterator[Sharding]:
         """What FSDP can cut."""
         found = self.ways(g, mesh.within, micro_batch, stream).unbeaten
-        kinds, which = found.held
-        for i, kind in enumerate(which.tolist()):
-            if kinds[kind].cut_by(mesh.shards):
-                yield found.sharding(i)
+        for i in np.flatnonzero(found.cut_by(mesh.shards)).tolist():
+            yield found.sharding(i)
 
     def _outers(self, mesh: Mesh, micro_batch: int, stream: Layout) -> tuple[Outer, ...]:
         """Outer strategies that no other equals or beats in every part."""
@@ -311,14 +323,6 @@ def _zeros(mesh: Mesh, micro_batches: int, *, outer: bool) -> tuple[Zero, ...]:
 
 def _all_costs(outer: Outer) -> tuple[float, ...]:
     return tuple(cost for step in outer.parts.values() for cost in Column.of(outer.strategy, step).costs)
-
-
-def _by_sharding(found: Unbeaten, price: Callable[[Held], DataParallel]) -> DataParallel:
-    """Of all shardings, its numbers arrays: priced once for all that have the same parameters."""
-    kinds, which = found.held
-    priced = np.array([price(held) for held in kinds], dtype=np.float64).reshape(-1, len(DataParallel._fields))
-    numbers: Any = priced[which].T
-    return DataParallel(*numbers)
 
 
 def _price(costs: CostModel, g: int, mesh: Mesh, micro_batch: int, strategy: Strategy) -> LayerStep:

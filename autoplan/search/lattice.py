@@ -68,6 +68,12 @@ class Level:
     first: Ints
     """By state of this level: the first transition that leads to it."""
 
+    @cached_property
+    def straight(self) -> bool:
+        """Whether every state goes on in one way, and to a state of its own, in the same order: most levels are so."""
+        every = np.arange(len(self.source))
+        return np.array_equal(self.source, every) and np.array_equal(self.first, every)
+
 
 class Lattice:
     """See the module. `model` is of any micro-batch; `wanted`: layouts that parameters must have. Where there is no way through,
@@ -87,8 +93,8 @@ class Lattice:
         self.from_blocks = {i for op in calls for i in op.outputs} - self.used_outside
         """Values that only pass from block to block, in the stream's layout."""
         self._known: dict[tuple[int, tuple[Layout | None, ...]], list[Choice]] = {}
-        self.usable: dict[int, list[Choice]] = {}
-        """By operation: the choices that can occur in a complete sharding, correlations between values ignored."""
+        self.outcomes: dict[int, list[Outcome]] = {}
+        """By operation: those that can occur in a complete sharding, correlations between values ignored."""
         self.viable = self._viable()
 
     @cached_property
@@ -139,11 +145,12 @@ class Lattice:
         for i in body.outputs:
             alive[i] &= {REPLICATE if self.model.outer else stream_layout(body.values[i], self.stream)}
         for index, op, run in zip(reversed(range(len(runs))), reversed(body.ops), reversed(runs), strict=True):
-            usable = self.usable[index] = [
+            usable = [
                 choice
                 for choice in run
                 if all(layout in alive[i] for i, layout in zip(op.outputs, choice.outcome.outputs, strict=True))
             ]
+            self.outcomes[index] = list(dict.fromkeys(choice.outcome for choice in usable))
             for position, i in enumerate(op.inputs):
                 kept = {choice.arriving[position] for choice in usable} | {None}
                 if body.values[i].parameter:

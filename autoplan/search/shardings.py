@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -90,11 +91,12 @@ class Ways:
         """No sharding is faster: every operation at its cheapest, whatever comes before and after; None when one can't run. It
         needs no states, and tells already which degrees are too many."""
         seconds = 0.0
-        for index, choices in self.lattice.usable.items():
-            prices = [sum(self._price(index, choice)[:2]) for choice in choices]
-            if not prices:
+        for index, outcomes in self.lattice.outcomes.items():
+            if not outcomes:
                 return None
-            seconds += min(prices)
+            if self.lattice.body.ops[index].kind not in ("enter", "exit", "call"):  # a border may cost nothing
+                costs = [self.model.op(index, outcome) for outcome in outcomes]
+                seconds += min(cost.forward + cost.tp_forward + cost.backward + cost.tp_backward for cost in costs)
         return seconds * (1 - 1e-12)  # summed in another order than `fastest_seconds`
 
     @cached_property
@@ -112,12 +114,20 @@ class Ways:
     def unbeaten(self) -> Unbeaten:
         """Every sharding that no other beats."""
         costs, counts = np.zeros((5, 1)), np.ones(1, dtype=np.int64)
-        before: list[Ints] = []
+        state = np.zeros(1, dtype=np.int64)
+        before: list[Ints | None] = []
         chosen: list[Ints] = []
         samples = self.model.samples
         for level, prices in zip(self.lattice.levels, self.prices, strict=True):
             added = prices[level.choice].T  # [5, transitions]
             added[2] += level.saved[:, 0] * samples + level.saved[:, 1]
+            if level.straight and len(counts) == len(level.source):
+                peak = np.maximum(costs[4], added[4, state])
+                costs = costs + added[:, state]
+                costs[4] = peak
+                before.append(None)
+                chosen.append(level.choice[state])
+                continue
             sizes = counts[level.source]
             starts = np.cumsum(counts) - counts
             by = np.repeat(np.arange(len(sizes)), sizes)
@@ -126,7 +136,8 @@ class Ways:
             grown[4] = np.maximum(costs[4, parents], added[4, by])
             counts = np.add.reduceat(sizes, level.first) if len(level.first) else np.zeros(0, dtype=np.int64)
             every = _kept(grown, counts, np.diff(level.first, append=len(level.source)) > 1)
-            counts = np.bincount(np.repeat(np.arange(len(counts)), counts)[every], minlength=len(counts))
+            state = np.repeat(np.arange(len(counts)), counts)[every]
+            counts = np.bincount(state, minlength=len(counts))
             costs, parents, by = grown[:, every], parents[every], by[every]
             before.append(parents)
             chosen.append(level.choice[by])
@@ -138,7 +149,8 @@ class Ways:
         at = ends
         for number in reversed(range(len(chosen))):
             decisions[number] = chosen[number][at]
-            at = before[number][at]
+            parents_of = before[number]
+            at = at if parents_of is None else parents_of[at]
         return Unbeaten(self.model, self.lattice, costs[:, ends], decisions)
 
 
@@ -154,25 +166,6 @@ def _kept(costs: Floats, counts: Ints, merged: Bools) -> Ints:
     return every[np.argsort(state[every], kind="stable")]
 
 
-class Held:
-    """The parameters of some shardings of a layer: those in which all of them have the same layouts."""
-
-    def __init__(self, parameters: tuple[LocalParameter, ...]) -> None:
-        self.parameters = parameters
-        self._sizes: dict[tuple[bool, int], Sizes] = {}
-
-    def sizes(self, dealt: bool, shards: int) -> Sizes:
-        """See `cost.step.HasParameters`. Kept: many meshes cut into as many parts."""
-        key = (dealt, shards)
-        if key not in self._sizes:
-            self._sizes[key] = sizes(self.parameters, dealt, shards)
-        return self._sizes[key]
-
-    def cut_by(self, shards: int) -> bool:
-        """FSDP cuts a packed parameter along dim 1, and only evenly."""
-        return not any(p.fsdp_dim and not p.dealt and p.shape[p.fsdp_dim] % shards for p in self.parameters)
-
-
 class Unbeaten:
     """The unbeaten shardings of a layer as arrays, one entry each. A `Sharding` is written when it is asked for."""
 
@@ -186,23 +179,56 @@ class Unbeaten:
     def cost(self) -> LayerCost:
         """Of all shardings, its numbers arrays; communication over tp is in `forward` and `backward`."""
         buffers = sum(p.numel * DTYPE_BYTES[p.dtype] for p in self.lattice.body.parameters if p.buffer)
-        inputs = np.array([self._inputs(i) for i in range(self.number)])
+        first, which = self._distinct([number for number, _ in self._entrances])
+        inputs = np.array([self._inputs(i) for i in first])[which]
         zero = np.zeros(self.number)
         numbers: list[Any] = [self.forward, self.backward, zero, zero, self.saved, inputs, self.temporary, (), buffers]
         return LayerCost(*numbers)
 
     @cached_property
-    def held(self) -> tuple[list[Held], Ints]:
-        """The different layouts of all parameters, and of every sharding which of them it has."""
+    def held(self) -> tuple[list[tuple[LocalParameter, ...]], Ints]:
+        """The parameters as one device has them in each of their different layouts, and of every sharding which these are."""
         own = [p for p in self.lattice.body.parameters if not p.buffer]
         found: dict[tuple[Layout, ...], int] = {}
-        which = []
-        for i in range(self.number):
+        first, which = self._distinct([number for number, _ in self._uses])
+        numbers = []
+        for i in first:
             layouts = self._layouts(i)
             key = tuple(layouts.get(p.name, REPLICATE) if p.trainable else REPLICATE for p in own)
-            which.append(found.setdefault(key, len(found)))
+            numbers.append(found.setdefault(key, len(found)))
         local = self.model.local_parameter
-        return [Held(tuple(map(local, own, layouts))) for layouts in found], np.array(which, dtype=np.int64)
+        return [tuple(map(local, own, layouts)) for layouts in found], np.array(numbers, dtype=np.int64)[which]
+
+    def _distinct(self, levels: Sequence[int]) -> tuple[list[int], Ints]:
+        """Shardings that differ in what they choose at `levels`, and of every sharding which of them does as it does."""
+        if not levels:
+            return [0], np.zeros(self.number, dtype=np.int64)
+        _, first, which = np.unique(self.decisions[levels], axis=1, return_index=True, return_inverse=True)
+        return first.tolist(), which.reshape(-1)
+
+    def sizes(self, dealt: bool, shards: int) -> Sizes:
+        """See `cost.step.HasParameters`: of every sharding, but of experts, which are dealt alike in all."""
+        kinds, which = self.held
+        if dealt:
+            return sizes(kinds[0], dealt, shards)
+        length, rest, trainable = self._cuts
+        local = -(-length // shards) * rest
+        numbers: list[Any] = [local.sum(axis=1)[which], local[:, trainable].sum(axis=1)[which]]
+        return Sizes(*numbers)
+
+    @cached_property
+    def _cuts(self) -> tuple[Ints, Ints, Bools]:
+        """By kind and parameter that is not dealt: the size of the dim that FSDP cuts, and of all the others; what is trained."""
+        kinds = [[p for p in kind if not p.dealt] for kind in self.held[0]]
+        length = np.array([[p.shape[p.fsdp_dim] if p.shape else 1 for p in kind] for kind in kinds], dtype=np.int64)
+        whole = np.array([[prod(p.shape) for p in kind] for kind in kinds], dtype=np.int64)
+        return length, whole // np.maximum(length, 1), np.array([p.trainable for p in kinds[0]], dtype=bool)
+
+    def cut_by(self, shards: int) -> Bools:
+        """Whether FSDP can cut all parameters: a packed one along dim 1, and only evenly."""
+        kinds, which = self.held
+        packed = [[p.shape[p.fsdp_dim] for p in kind if p.fsdp_dim and not p.dealt] for kind in kinds]
+        return np.array([not any(size % shards for size in kind) for kind in packed], dtype=bool)[which]
 
     @cached_property
     def _uses(self) -> list[tuple[int, list[tuple[tuple[str, Layout], ...]]]]:

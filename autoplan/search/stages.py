@@ -71,20 +71,12 @@ class Staging:
         self._exact: dict[Hashable, Choice | None] = {}
 
     @cached_property
-    def _counts(self) -> dict[int, list[int]]:
-        """For every body, how many of the first i layers are of it."""
-        return {g: [0, *accumulate(int(body == g) for body in self.order)] for g in self.tables.classes if g != OUTER}
-
-    @cached_property
     def _alike(self) -> bool:
         """Whether a run's price depends on the stage and the run's length alone."""
-        return len(self._counts) == 1 and set(self.tables.costs.outer.busy) <= {0, self.layers}
+        return len(self.tables.counts) == 1 and set(self.tables.costs.outer.busy) <= {0, self.layers}
 
     def _key(self, s: int, i: int, j: int) -> Hashable:
-        if self._alike:
-            return s, j - i
-        counts = tuple(counts[j] - counts[i] for counts in self._counts.values())
-        return s, counts, self._parts(s, i, j)
+        return (s, j - i) if self._alike or self.chunks > 1 else (s, self.tables.stretch(i, j))
 
     def _parts(self, s: int, i: int, j: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """(chunk, busy regions of the outer body) of a stage."""
@@ -101,7 +93,7 @@ class Staging:
         if key not in self._groups:
             flight = self.flight(s)
             found = []
-            for g, counts in self._counts.items():
+            for g, counts in self.tables.counts.items():
                 number = counts[j] - counts[i]
                 alike: dict[int, int] = {}  # layers of chunks with as many micro-batches in flight are interchangeable
                 for chunk, size in enumerate(chunk_sizes(number, self.chunks)):
@@ -202,7 +194,7 @@ class Staging:
 
     def _quick(self, s: int, i: int, j: int) -> Seconds:
         """A bound on a run that is cheap: all layers as if they were in the chunk with the fewest micro-batches in flight."""
-        (g,), layers = self._counts, j - i
+        (g,), layers = self.tables.counts, j - i
         options = self._layer_options(g, min(self.flight(s)))
         beside, size, peak = self._outer_at(s)
         room = self.limits[s] - size
@@ -280,7 +272,7 @@ class Staging:
         """A rank's columns, dealt to its chunks."""
         flight = self.flight(s)
         chunks: list[Assignment] = [{} for _ in flight]
-        for g, counts in self._counts.items():
+        for g, counts in self.tables.counts.items():
             left = {held: choice.columns(g, flight.index(held)) for held in flight}
             for chunk, size in enumerate(chunk_sizes(counts[j] - counts[i], self.chunks)):
                 while size:
