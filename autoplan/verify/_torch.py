@@ -19,6 +19,9 @@ from torch.distributed._tools.fake_collectives import CollectiveOp, collective_o
 # The only tracker that sees FSDP resize storages.
 from torch.distributed._tools.mem_tracker import MemTracker
 
+# What a pipeline's first step sends in some versions: see `unannounced`.
+from torch.distributed.pipelining import PipelineStage
+
 # `_clear_python_sharding_prop_cache` and its fast twin. One function that does both came after 2.10.
 from torch.distributed.tensor import DTensor, debug
 
@@ -98,6 +101,20 @@ def told_devices() -> Iterator[None]:
         FakeTensor.device = original  # type: ignore[method-assign]
 
 
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """While it lasts, stages send no number to their neighbours before a schedule's first step, to make a connection.
+
+    Some versions of torch do; nobody is there to connect to, and it is no part of a plan.
+    """
+    original = PipelineStage._get_init_p2p_neighbors_ops
+    PipelineStage._get_init_p2p_neighbors_ops = lambda self: []  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PipelineStage._get_init_p2p_neighbors_ops = original  # type: ignore[method-assign]
+
+
 def forget_meshes() -> None:
     """Clear what DTensor remembers: meshes of another rank are equal to those of the next, but their groups are gone."""
     debug._clear_python_sharding_prop_cache()
@@ -116,4 +133,14 @@ def group_of(func: Any, args: tuple[Any, ...]) -> list[int] | None:
     return dist.get_process_group_ranks(CollectiveOp.get_process_group(func, args))
 
 
-__all__ = ["FakeStore", "FakeTensorMode", "Peak", "TorchDispatchMode", "forget_meshes", "group_of", "told_devices", "tree_leaves"]
+__all__ = [
+    "FakeStore",
+    "FakeTensorMode",
+    "Peak",
+    "TorchDispatchMode",
+    "forget_meshes",
+    "group_of",
+    "told_devices",
+    "tree_leaves",
+    "unannounced",
+]

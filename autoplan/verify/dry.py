@@ -19,7 +19,7 @@ from autoplan.graph import Graph
 from autoplan.plan import Plan
 from autoplan.profile.catalog import find_hardware
 from autoplan.units import BYTE, Bytes, show
-from autoplan.verify._torch import FakeStore, FakeTensorMode, Peak, forget_meshes, told_devices
+from autoplan.verify._torch import FakeStore, FakeTensorMode, Peak, forget_meshes, told_devices, unannounced
 from autoplan.verify.compare import DryRun, compare
 from autoplan.verify.counting import Counting
 from autoplan.verify.kernels import as_on_gpus
@@ -74,7 +74,7 @@ def one_rank(plan: Plan, loaded: LoadedModel, rank: int) -> tuple[Traffic, Bytes
 
 def _step(plan: Plan, loaded: LoadedModel, rank: int, mode: AbstractContextManager[Any]) -> tuple[Traffic, Bytes]:
     sample = sample_of(plan, rank // (plan.mesh.size // plan.mesh.pp))
-    with alone(rank, plan.mesh.size), told_devices(), torch.random.fork_rng(devices=[]):
+    with alone(rank, plan.mesh.size), told_devices(), unannounced(), torch.random.fork_rng(devices=[]):
         build, inputs = loaded.build, loaded.example_inputs
         parallel = apply(build, plan, device="cpu", loss_fn=loaded.loss_fn, inputs=inputs, allocating=mode)
         with mode, as_on_gpus():
