@@ -274,6 +274,31 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
     )
 
 
+def _picking(func: Callable[..., Any], position: int) -> Callable[..., Any]:
+    """`func`, which picks along a dim that is its argument `position`, where every rank has that dim whole: each picks its own.
+
+    (Of DTensor's own there is no backward pass in torch 2.10.)
+    """
+
+    def handler(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        dim = kwargs.get("dim", args[position] if len(args) > position else -1)
+        if not isinstance(tensor, DTensor) or tensor.placements[0].is_partial():
+            return None
+        if getattr(tensor.placements[0], "dim", None) == dim % tensor.ndim:
+            return None
+
+        def wrapped(part: torch.Tensor) -> DTensor:
+            shape = (*tensor.shape[: dim % tensor.ndim], part.shape[dim], *tensor.shape[dim % tensor.ndim + 1 :])
+            stride = torch.empty(shape, device="meta").stride()
+            return DTensor.from_local(
+                part, tensor.device_mesh, tensor.placements, run_check=False, shape=torch.Size(shape), stride=stride
+            )
+
+        return tree_map_only(torch.Tensor, wrapped, func(tensor.to_local(grad_placements=tensor.placements), *args, **kwargs))
+
+    return handler
+
+
 def _cross_entropy(
     input: torch.Tensor,
     target: torch.Tensor,
@@ -306,6 +331,10 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.dropout: _dropout,
     F.cross_entropy: _cross_entropy,
+    torch.topk: _picking(torch.topk, 1),
+    torch.Tensor.topk: _picking(torch.topk, 1),
+    torch.sort: _picking(torch.sort, 0),
+    torch.Tensor.sort: _picking(torch.sort, 0),
     torch.split: _on_packed(packed.split),
     torch.Tensor.split: _on_packed(packed.split),
     torch.chunk: _on_packed(packed.chunk),
