@@ -10,9 +10,10 @@ slots (`schedule.slots`), and
 (`schedule.additive_seconds`): without a pipeline `m sum_l t_l + sum_l d_l`. `Prediction.simulated` is the same work on the
 exact timeline of the schedule. The breakdown is that of the slowest stage; the bubble is what it waits for the others.
 
-    bytes_s = sum_l (states_l + q_l kept_l) + max_l moment_l + receive      q_l: micro-batches in flight in the layer's chunk
+    bytes_s = receive + max of  sum_l (states_l + q_l kept_l) + max_l moment_l
+                                sum_l (states_l + (q_l - 1) kept_l) + max_l ending_l
 
-(`CostModel.predict`). Everything is a sum over layers but for the largest moment, as the integer program needs.
+(`CostModel.predict`), with `q_l` micro-batches in flight in the layer's chunk. Everything is a sum over layers but for the largest moments, as the integer program needs.
 """
 
 from __future__ import annotations

@@ -32,11 +32,19 @@ def seconds(rank: Rank, slots: float) -> Seconds:
 
 
 def memory(rank: Rank, in_flight: Sequence[int], passing: Bytes) -> MemoryBreakdown:
-    """Peak bytes; `in_flight`: micro-batches whose activations each chunk holds at once."""
+    """Peak bytes; `in_flight`: micro-batches whose activations each chunk holds at once. The peak is in the backward pass of the
+    last of them, or after it, when one fewer is kept and the outer layer's gradients are reduced."""
+    fullest, last = max((h.step for h in rank), key=lambda s: s.peak), max((h.step for h in rank), key=lambda s: s.ending)
+    of_last = sum(held.number * held.step.kept for held in rank)  # of one micro-batch
+    if fullest.peak + of_last >= last.ending:
+        return _together(rank, in_flight, passing, fullest.moment)
+    return _together(rank, [number - 1 for number in in_flight], passing, last.end)
+
+
+def _together(rank: Rank, in_flight: Sequence[int], passing: Bytes, moment: MemoryBreakdown) -> MemoryBreakdown:
     parts = _weighted((held.step.memory(in_flight[held.chunk]).items(), held.number) for held in rank)
     parts["pipeline"] += passing
-    fullest = max((held.step for held in rank), key=lambda step: step.peak)
-    return MemoryBreakdown(**_weighted([(parts.items(), 1), (fullest.moment.items(), 1)]))
+    return MemoryBreakdown(**_weighted([(parts.items(), 1), (moment.items(), 1)]))
 
 
 def breakdown(rank: Rank, micro_batches: int, slots: float, step: Seconds, passing: Seconds) -> TimeBreakdown:

@@ -24,7 +24,11 @@ comes the adding up of gradients, if there are several micro-batches; once a ste
 
 Bytes: states (parameters, gradients, optimizer) are cut by tp and by dp_shard; activations are kept for every micro-batch in
 flight. While a layer's backward pass runs, it needs besides what it recomputes, its gathered parameters and those of its
-neighbour, its unreduced gradients and its largest temporary: of these moments only the largest of a rank counts.
+neighbour, its unreduced gradients and its largest temporary; and FSDP's buffer, in which the gradients of the layer after it
+are being reduced, as far as that is more than what this layer no longer keeps. Of these moments only the largest of a rank
+counts. The gradients of the outer layer stay unreduced until the backward pass has ended; when they are reduced (`ending`),
+nothing is left of that micro-batch's activations. But between two micro-batches FSDP keeps the last buffer that it reduced,
+this one, until a layer's backward pass has ended: then it is there all the time.
 
 All arithmetic in `data_parallel` and `layer_step` is elementwise: the numbers of a cost may be numpy arrays with an entry for
 every sharding.
@@ -50,7 +54,7 @@ from autoplan.workload import OPTIMIZER_STATES, Workload
 
 
 class LayerStep(NamedTuple):
-    """One layer's share of a step. All but the moment adds up over the layers of a stage; of the moments the largest counts.
+    """One layer's share of a step. All but the moments add up over the layers of a stage; of the moments the largest counts.
 
     A tuple of numbers rather than breakdowns: the search makes tens of thousands of them.
     """
@@ -79,6 +83,8 @@ class LayerStep(NamedTuple):
     """While its backward pass runs, as the two below."""
     moment_recompute: Bytes
     temporary: Bytes
+    ending: Bytes
+    """After the backward pass of a micro-batch, when nothing of it is kept any more."""
     slot_seconds: Seconds
     once_seconds: Seconds
     state_bytes: Bytes
@@ -119,6 +125,11 @@ class LayerStep(NamedTuple):
     def moment(self) -> MemoryBreakdown:
         """What the bytes are while its backward pass runs."""
         return MemoryBreakdown(unsharded=self.moment_unsharded, recompute=self.moment_recompute, temporary=self.temporary)
+
+    @property
+    def end(self) -> MemoryBreakdown:
+        """What they are after it."""
+        return MemoryBreakdown(unsharded=self.ending)
 
 
 class DataParallel(NamedTuple):
@@ -213,11 +224,13 @@ def layer_step(
         adding = memory_time(3 * held * reduce, hardware.device)
     states = (dp.numel * size, dp.trainable * size, dp.trainable * size * OPTIMIZER_STATES[load.optimizer], cost.buffers)
     unsharded = (gathered if stays else 0.0) + (dp.whole_trainable * reduce if zero == 1 else 0.0)
-    moment = (
-        dp.whole_trainable * (compute + reduce) + (0.0 if stays else 2 * gathered),
-        cost.saved if again else 0.0,
-        cost.temporary,
-    )
+    kept, raw, buffer = cost.inputs if again else cost.saved, dp.whole_trainable * compute, dp.whole_trainable * reduce
+    lingers = outer and micro_batches > 1 and zero != 1
+    if outer:
+        unsharded, window = unsharded + raw + (buffer if lingers else 0.0), 0.0
+    else:
+        window = raw + (0.0 if stays else 2 * gathered) + _positive(buffer - kept)
+    moment = window, cost.saved if again else 0.0, cost.temporary
     return LayerStep(
         cost.forward,
         cost.backward + adding,
@@ -230,8 +243,9 @@ def layer_step(
         (every_hidden, once_hidden),
         *states,
         unsharded,
-        cost.inputs if again else cost.saved,
+        kept,
         *moment,
+        buffer if outer and not lingers else 0.0,
         forward + backward + adding + every,
         once + dp.optimizer,
         sum(states) + unsharded,
@@ -242,6 +256,10 @@ def layer_step(
 def best_of(steps: Sequence[LayerStep]) -> LayerStep:
     """No one of these is better in any respect."""
     return LayerStep._make(min(values) for values in zip(*steps, strict=True))
+
+
+def _positive(size: Bytes) -> Bytes:
+    return np.maximum(size, 0.0) if isinstance(size, np.ndarray) else max(size, 0.0)
 
 
 def _beside(cover: Seconds, sent: Seconds, hardware: HardwareProfile) -> tuple[Seconds, Seconds]:

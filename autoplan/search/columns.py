@@ -79,7 +79,7 @@ class Tables:
         self._stretches: dict[tuple[int, int], int] = {}
         self._kinds: dict[tuple[int, ...], int] = {}
         self._lattices: dict[tuple[int, int, Layout, bool], Lattice] = {}
-        self._wholes: dict[tuple[int, int, int], Bytes] = {}
+        self._wholes: dict[tuple[int, int, int], tuple[float, float]] = {}
         self._ways: dict[tuple[int, Within, int, Layout], Ways] = {}
         self._priced: dict[tuple[Mesh, int, Layout], Priced | None] = {}
         self._ideal: dict[tuple[Mesh, int, Layout], Priced | None] = {}
@@ -116,24 +116,28 @@ class Tables:
 
     def least_moment(self, within: Within, micro_batch: int) -> Bytes:
         """No way to run a layer needs less while its backward pass runs: all that it saves, cut by tp and cp, its parameters as
-        they are gathered, and their gradients as they are before they are reduced."""
-        bodies = self.graph.bodies
-        saved = [body.saved.at(micro_batch / within.cp) / within.tp for body in bodies]
-        return max((size + self._whole(g, within.tp, within.ep) for g, size in enumerate(saved)), default=0.0)
+        they are gathered, and their gradients before they are reduced or, if that is more, in the reduction."""
+        return max((self._least_moment(g, within, micro_batch) for g in range(len(self.graph.bodies))), default=0.0)
 
-    def _whole(self, g: int, tp: int, ep: int) -> Bytes:
-        """Bytes of a layer's parameters in the compute dtype and of its gradients, cut by tp or ep where they can be."""
+    def _least_moment(self, g: int, within: Within, micro_batch: int) -> Bytes:
+        load = self.costs.workload
+        numel, trainable = self._whole(g, within.tp, within.ep)
+        saved = self.graph.bodies[g].saved.at(micro_batch / within.cp) / within.tp
+        window = (numel + trainable) * DTYPE_BYTES[load.compute_dtype]
+        return window + max(saved, trainable * DTYPE_BYTES[load.reduce_dtype])
+
+    def _whole(self, g: int, tp: int, ep: int) -> tuple[float, float]:
+        """A layer's parameters, and those that are trained, cut by tp or ep where they can be."""
         dealt = self.costs.mixtures.dealt[g] if ep > 1 else ()
         if (g, tp, ep) not in self._wholes:
-            load, lattices = self.costs.workload, [self.lattice(g, tp, stream) for stream in self.streams(tp)]
-            compute, reduce = DTYPE_BYTES[load.compute_dtype], DTYPE_BYTES[load.reduce_dtype]
-            self._wholes[g, tp, ep] = sum(
-                p.numel * (compute * (1 + p.trainable) + reduce * p.trainable)
-                / (ep if any(each.experts.holds(p.name) for each in dealt)
-                   else 1 if all(lattice.whole(p.name) for lattice in lattices) else tp)
-                for p in self.graph.bodies[g].parameters
-                if not p.buffer
-            )  # fmt: skip
+            lattices = [self.lattice(g, tp, stream) for stream in self.streams(tp)]
+            numel = trainable = 0.0
+            for p in self.graph.bodies[g].parameters:
+                if not p.buffer:
+                    whole = tp == 1 or all(lattice.whole(p.name) for lattice in lattices)
+                    own = p.numel / (ep if any(each.experts.holds(p.name) for each in dealt) else 1 if whole else tp)
+                    numel, trainable = numel + own, trainable + own * p.trainable
+            self._wholes[g, tp, ep] = numel, trainable
         return self._wholes[g, tp, ep]
 
     def streams(self, tp: int) -> list[Layout]:
@@ -262,7 +266,7 @@ class Tables:
         blocks = []
         for again, zero in ways:
             step = layer_step(found.cost, dp, zero, again == "full", micro_batches, hardware, load, outer=g == OUTER)
-            costs = (step.slot_seconds, step.once_seconds, step.state_bytes, step.kept, step.peak)
+            costs = (step.slot_seconds, step.once_seconds, step.state_bytes, step.kept, step.peak, step.ending)
             blocks.append(np.stack([np.broadcast_to(cost, found.number) for cost in costs]))
         every = np.concatenate(blocks, axis=1)
         candidates = np.flatnonzero(np.tile(legal, len(ways)))

@@ -32,6 +32,7 @@ class Costs(NamedTuple):
     state_bytes: Bytes
     kept: Bytes
     peak: Bytes
+    ending: Bytes
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Column:
     @staticmethod
     def of(strategy: Strategy, step: LayerStep) -> Column:
         """A strategy whose price is known."""
-        costs = Costs(step.slot_seconds, step.once_seconds, step.state_bytes, step.kept, step.peak)
+        costs = Costs(step.slot_seconds, step.once_seconds, step.state_bytes, step.kept, step.peak, step.ending)
         return Column(costs, strategy.recompute, strategy.zero, lambda: strategy.sharding, lambda _: step)
 
     @cached_property
@@ -61,11 +62,14 @@ class Column:
 
 
 class Option(NamedTuple):
-    """A column on a stage: seconds of one slot, bytes, bytes while its backward pass runs."""
+    """A column on a stage: seconds of one slot, bytes, bytes while its backward pass runs; bytes when it has run, and those
+    that it takes at its end."""
 
     seconds: Seconds
     bytes: Bytes
     peak: Bytes
+    left: Bytes
+    ending: Bytes
     column: Column
 
 
@@ -86,7 +90,9 @@ class Options(Sequence[Option]):
     def __init__(self, columns: Sequence[Column], costs: Floats) -> None:
         self._columns, self._costs = columns, costs
         self.peak: Bytes = float(costs[2].min())
-        """The smallest."""
+        """The smallest, as the two below."""
+        self.left: Bytes = float(costs[3].min())
+        self.ending: Bytes = float(costs[4].min())
 
     @staticmethod
     def of(columns: Sequence[Column], slots: float, in_flight: int) -> Options:
@@ -96,14 +102,16 @@ class Options(Sequence[Option]):
     @staticmethod
     def seen(columns: Sequence[Column], costs: Floats, slots: float, in_flight: int) -> Options:
         """`of`, with the columns' costs as an array."""
-        slot, once, state, kept, peak = costs
-        return Options(columns, np.stack((slot + once / slots, state + in_flight * kept, peak)))
+        slot, once, state, kept, peak, ending = costs
+        seconds, held, left = slot + once / slots, state + in_flight * kept, state + (in_flight - 1) * kept
+        return Options(columns, np.stack((seconds, held, peak, left, ending)))
 
     @cached_property
     def _options(self) -> list[Option]:
         kept = unbeaten(self._costs)
         numbers = self._costs[:, kept].T.tolist()
-        return [Option(t, b, p, self._columns[i]) for i, (t, b, p) in zip(kept.tolist(), numbers, strict=True)]
+        columns = [self._columns[i] for i in kept.tolist()]
+        return [Option._make((*costs, column)) for costs, column in zip(numbers, columns, strict=True)]
 
     def __len__(self) -> int:
         return len(self._options)
@@ -173,11 +181,13 @@ def _above(a: Vertex, b: Vertex, c: Vertex) -> bool:
 
 
 def least_bytes(groups: Sequence[Group], peak: Bytes = 0.0) -> Bytes:
-    """No choice of options needs less, and one needs no more; beside them a moment needs `peak`."""
+    """No choice of options needs less; beside them a moment needs `peak`."""
     steps = [(group.number, group.options.stairs) for group in groups]
     lowest = max(peak, *(stairs[0][0] for _, stairs in steps))
     peaks = {lowest, *(at for _, stairs in steps for at, _ in stairs if at > lowest)}
-    return min(p + sum(n * stairs[bisect_right(stairs, p, key=_peak) - 1][1] for n, stairs in steps) for p in peaks)
+    least = min(p + sum(n * stairs[bisect_right(stairs, p, key=_peak) - 1][1] for n, stairs in steps) for p in peaks)
+    afterwards = sum(group.number * group.options.left for group in groups) + max(group.options.ending for group in groups)
+    return max(least, afterwards)
 
 
 def _peak(step: tuple[Bytes, Bytes]) -> Bytes:

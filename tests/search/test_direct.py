@@ -42,6 +42,8 @@ def direct(staging: Staging) -> tuple[float, float]:
         beside = sum(group.fastest.seconds for group in outer)
         size, moment = sum(group.fastest.bytes for group in outer), max((group.fastest.peak for group in outer), default=0.0)
         peak = problem.add_variable(f"p{s}", moment / MIB, None)
+        after = sum(group.fastest.left for group in outer) + max((group.fastest.ending for group in outer), default=0.0)
+        left: list[tuple[Any, float]] = []
         seconds: list[tuple[Any, float]] = []
         held: list[tuple[Any, float]] = []
         counts: list[tuple[Any, float]] = []
@@ -52,9 +54,12 @@ def direct(staging: Staging) -> tuple[float, float]:
             problem += pulp.LpAffineExpression([(y, option.peak / MIB), (peak, -1.0)]) <= 0
             seconds.append((x, option.seconds * 1e3))
             held.append((x, option.bytes / MIB))
+            left.append((x, option.left / MIB))
+            assert option.ending == 0
             counts.append((x, 1.0))
         problem += pulp.LpAffineExpression([*seconds, (slowest, -1.0)]) <= -beside * 1e3
         problem += pulp.LpAffineExpression([*held, (peak, 1.0)]) <= (staging.limits[s] - size) / MIB - 1
+        problem += pulp.LpAffineExpression(left) <= (staging.limits[s] - after) / MIB - 1
         problem += pulp.LpAffineExpression(counts) >= 1
         total += seconds
         placed += counts
