@@ -13,7 +13,8 @@ exact timeline of the schedule. The breakdown is that of the slowest stage; the 
     bytes_s = receive + max of  sum_l (states_l + q_l kept_l) + max_l moment_l
                                 sum_l (states_l + (q_l - 1) kept_l) + max_l ending_l
 
-(`CostModel.predict`), with `q_l` micro-batches in flight in the layer's chunk. Everything is a sum over layers but for the largest moments, as the integer program needs.
+(`CostModel.predict`), with `q_l` micro-batches in flight in the layer's chunk. Everything is a sum over layers but for the
+largest moments, as the integer program needs.
 """
 
 from __future__ import annotations
