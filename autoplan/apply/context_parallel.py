@@ -181,10 +181,10 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _all_to_all(local: torch.Tensor, cut: int, joined: int, mesh: DeviceMesh) -> torch.Tensor:
-    sent = torch.stack(local.chunk(mesh.size(), cut))
+    sent = local.unflatten(cut, (mesh.size(), -1)).movedim(cut, 0).contiguous()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=mesh.get_group())
-    return torch.cat(received.unbind(), joined)
+    return received.movedim(0, joined).flatten(joined, joined + 1)
 
 
 def flatten(x: torch.Tensor, shape: tuple[int, ...]) -> DTensor | None:

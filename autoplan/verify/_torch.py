@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +14,11 @@ import torch.distributed as dist
 # Tensors without memory.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+# The storages within a tensor that holds others.
+from torch.distributed._tools.common_utils import get_untyped_storages
+
 # Where an operation of either family, c10d or functional, keeps its process group.
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
-
-# The only tracker that sees FSDP resize storages.
-from torch.distributed._tools.mem_tracker import MemTracker
 
 # What a pipeline's first step sends in some versions: see `unannounced`.
 from torch.distributed.pipelining import PipelineStage
@@ -39,17 +40,38 @@ from torch.utils._pytree import tree_leaves
 from autoplan.apply.outside import running
 
 
-class Peak(MemTracker):
-    """`MemTracker` without its statistics of modules, which forbid that a module is called twice: in accumulation it is.
+class Peak(TorchDispatchMode):
+    """Bytes of all storages that are alive, and the most at once; what was made before it must be given to `track`.
 
-    DTensor finds the shapes of its results on fake tensors of whole, unsharded shapes. `MemTracker` tells them by their fake
-    mode, which is the tracked one when the step itself runs on fake tensors; here they are not counted in either case.
+    The total is that of PyTorch's own `MemTracker` (a test compares them), found in a fraction of its time: nothing is kept by
+    module or purpose. Not counted are fake tensors of whole, unsharded shapes on which DTensor finds the shapes of its results.
     """
 
-    _shapes_only = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = 0
+        self.most = 0
+        self._known: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        """By storage: its bytes, and what tells when it is gone."""
+        self._shapes_only = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the wrapper that it would get costs more than all that is done here
+
+    def track(self, *tensors: torch.Tensor) -> None:
+        for tensor in tensors:
+            for storage in [tensor.untyped_storage()] if type(tensor) in PLAIN else get_untyped_storages(tensor):
+                self._track(storage, tensor)
+        self.most = max(self.most, self.held)
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One operation's result."""
+        return func(*args, **kwargs)
 
     def __enter__(self) -> Peak:
         original = self._propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+        resize = self._resize = torch.UntypedStorage.resize_
 
         def apart(propagator: ShardingPropagator, schema: Any) -> Any:
             self._shapes_only = True
@@ -58,28 +80,60 @@ class Peak(MemTracker):
             finally:
                 self._shapes_only = False
 
+        def resized(storage: torch.UntypedStorage, size: int) -> None:  # FSDP's way to free what it has gathered
+            resize(storage, size)
+            if storage._cdata in self._known:
+                self._renew(storage)
+
         ShardingPropagator._propagate_tensor_meta_non_cached = apart  # type: ignore[method-assign,assignment]
-        self._fake_mode_on_entry = torch._guards.active_fake_mode()
-        self._track_resize()
-        self._peak_mem_snap = self.get_tracker_snapshot()
-        self._peak_mem = {device: found["Total"] for device, found in self._peak_mem_snap.items()}
-        TorchDispatchMode.__enter__(self)
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._restore_resize()
-        TorchDispatchMode.__exit__(self, *error)
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         ShardingPropagator._propagate_tensor_meta_non_cached = self._propagate  # type: ignore[method-assign]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._shapes_only and not any(issubclass(t, DTensor) for t in types):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is PRIM_DEVICE:  # more than half of all calls
+            return torch.device("meta") if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
+        if DTensor in types:
+            return NotImplemented
+        if self._shapes_only:
             return func(*args, **kwargs or {})
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        result = self.run(func, args, kwargs or {})
+        if func is WAIT and torch._guards.active_fake_mode():  # it makes a tensor here, but not in training
+            result = args[0]
+        if isinstance(result, torch.Tensor):
+            self.track(result)
+        elif result is not None:
+            self.track(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)))
+        return result
 
-    @property
-    def peak(self) -> dict[str, int]:
-        """Most bytes at once so far, by the type of the device."""
-        return {device.type: found["Total"] for device, found in self.get_tracker_snapshot("peak").items()}
+    def _track(self, storage: torch.UntypedStorage, tensor: torch.Tensor) -> None:
+        key = storage._cdata
+        if key in self._known:
+            if self._known[key][0] != storage.size():
+                self._renew(storage)
+        elif tensor.device.type != "meta":
+            size = storage.size()
+            self._known[key] = size, weakref.ref(storage, lambda _: self._forget(key))
+            self.held += size
+
+    def _renew(self, storage: torch.UntypedStorage) -> None:
+        old, reference = self._known[storage._cdata]
+        self._known[storage._cdata] = storage.size(), reference
+        self.held += storage.size() - old
+
+    def _forget(self, key: int) -> None:
+        self.held -= self._known.pop(key)[0]
+
+
+PRIM_DEVICE = torch.ops.prim.device.default
+WAIT = torch.ops._c10d_functional.wait_tensor.default
+PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+"""Types of tensors that hold no other ones."""
 
 
 @contextmanager

@@ -26,6 +26,8 @@ class _Sent:
     """Within the layer's own forward, not in a hook at its border, which recomputation leaves alone."""
     forward: tuple[Collective, ...] = ()
     backward: tuple[Collective, ...] = ()
+    kept: bool = False
+    """What it brings is itself kept for the backward pass."""
 
 
 def tensor_parallel(model: LayerModel, strategy: Strategy, wanted: Callable[[Step], bool]) -> Iterator[Collective]:
@@ -59,7 +61,9 @@ def _passes(
         for sent in sent_by(model, step, strategy.sharding.stream):
             yield from sent.forward
             yield from sent.backward
-            if again and sent.inside and keeps and sent.index < keeps[-1]:  # PyTorch stops when it has what was saved
+            if (
+                again and sent.inside and (sent.kept or (keeps and sent.index < keeps[-1]))
+            ):  # PyTorch stops when it has what was saved
                 yield from sent.forward
 
 
@@ -82,7 +86,9 @@ def _over_ep(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
         tuple((kind, size / model.ep) for kind, size, _ in sent if kind == "all_to_all")
         for sent in (dealing.forward, dealing.backward)
     ]
-    yield _Sent(step.index, True, *passes)
+    weights = [each.weights for each in model.dealt if each.last == step.index]
+    kept = any(i is not None and model.body.values[i].requires_grad for i in weights)  # results, for the gradient of weights
+    yield _Sent(step.index, True, *passes, kept)
 
 
 def _over_tp(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:

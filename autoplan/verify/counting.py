@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from autoplan.strategy import Mesh
-from autoplan.verify._torch import TorchDispatchMode, group_of, tree_leaves
+from autoplan.verify._torch import Peak, group_of, tree_leaves
 from autoplan.verify.traffic import KINDS, Amount, Key, Traffic, axis_of, total
 
 
-class Counting(TorchDispatchMode):
-    """While it is on, collectives of more than one rank are counted.
+class Counting(Peak):
+    """While it is on, collectives of more than one rank are counted, too.
 
     What is received from a neighbouring stage is all ones. In its first step a schedule asks the stages whether they know the
     shapes of what is sent (`torch.distributed.pipelining`), with one int32, which is not counted; one means yes, which the
@@ -33,13 +32,11 @@ class Counting(TorchDispatchMode):
         """Begin anew, after a step."""
         self._found.clear()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.int32:
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is LOCAL_SCALAR and args[0].dtype == torch.int32:
             return 1  # the question above; a fake tensor has no value to be read
-        result = func(*args, **(kwargs or {}))
-        if "c10d" in func.namespace or func.namespace == "_dtensor":
+        result = super().run(func, args, kwargs)
+        if func.namespace in SENDING:
             self._count(func, args, result)
         return result
 
@@ -58,3 +55,8 @@ class Counting(TorchDispatchMode):
         if len(ranks) > 1:
             size = max(leaf.numel() * leaf.element_size() for leaf in leaves)  # of input and output the one that is whole
             self._found.append(((axis_of(ranks, self._mesh), kind), Amount(1, size)))
+
+
+LOCAL_SCALAR = torch.ops.aten._local_scalar_dense.default
+SENDING = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+"""Where operations that send live."""

@@ -19,7 +19,7 @@ from autoplan.graph import Graph
 from autoplan.plan import Plan
 from autoplan.profile.catalog import find_hardware
 from autoplan.units import BYTE, Bytes, show
-from autoplan.verify._torch import FakeStore, FakeTensorMode, Peak, forget_meshes, told_devices, unannounced
+from autoplan.verify._torch import FakeStore, FakeTensorMode, forget_meshes, told_devices, unannounced
 from autoplan.verify.compare import DryRun, compare
 from autoplan.verify.counting import Counting
 from autoplan.verify.kernels import as_on_gpus
@@ -80,17 +80,17 @@ def _step(plan: Plan, loaded: LoadedModel, rank: int, mode: AbstractContextManag
         with mode, as_on_gpus():
             optimizer = OPTIMIZERS[plan.workload.optimizer](parallel.parameters())
             batches = {count: inputs(plan.micro_batch * count) for count in sample.counts}
-            peak, counting = Peak(), Counting(plan.mesh)
-            peak.track_external(parallel.module, optimizer)
+            counting = Counting(plan.mesh)
+            counting.track(*parallel.module.parameters(), *parallel.module.buffers())
             seen: dict[int, Traffic] = {}
-            with peak, counting:
+            with counting:
                 for count in sample.counts:
                     counting.forget()
                     parallel.run(batches[count], count)
                     optimizer.step()
                     optimizer.zero_grad()
                     seen[count] = counting.traffic
-        return sample.continued(seen), peak.peak.get("cpu", 0)
+        return sample.continued(seen), counting.most
 
 
 OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {

@@ -1,13 +1,13 @@
 """How few micro-batches show what a step of many does.
 
-Once a pipeline is full, a rank repeats itself: every micro-batch (under an interleaved schedule every `pp` of them) is one
-forward and one backward pass of each of its stages, with the same gathers, reductions and sends. So for two numbers of
-micro-batches `a < b` that are whole repetitions apart, and both fill the pipeline,
+A rank repeats itself: every micro-batch (under an interleaved schedule every `pp` of them) is one forward and one backward pass
+of each of its stages, with the same gathers, reductions and sends. So for two numbers of micro-batches `a < b` that are whole
+repetitions apart,
 
     sent(m) = sent(b) + (m - b) / (b - a) * (sent(b) - sent(a))       of each collective: number and bytes
 
-and no more is held at `m` than at `b`, but for scalars (each micro-batch's loss): the most micro-batches in flight, by the
-schedule's own order, are the same. Under gpipe all micro-batches are in flight at once, so there all are run.
+Once a pipeline is full no more is held at `m` than at `b`, but for scalars (each micro-batch's loss): the most micro-batches in
+flight, by the schedule's own order, are the same. Under gpipe all micro-batches are in flight at once, so there all are run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from autoplan.schedule import in_flight_by_chunk
 from autoplan.verify.traffic import Amount, Traffic, total
 
 ACCUMULATES = 2
-"""Micro-batches from which on gradients are added to others."""
+"""Micro-batches from which on gradients are added to others, some in another format than that of a single one."""
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,29 @@ class Sample:
         if self.counts[-1] == self.all:
             return most
         fewer, apart = seen[self.counts[0]], self.counts[-1] - self.counts[0]
-        times = (self.all - self.counts[-1]) // apart
-        each = {key: _less(amount, fewer.get(key, Amount())) for key, amount in most.items()}
-        return total([*most.items(), *((key, amount.times(times)) for key, amount in each.items())])
+        more = self.all - self.counts[-1]
+        return total((key, _on(amount, fewer.get(key, Amount()), more, apart)) for key, amount in most.items())
 
 
-def _less(one: Amount, other: Amount) -> Amount:
-    return Amount(one.count - other.count, one.bytes - other.bytes)
+def _on(amount: Amount, fewer: Amount, more: int, apart: int) -> Amount:
+    count, size = amount.count - fewer.count, amount.bytes - fewer.bytes
+    return amount + Amount(count * more // apart, size * more // apart)
 
 
 def sample_of(plan: Plan, rank: int) -> Sample:
     """What to run of `plan` on pipeline rank `rank`."""
     count, pipeline = plan.micro_batches, plan.pipeline
-    if pipeline is None:
-        least, period = ACCUMULATES, 1
-    elif pipeline.schedule == "gpipe":
-        least, period = count, 1
-    else:
-        flying = in_flight_by_chunk(pipeline.schedule, rank, plan.mesh.pp, count, pipeline.chunks)
+    full, period = 1, 1
+    if pipeline is not None:
         period = plan.mesh.pp if pipeline.chunks > 1 else 1
-        least = max(ACCUMULATES, *flying)
-        least = -(-least // period) * period
-    most = least + period
-    return Sample((least, most) if most < count else (count, count), count)
+        full = max(in_flight_by_chunk(pipeline.schedule, rank, plan.mesh.pp, count, pipeline.chunks))
+    full = -(-full // period) * period
+    first = period * -(-_alike_from(plan) // period)
+    most = count if pipeline and pipeline.schedule == "gpipe" else max(full, first) + period
+    return Sample((min(first, count), min(most, count)), count)
+
+
+def _alike_from(plan: Plan) -> int:
+    """From how many micro-batches on each sends the same."""
+    added = plan.mesh.tp > 1 and plan.mesh.shards > 1 and any(strategy.zero == 1 for _, strategy in plan.strategies)
+    return ACCUMULATES if added else 1  # (`verify.expected`: a GATHERED parameter's gradient)
