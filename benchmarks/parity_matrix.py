@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
 from autoplan.capture import LoadedModel, capture
+from autoplan.cost.context import context_inputs
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.plan import Plan
 from autoplan.profile.catalog import find_hardware
@@ -45,12 +46,12 @@ SPARSE = ("mixtral", "qwen3-moe", "deepseek-v3")
 DEPTHS = {
     "n_layer": 4,
     "num_hidden_layers": 4,
-    "num_layers": 2,
-    "num_decoder_layers": 2,
+    "num_layers": 3,  # of T5, whose first layers are like no others
+    "num_decoder_layers": 3,
     "encoder_layers": 2,
     "decoder_layers": 2,
 }
-"""Four layers, so that pipelines can be cut."""
+"""Few layers, but so many that some repeat and pipelines can be cut."""
 _DROPOUTS = ("dropout", "dropout_rate", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout_prob", "attention_dropout",
              "attention_probs_dropout_prob", "activation_dropout")  # fmt: skip
 AGAIN: tuple[Recompute, ...] = tuple(way for way in get_args(Recompute) if way != "none")
@@ -76,6 +77,7 @@ PLANS: dict[str, Wish] = {
     "FSDP 2, ZeRO 1": Wish(Mesh(dp_shard=2), 2, zero=1),
     "tp 2": Wish(Mesh(tp=2), 4),
     "tp + sp 2": Wish(Mesh(tp=2), 4, SEQUENCE),
+    "cp 2": Wish(Mesh(cp=2), 4),
     "pp 2, gpipe": Wish(Mesh(pp=2), 2, schedule="gpipe"),
     "pp 2, 1f1b": Wish(Mesh(pp=2), 2),
     "pp 2, interleaved": Wish(Mesh(pp=2), 2, schedule="interleaved-1f1b", chunks=2),
@@ -84,8 +86,10 @@ PLANS: dict[str, Wish] = {
     **{f"pp 2, {way} recompute": Wish(Mesh(pp=2), 2, recompute=way) for way in AGAIN},
     "HSDP 2 x 2": Wish(Mesh(dp_replicate=2, dp_shard=2), 1),
     "tp 2 x FSDP 2": Wish(Mesh(dp_shard=2, tp=2), 2),
+    "cp 2 x FSDP 2": Wish(Mesh(dp_shard=2, cp=2), 2),
     "pp 2 x FSDP 2": Wish(Mesh(pp=2, dp_shard=2), 1),
     "pp 2 x tp 2": Wish(Mesh(pp=2, tp=2), 2),
+    "pp 2 x cp 2": Wish(Mesh(pp=2, cp=2), 2),
     "pp 2 x FSDP 2 x tp 2": Wish(Mesh(pp=2, dp_shard=2, tp=2), 1),
 }
 
@@ -95,6 +99,7 @@ EXPERT_PLANS: dict[str, Wish] = {
     "ep 2, ZeRO 1": Wish(Mesh(dp_shard=2, ep=2), 2, zero=1),
     **{f"ep 2, {way} recompute": Wish(Mesh(dp_shard=2, ep=2), 2, recompute=way) for way in AGAIN},
     "ep 2 over tp 2": Wish(Mesh(tp=2, ep=2), 4),
+    "ep 2 over cp 2": Wish(Mesh(cp=2, ep=2), 4),
     "ep 4": Wish(Mesh(dp_shard=4, ep=4), 1),
     "ep 2 x FSDP 2": Wish(Mesh(dp_shard=4, ep=2), 1),
     "ep 2 x FSDP 2, ZeRO 2": Wish(Mesh(dp_shard=4, ep=2), 1, zero=2),
@@ -141,6 +146,9 @@ def plan_of(known: Tables, wish: Wish) -> Plan | str:
     refused = unstageable(mesh, graph, known.costs.outer.order)
     if refused is not None:
         return refused.reason
+    unable = known.costs.context.refusal(mesh.cp, mesh.tp) or known.costs.mixtures.refusal(mesh.ep)
+    if unable:
+        return unable
     if wish.stream not in known.streams(mesh.tp):
         return "the layers do not pass on activations with a sequence that tp divides"
     chosen: dict[int, Sharding] = {}
@@ -160,15 +168,23 @@ def plan_of(known: Tables, wish: Wish) -> Plan | str:
         layers, chosen[OUTER], mesh, micro_batch=wish.micro_batch, batch=BATCH, recompute=wish.recompute, zero=wish.zero,
         schedule=wish.schedule, chunks=wish.chunks,
     )  # fmt: skip
-    return replace(plan, tied=graph.tied)
+    return replace(plan, tied=graph.tied, context=context_inputs(graph) if mesh.cp > 1 else ())
 
 
 def _first(known: Tables, body: int) -> str:
     return next(block.name for block in known.graph.blocks if block.body == body)
 
 
-def cells(wanted: list[str], plans: dict[str, Wish]) -> Iterator[Cell]:
-    """Every cell of the matrix as it finishes."""
+class Task(NamedTuple):
+    """What is to be done with a model."""
+
+    name: str
+    loaded: LoadedModel
+    made: dict[str, Plan | str]
+    """By kind of plan: the plan, or why there is none."""
+
+
+def tasks(wanted: list[str], plans: dict[str, Wish]) -> Iterator[Task]:
     for name, load in models().items():
         if wanted and not any(word in name for word in wanted):
             continue
@@ -177,13 +193,17 @@ def cells(wanted: list[str], plans: dict[str, Wish]) -> Iterator[Cell]:
             warnings.simplefilter("ignore")
             known = tables(loaded)
         every = plans if known.costs.mixtures.numbers else {title: plans[title] for title in plans if title in PLANS}
-        made = {title: plan_of(known, wish) for title, wish in every.items()}
-        yield from (Cell(name, title, refused=reason) for title, reason in made.items() if isinstance(reason, str))
-        runnable = {title: plan for title, plan in made.items() if isinstance(plan, Plan)}
-        expected = reference(loaded, BATCH)
-        for world in sorted({plan.mesh.size for plan in runnable.values()}):
-            some = {title: plan for title, plan in runnable.items() if plan.mesh.size == world}
-            yield from run(name, loaded, expected, some, world)
+        yield Task(name, loaded, {title: plan_of(known, wish) for title, wish in every.items()})
+
+
+def cells(task: Task) -> Iterator[Cell]:
+    """The cells of a model as they finish."""
+    yield from (Cell(task.name, title, refused=reason) for title, reason in task.made.items() if isinstance(reason, str))
+    runnable = {title: plan for title, plan in task.made.items() if isinstance(plan, Plan)}
+    expected = reference(task.loaded, BATCH)
+    for world in sorted({plan.mesh.size for plan in runnable.values()}):
+        some = {title: plan for title, plan in runnable.items() if plan.mesh.size == world}
+        yield from run(task.name, task.loaded, expected, some, world)
 
 
 def told(cell: Cell) -> str:
@@ -238,9 +258,9 @@ steps in float64 under a plan of that kind, with the planner's own shardings, an
 largest relative difference of the losses, of all gradients of the first step and of all parameters after the last. Dropout is
 off. What is refused, the planner never proposes; why, is told below by number.
 
-The names of plans are those of the mesh: `dp` replicates, FSDP shards parameters (ZeRO 3 unless told), `tp` shards layers, `+ sp`
-also the activations between them along the sequence, `pp` cuts the model into stages, `ep` deals experts (over the ranks of FSDP,
-of tp or of both); the number behind is that of ranks.
+The names of plans are those of the axes of a mesh, with numbers of ranks: `dp` replicates the model, FSDP shards it (ZeRO 3
+unless told), HSDP is both; `tp` shards layers, `+ sp` also the activations between them, along the sequence; `cp` cuts the
+sequence everywhere; `pp` cuts the model into stages; `ep` deals experts over the ranks of FSDP, or of what is told.
 
 """
 
@@ -263,9 +283,10 @@ def main() -> None:
     parser.add_argument("--plan", help="words of plans' names; default: all")
     arguments = parser.parse_args()
     plans = {t: wish for t, wish in {**PLANS, **EXPERT_PLANS}.items() if not arguments.plan or arguments.plan in t}
-    in_float64()
     start, found = time.perf_counter(), []
-    for cell in cells(arguments.models, plans):
+    todo = list(tasks(arguments.models, plans))
+    in_float64()  # after the models are captured: capture knows operations by their names
+    for cell in (cell for task in todo for cell in cells(task)):
         print(f"{cell.model:24} {cell.plan:28} {told(cell)}", flush=True)
         found.append(cell)
     text = page(found)
