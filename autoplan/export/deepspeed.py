@@ -31,6 +31,10 @@ def config(plan: Plan) -> Exported:
         body["tensor_parallel"] = {"autotp_size": plan.mesh.tp}
         lost.append("which matrices are split over tp: AutoTP finds them itself, and does not split along the sequence")
     lost += no_context(plan, "DeepSpeed's configuration (its Ulysses is set in the model)")
+    if plan.mesh.ep > 1:
+        lost.append(
+            f"experts over ep {plan.mesh.ep}: DeepSpeed sets it in the model, deepspeed.moe.layer.MoE(ep_size={plan.mesh.ep})"
+        )
     _told(plan, made, lost)
     about = {"model": clean(plan.model), "mesh": str(plan.mesh), "devices": plan.mesh.size, "not_expressed": lost}
     return Exported(text=json.dumps({"_autoplan": about, **body}, indent=2) + "\n", lost=tuple(lost), filename="ds_config.json")

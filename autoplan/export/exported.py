@@ -119,6 +119,16 @@ def no_context(plan: Plan, target: str) -> list[str]:
     ]
 
 
+def no_experts(plan: Plan, target: str) -> list[str]:
+    """What a trainer loses that has no setting to deal experts over devices."""
+    if plan.mesh.ep == 1:
+        return []
+    return [
+        f"{target} does not deal experts: without the plan's ep {plan.mesh.ep} each device gathers all of them and holds more "
+        "than the plan says; plan anew with --ep 1"
+    ]
+
+
 def ring(plan: Plan, target: str) -> list[str]:
     """What a trainer changes that splits sequences, but passes keys and values on in a ring."""
     if plan.mesh.cp == 1:

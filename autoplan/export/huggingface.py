@@ -5,7 +5,17 @@ Its tp plan names modules by pattern: "colwise" is a weight [out, in] split on d
 
 from __future__ import annotations
 
-from autoplan.export.exported import Choices, Exported, by_the_book, choices, header, no_context, no_pipeline, wildcard
+from autoplan.export.exported import (
+    Choices,
+    Exported,
+    by_the_book,
+    choices,
+    header,
+    no_context,
+    no_experts,
+    no_pipeline,
+    wildcard,
+)
 from autoplan.plan import Plan
 
 STYLES = {0: "colwise", 1: "rowwise"}
@@ -22,6 +32,7 @@ def snippet(plan: Plan) -> Exported:
         "fsdp_size": mesh.dp_shard,
         "dp_replicate_size": mesh.dp_replicate,
         "pp_size": piped,
+        **({"ep_size": mesh.ep, "ep_implementation": "all_to_all"} if mesh.ep > 1 and _deals(plan) else {}),
         "fsdp_mixed_precision": load.compute_dtype != load.param_dtype,
     }
     training: dict[str, object] = {
@@ -48,6 +59,12 @@ def _fields(values: dict[str, object]) -> str:
     return "".join(f"    {name}={value!r},\n" for name, value in values.items())
 
 
+def _deals(plan: Plan) -> bool:
+    """Its ep is a multiple of tp, of which it has no use for cp, and goes with no pipeline."""
+    mesh = plan.mesh
+    return mesh.ep % mesh.tp == 0 and mesh.dp_shard * mesh.tp % mesh.ep == 0 and mesh.pp == 1
+
+
 def _tp_plan(plan: Plan, made: Choices, lost: list[str]) -> dict[str, str]:
     if plan.mesh.tp == 1:
         return {}
@@ -68,5 +85,9 @@ def _told(plan: Plan, made: Choices, lost: list[str]) -> None:
         sizes = ", ".join(str(len(names)) for names in plan.stages)
         lost.append(f"the cut of the pipeline ({sizes} layers) and its schedule ({plan.pipeline.schedule}): transformers chooses")
     lost += no_context(plan, "transformers' DistributedConfig")
+    if not _deals(plan):
+        lost += no_experts(
+            plan, "transformers, whose ep is a multiple of tp, divides dp_shard x tp and has no pipeline beside it,"
+        )
     if made.zero in (1, 2):
         lost.append(f"ZeRO-{made.zero}: transformers' FSDP frees gathered parameters after the forward pass (ZeRO-3)")

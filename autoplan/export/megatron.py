@@ -25,7 +25,8 @@ def arguments(plan: Plan) -> Exported:
         *_workload(plan, lost),
     ]
     body = "".join(f"  {line}\n" for line in lines)
-    use = '# torchrun ... pretrain_gpt.py "${PLAN_ARGS[@]}" --hidden-size ... (the rest of your model and data)\n'
+    shape = "--hidden-size ... --num-experts" if plan.mesh.ep > 1 else "--hidden-size"
+    use = f'# torchrun ... pretrain_gpt.py "${{PLAN_ARGS[@]}}" {shape} ... (the rest of your model and data)\n'
     # one queue, so that collectives of tp start before the computation that hides them; Megatron FSDP forbids it
     order = "export CUDA_DEVICE_MAX_CONNECTIONS=1\n" if plan.mesh.tp > 1 and made.zero < 2 else ""
     text = f"{header(plan, lost)}{use}{order}PLAN_ARGS=(\n{body})\n"
@@ -37,6 +38,9 @@ def _mesh(plan: Plan, made: Choices, lost: list[str]) -> list[str]:
     lines = [f"--tensor-model-parallel-size {mesh.tp}", f"--pipeline-model-parallel-size {mesh.pp}"]
     if mesh.cp > 1:
         lines += [f"--context-parallel-size {mesh.cp}", "--cp-comm-type a2a"]
+    if mesh.ep > 1:  # of each expert nothing is split over tp, and ep runs through tp and cp first, as in the plan
+        lines += [f"--expert-model-parallel-size {mesh.ep}", "--expert-tensor-parallel-size 1"]
+        lines.append("--moe-token-dispatcher-type alltoall")
     if mesh.tp > 1 and made.sequence_parallel:
         lines.append("--sequence-parallel")
     return lines

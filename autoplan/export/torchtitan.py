@@ -7,7 +7,7 @@ torchtitan accumulates gradients until the global batch is reached.
 
 from __future__ import annotations
 
-from autoplan.export.exported import Choices, Exported, choices, header, ring, stage_sizes
+from autoplan.export.exported import Choices, Exported, choices, header, no_experts, ring, stage_sizes
 from autoplan.plan import Plan
 
 SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved-1f1b": "Interleaved1F1B"}
@@ -78,6 +78,7 @@ def _parallelism(plan: Plan, made: Choices) -> dict[str, object]:
         "data_parallel_shard_degree": mesh.dp_shard,
         "fsdp_reshard_after_forward": "always" if made.zero == 3 else "never" if made.zero else "default",
         **({"context_parallel_degree": mesh.cp} if mesh.cp > 1 else {}),
+        **({"expert_parallel_degree": mesh.ep} if mesh.ep > 1 and _folds(plan) else {}),
         "tensor_parallel_degree": mesh.tp,
         "enable_sequence_parallel": made.sequence_parallel,
         "pipeline_parallel_degree": mesh.pp,
@@ -86,6 +87,11 @@ def _parallelism(plan: Plan, made: Choices) -> dict[str, object]:
         fields["pipeline_parallel_schedule"] = SCHEDULES[plan.pipeline.schedule]
         fields["pipeline_parallel_microbatch_size"] = plan.micro_batch
     return fields
+
+
+def _folds(plan: Plan) -> bool:
+    """torchtitan's ep takes all of cp and tp, and some of dp_shard: the same devices as the plan's, where that is enough."""
+    return plan.mesh.ep % (plan.mesh.cp * plan.mesh.tp) == 0
 
 
 def _cut(plan: Plan, head: str) -> dict[str, object]:
@@ -115,6 +121,8 @@ def _training(plan: Plan) -> dict[str, object]:
 
 def _lost(plan: Plan, made: Choices) -> tuple[str, ...]:
     lost, load = [*made.lost, *ring(plan, "torchtitan")], plan.workload
+    if not _folds(plan):
+        lost += no_experts(plan, f"torchtitan, whose ep is a multiple of cp x tp ({plan.mesh.cp * plan.mesh.tp}),")
     if made.zero == 1:
         lost.append(
             "ZeRO-1 (gather once a step, reduce once a step): torchtitan's nearest keeps parameters gathered until the backward "

@@ -116,6 +116,36 @@ def test_sequences_that_are_cut_are_cut_there_or_it_is_said() -> None:
         assert any("does not split sequences" in sentence for sentence in export(plan, to).lost)
 
 
+def dealt(mesh: Mesh) -> Plan:
+    return replace(llama(), mesh=mesh)
+
+
+def test_experts_that_are_dealt_are_dealt_there_or_it_is_said() -> None:
+    plan = dealt(Mesh(dp_shard=4, tp=2, ep=4))
+    assert keywords(export(plan, "torchtitan").text, "ParallelismConfig")["expert_parallel_degree"] == 4
+    assert tomllib.loads(export(plan, "torchtitan-toml").text)["parallelism"]["expert_parallel_degree"] == 4
+    words = megatron(plan)
+    assert words[words.index("--expert-model-parallel-size") + 1] == "4"
+    assert words[words.index("--expert-tensor-parallel-size") + 1] == "1"
+    assert keywords(export(plan, "transformers").text, "DistributedConfig")["ep_size"] == 4
+    assert "ep_size=4" in "".join(export(plan, "deepspeed").lost)
+    for to in ("accelerate", "lightning"):
+        assert any("does not deal experts" in sentence and "--ep 1" in sentence for sentence in export(plan, to).lost)
+    for to in TARGETS:
+        assert not any("experts" in sentence for sentence in export(llama(), to).lost)
+
+
+def test_what_a_trainer_cannot_fold_is_said() -> None:
+    narrow = dealt(Mesh(dp_shard=2, tp=4, ep=2))
+    assert "expert_parallel_degree" not in export(narrow, "torchtitan").text
+    assert any("multiple of cp x tp (4)" in sentence for sentence in export(narrow, "torchtitan").lost)
+    assert "ep_size" not in keywords(export(narrow, "transformers").text, "DistributedConfig")
+    assert any("multiple of tp" in sentence for sentence in export(narrow, "transformers").lost)
+    over = dealt(Mesh(dp_shard=2, cp=4, ep=8))
+    assert "ep_size" not in keywords(export(over, "transformers").text, "DistributedConfig")
+    assert keywords(export(over, "torchtitan").text, "ParallelismConfig")["expert_parallel_degree"] == 8
+
+
 def test_deepspeed_means_the_same() -> None:
     for plan in (llama(), piped(), single()):
         config = json.loads(export(plan, "deepspeed").text)
