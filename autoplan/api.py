@@ -110,6 +110,7 @@ def plan(
     compute_dtype: DType | None = None,
     param_dtype: DType | None = None,
     optimizer: OptimizerName | None = None,
+    expert_imbalance: float | None = None,
     objective: Objective = "fewest",
     fixed: Mapping[str, int] | None = None,
     constraints: str | Path | Constraints | None = None,
@@ -145,6 +146,7 @@ def plans(
     compute_dtype: DType | None = None,
     param_dtype: DType | None = None,
     optimizer: OptimizerName | None = None,
+    expert_imbalance: float | None = None,
     objective: Objective = "fewest",
     fixed: Mapping[str, int] | None = None,
     constraints: str | Path | Constraints | None = None,
@@ -178,6 +180,7 @@ def plans(
         "compute_dtype": compute_dtype,
         "param_dtype": param_dtype,
         "optimizer": optimizer,
+        "expert_imbalance": expert_imbalance,
     }
     load = workload({} if isinstance(loaded, Graph) else loaded.workload, wishes, last)
     graph = loaded if isinstance(loaded, Graph) else inspect(loaded, compute_dtype=load.compute_dtype)

@@ -52,6 +52,10 @@ def plan(
     cp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh; 1: sequences stay whole.")] = None,
     ep: Annotated[int | None, typer.Option(min=1, help="Fix over how many GPUs experts are dealt; 1: none are.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
+    expert_imbalance: Annotated[
+        float | None,
+        typer.Option(min=1, metavar="FACTOR", help="Tokens of the device with most, over the mean, where experts are dealt."),
+    ] = None,
     constraints: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML: choices for axes, and what layers and parameters must do.")
     ] = None,
@@ -87,6 +91,7 @@ def plan(
             gpus=arguments.numbers(gpus),
             step_time=None if step_time is None else parse(step_time, SECOND),
             global_batch=global_batch,
+            expert_imbalance=expert_imbalance,
             fixed={axis: size for axis, size in axes.items() if size is not None},
             headroom=headroom,
             gap=gap,

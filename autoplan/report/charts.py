@@ -129,9 +129,14 @@ def _hits(taken: Sequence[tuple[float, float, float]], left: float, y: float, wi
 
 
 def matrix(style: str, parts: int) -> str:
-    """A weight as it multiplies from the right, cut as the plan cuts it; one device's share is filled."""
+    """A weight as it multiplies from the right, cut as the plan cuts it; one device's share is filled. Of experts a stack."""
     parts = min(max(parts, 1), 8)
     step = 24 / parts
+    if style == "experts":
+        gap = step / 4
+        sheets = "".join(f"M0 {i * step:.2f}h24v{step - gap:.2f}h-24z" for i in range(parts))
+        mine = f'<rect class="mine" width="24" height="{step - gap:.2f}"/>'
+        return _drawing(mine, sheets)
     filled = {
         "columns": f'<rect class="mine" width="{step:.2f}" height="24"/>',
         "rows": f'<rect class="mine" width="24" height="{step:.2f}"/>',
@@ -139,7 +144,10 @@ def matrix(style: str, parts: int) -> str:
     cuts = ""
     if style in ("columns", "rows"):
         cuts = "".join(f"M{i * step:.2f} 0v24" if style == "columns" else f"M0 {i * step:.2f}h24" for i in range(1, parts))
+    return _drawing(filled, f"M0 0h24v24h-24z{cuts}")
+
+
+def _drawing(filled: str, lines: str) -> str:
     return (
-        f'<svg class="matrix" viewBox="-1 -1 26 26" width="26" height="26" aria-hidden="true">{filled}'
-        f'<path d="M0 0h24v24h-24z{cuts}"/></svg>'
+        f'<svg class="matrix" viewBox="-1 -1 26 26" width="26" height="26" aria-hidden="true">{filled}<path d="{lines}"/></svg>'
     )

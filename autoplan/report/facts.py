@@ -264,7 +264,14 @@ def workload(plan: Plan) -> tuple[Fact, ...]:
             f"{words.plural(plan.micro_batches, 'micro-batch')}",
         ),
         Fact("Optimizer", load.optimizer),
+        *([Fact("Expert imbalance", _imbalance(load.expert_imbalance))] if mesh.ep > 1 else []),
         Fact("Number formats", f"parameters {load.param_dtype}, compute {load.compute_dtype}, reduce {load.reduce_dtype}"),
+    )
+
+
+def _imbalance(factor: float) -> str:
+    return (
+        f"the fullest device has {factor:g} times the mean of tokens" if factor != 1 else "none: every device has as many tokens"
     )
 
 

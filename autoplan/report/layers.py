@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from autoplan.plan import Plan
@@ -22,6 +22,8 @@ class RunRow:
     recompute: str
     reshard: str
     sharding: str
+    experts: str
+    """Where they are dealt over ep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class WeightRow:
     full_names: str
     layout: str
     style: str
-    """ "columns", "rows" or "whole"."""
+    """ "columns", "rows", "experts" or "whole"."""
     words: str
 
 
@@ -78,11 +80,13 @@ class ModuleRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardingCard:
-    """One way to shard a layer over the tp axis; strategies that differ only in recompute share it."""
+    """One way to shard a layer over tp and ep; strategies that differ only in recompute share it."""
 
     names: tuple[str, ...]
     indices: tuple[int, ...]
     used_by: str
+    over: str
+    """ "split over tp 2"."""
     words: str
     modules: tuple[ModuleRow, ...]
 
@@ -103,6 +107,7 @@ def _run(plan: Plan, label: str, names: tuple[str, ...], name: str) -> RunRow:
         recompute=strategy.recompute,
         reshard=reshard_words(plan, strategy),
         sharding=words.sharding_words(strategy.sharding) if plan.mesh.tp > 1 else "-",
+        experts=words.experts_words(strategy.sharding.experts, plan.mesh.ep),
     )
 
 
@@ -136,23 +141,42 @@ def reshard_words(plan: Plan, strategy: Strategy) -> str:
 
 
 def cards(plan: Plan) -> tuple[ShardingCard, ...]:
-    """One card for each sharding that is used, with everything that `apply` will do on the tp axis."""
-    if plan.mesh.tp == 1:
-        return ()
+    """One card for each sharding that is used, with everything that `apply` will do over tp and ep."""
     groups: dict[Sharding, list[tuple[int, str]]] = {}
     for index, (name, strategy) in enumerate(plan.by_name.items()):
-        if name == plan.outer or any(run.strategy == name for run in plan.runs):
+        used = name == plan.outer or any(run.strategy == name for run in plan.runs)
+        if used and (plan.mesh.tp > 1 or strategy.sharding.experts):
             groups.setdefault(strategy.sharding, []).append((index, name))
     return tuple(
         ShardingCard(
             names=tuple(words.clean(name) for _, name in group),
             indices=tuple(index for index, _ in group),
             used_by=_used_by(plan, {name for _, name in group}),
+            over=_over(plan, sharding),
             words=words.sharding_words(sharding),
-            modules=modules(sharding),
+            modules=(*modules(sharding), *_dealt(sharding, plan.mesh.ep)),
         )
         for sharding, group in groups.items()
     )
+
+
+def _over(plan: Plan, sharding: Sharding) -> str:
+    said = [f"split over tp {plan.mesh.tp}"] if plan.mesh.tp > 1 else []
+    return " and ".join([*said, *([f"dealt over ep {plan.mesh.ep}"] if sharding.experts else [])])
+
+
+def _dealt(sharding: Sharding, ep: int) -> Iterator[ModuleRow]:
+    """The modules whose experts are dealt: which rows travel, and what a device holds."""
+    for each in sharding.experts:
+        there = BorderRow(
+            "rows", "own tokens", "own experts", "all-to-all", "all-to-all", "send each row to its experts' devices"
+        )
+        back = BorderRow("rows", "own experts", "own tokens", "all-to-all", "all-to-all", "send the results back")
+        held = WeightRow(
+            "every parameter", f"all parameters of {words.clean(each.module)}", f"Shard(0) over ep {ep}", "experts",
+            f"{each.number // ep} of {each.number} experts, each whole",
+        )  # fmt: skip
+        yield ModuleRow(name=words.clean(each.module), enter=(there,), weights=(held,), leave=(back,))
 
 
 def _used_by(plan: Plan, names: set[str]) -> str:

@@ -83,7 +83,7 @@ def page(plan: Plan) -> str:
         cards=layers.cards(plan),
         max_cells=MAX_CELLS,
         max_columns=MAX_COLUMNS,
-        matrix=lambda style: Markup(charts.matrix(style, plan.mesh.tp)),
+        matrix=lambda style: Markup(charts.matrix(style, plan.mesh.ep if style == "experts" else plan.mesh.tp)),
         ranks=pipeline.ranks(plan),
         rank_bars=rank_bars(plan),
         film=film,

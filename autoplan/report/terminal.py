@@ -69,9 +69,12 @@ def _add(rows: Table, *cells: str | int, style: str = "") -> None:
 
 
 def _layers(plan: Plan) -> Table:
-    rows = table(("<", "layers"), (">", "number"), ("<", "strategy"), ("<", "recompute"), ("<", "over tp"), ("<", "FSDP"))
+    dealt = plan.mesh.ep > 1
+    split = [*([("<", "over tp")] if plan.mesh.tp > 1 or not dealt else []), *([("<", "experts")] if dealt else [])]
+    rows = table(("<", "layers"), (">", "number"), ("<", "strategy"), ("<", "recompute"), *split, ("<", "FSDP"))
     for row in layers.runs(plan):
-        _add(rows, row.layers, len(row.names) or "", row.strategy, row.recompute, row.sharding, row.reshard)
+        over = [*([row.sharding] if plan.mesh.tp > 1 or not dealt else []), *([row.experts] if dealt else [])]
+        _add(rows, row.layers, len(row.names) or "", row.strategy, row.recompute, *over, row.reshard)
     return rows
 
 

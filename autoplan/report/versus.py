@@ -79,7 +79,13 @@ def choices(plans: Named) -> tuple[Line, ...]:
         _line("Micro-batch", plans, lambda plan: f"{words.plural(plan.micro_batch, 'sample')} x {plan.micro_batches}"),
         _line("Recompute", plans, facts.recompute_clause),
         _line("ZeRO", plans, _zero),
+        *([_line("Experts", plans, _experts)] if any(plan.mesh.ep > 1 for _, plan in plans) else []),
     )
+
+
+def _experts(plan: Plan) -> str:
+    dealt = dict.fromkeys(each for _, strategy in plan.layers() for each in strategy.sharding.experts)
+    return words.experts_words(tuple(dealt), plan.mesh.ep) if plan.mesh.ep > 1 else "-"
 
 
 def _zero(plan: Plan) -> str:

@@ -9,14 +9,14 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from autoplan.strategy import Border, Layout, Mesh, Sharding
+from autoplan.strategy import Border, Experts, Layout, Mesh, Sharding
 from autoplan.units import BYTE, FLOP, SECOND, show
 
 TIME_WORDS = {
     "forward": ("Forward", "the layers' forward pass"),
     "backward": ("Backward", "the layers' backward pass"),
     "recompute": ("Recompute", "forward passes run again to save memory"),
-    "tp_communication": ("Communication inside layers", "collectives of tp and cp, never hidden"),
+    "tp_communication": ("Communication inside layers", "collectives of tp, cp and ep, never hidden"),
     "dp_communication": ("Data-parallel communication", "gathers and reductions that computation does not hide"),
     "pp_communication": ("Pipeline communication", "activations on their way to the next stage, where it waits for them"),
     "bubble": ("Bubble", "the slowest stage waits while the others fill and drain"),
@@ -97,8 +97,20 @@ def mesh_meaning(mesh: Mesh) -> tuple[tuple[str, int, str], ...]:
         ("dp_shard", mesh.dp_shard, "groups with their own samples; parameters, gradients and optimizer states are split (FSDP)"),
         ("cp", mesh.cp, "devices that share every sample and split its sequence; attention exchanges it for heads (Ulysses)"),
         ("tp", mesh.tp, "devices that share every sample and split the matrices inside a layer"),
+        ("ep", mesh.ep, _dealing(mesh)),
     )
     return tuple(row for row in meaning if row[1] > 1)
+
+
+def _dealing(mesh: Mesh) -> str:
+    axes = " x ".join(axis for axis in ("dp_shard", "cp", "tp") if getattr(mesh, axis) > 1)
+    held = f"; FSDP splits each over the {mesh.efsdp} that hold the same ones" if mesh.efsdp > 1 else ""
+    return f"of the devices of {axes} that hold a layer's experts between them; tokens travel to them and back (all-to-all){held}"
+
+
+def experts_words(experts: Sequence[Experts], ep: int) -> str:
+    """ "8 of mlp.experts, 1 a device"; "-" where a layer has none that are dealt."""
+    return "; ".join(f"{each.number} of {clean(each.module)}, {each.number // ep} a device" for each in experts) or "-"
 
 
 _NUMBERED = re.compile(r"^(.*?)(\d+)(\D*)$", re.DOTALL)
