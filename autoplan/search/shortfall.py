@@ -30,9 +30,7 @@ def nothing_fits(
     where = f"{gpus} x {device.name} ({show(limit, BYTE)} usable each)"
     if not stagings:
         reason = refused[0].reason if refused else "there is no mesh"
-        hint = (
-            "Ask for less in --constraints." if constrained else "Change --global-batch so that it divides by the number of GPUs."
-        )
+        hint = "Ask for less in --constraints." if constrained else _other_batch_or_axes(reason)
         return NothingFits(f"No plan is legal on {where}: {reason}.", hint)
     nearest = min(stagings, key=lambda staging: staging.least_memory)
     message = (
@@ -40,6 +38,12 @@ def nothing_fits(
         f"least {show(nearest.least_memory, BYTE)} ({_categories(nearest)})."
     )
     return NothingFits(message, " ".join(_hints(tables, limit, gpus, nearest)))
+
+
+def _other_batch_or_axes(reason: str) -> str:
+    if "global batch" in reason:
+        return "Change --global-batch so that it divides by the number of GPUs."
+    return "Leave the size of that axis to the planner, or ask for another one."
 
 
 def _leanest(groups: Sequence[Group]) -> list[tuple[Group, Option]]:

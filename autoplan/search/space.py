@@ -42,7 +42,7 @@ def meshes(gpus: int, fixed: Mapping[str, int], cps: Sequence[int] = (1,), eps: 
         if gpus % (pp * dp_replicate * dp_shard) == 0
         for rest in [gpus // (pp * dp_replicate * dp_shard)]
         for cp, tp in {(1, rest), (rest, 1)}
-        for ep in dict.fromkeys((1, *eps))
+        for ep in dict.fromkeys((1, *eps, fixed.get("ep", 1)))
         if ep == 1 or (ep % (cp * tp) == 0 and dp_shard % (ep // (cp * tp)) == 0)
         for mesh in [Mesh(pp, dp_replicate, dp_shard, cp, tp, ep)]
         if all(getattr(mesh, axis) == size for axis, size in fixed.items())

@@ -149,7 +149,7 @@ class Tree:
         load, order = tables.costs.workload, tables.costs.outer.order
         cps, uncuttable = uncut(gpus, fixed, tables.costs.context)
         eps, undivided = undealt(gpus, fixed, tables.costs.mixtures)
-        self.refused += [*uncuttable, *undivided]
+        self.refused += [*undivided, *uncuttable]
         for mesh in meshes(gpus, fixed, cps, eps):
             if not all(constraints.allows(axis, getattr(mesh, axis)) for axis in DEGREES):
                 continue

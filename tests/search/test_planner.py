@@ -141,6 +141,21 @@ def test_equals_brute_force_with_experts(form: str, monkeypatch: pytest.MonkeyPa
     assert {0, 1, 2, 4} <= eps
 
 
+@pytest.mark.parametrize(
+    ("ep", "reason"), [(3, "4 experts do not divide over ep 3"), (4, "")], ids=["a divisor of the GPUs alone", "of both"]
+)
+def test_a_wish_for_ep_is_kept_or_refused_with_its_reason(ep: int, reason: str) -> None:
+    graph = model(layers=2, block=expert_block(experts=4))
+    load = Workload(global_batch=12)
+    if reason:
+        with pytest.raises(NothingFits, match=reason):
+            search(graph, machine(), load, gpus=12, fixed={"ep": ep})
+        return
+    plan = search(graph, machine(), load, gpus=12, fixed={"ep": ep})
+    assert plan.mesh.ep == ep
+    assert all(strategy.sharding.experts for name, strategy in plan.strategies if name != plan.outer)
+
+
 @pytest.mark.parametrize("part", range(8))
 def test_equals_brute_force(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planner against every plan of its space, on 336 small cases, infeasible ones among them."""
