@@ -133,6 +133,7 @@ def matrix(style: str, parts: int) -> str:
     parts = min(max(parts, 1), 8)
     step = 24 / parts
     if style == "experts":
+        parts, step = min(parts, 4), 24 / min(parts, 4)
         gap = step / 4
         sheets = "".join(f"M0 {i * step:.2f}h24v{step - gap:.2f}h-24z" for i in range(parts))
         mine = f'<rect class="mine" width="24" height="{step - gap:.2f}"/>'

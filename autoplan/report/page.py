@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,6 +40,9 @@ _UNIT = re.compile(r"(?<=\d) (?=(?:s|ms|us)\b)|(?<=tp) (?=\d)|(?<=shard) (?=\d)|
 _GIB = dict(BYTE.prefixes)["GiB"]
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
 
+
+MAX_CHUNKS = 2
+"""Parts of the model on one pipeline rank whose layers are named beside its devices."""
 
 MAX_COLUMNS = 8
 """Pipeline ranks whose memory stands side by side in a table; of more only the fullest is told by category."""
@@ -177,7 +180,7 @@ def mesh_stages(plan: Plan) -> tuple[Stage, ...]:
     return tuple(
         Stage(
             title=f"pp {s}" if mesh.pp > 1 else "",
-            layers=", ".join(words.fold(names) for names in plan.stages[s :: mesh.pp]) if mesh.pp > 1 else "",
+            layers=_layers_of(plan.stages[s :: mesh.pp]) if mesh.pp > 1 else "",
             groups=tuple(
                 Group(_group_title(plan, group), tuple(range(first, first + min(within, MAX_DEVICES))))
                 for group in range(shown)
@@ -187,6 +190,13 @@ def mesh_stages(plan: Plan) -> tuple[Stage, ...]:
         )
         for s in range(min(mesh.pp, MAX_STAGES))
     )
+
+
+def _layers_of(chunks: Sequence[tuple[str, ...]]) -> str:
+    """Names, where there are few to be told; the pipeline's table has them all."""
+    if len(chunks) <= MAX_CHUNKS:
+        return ", ".join(words.fold(names) for names in chunks)
+    return f"{words.plural(sum(map(len, chunks)), 'layer')} in {len(chunks)} chunks"
 
 
 def _group_title(plan: Plan, group: int) -> str:
