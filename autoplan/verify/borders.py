@@ -82,23 +82,23 @@ def _over_cp(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
 
 def _over_ep(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
     dealing = model.dealing(step.index)
-    passes = [
+    forward, backward = (
         tuple((kind, size / model.ep) for kind, size, _ in sent if kind == "all_to_all")
         for sent in (dealing.forward, dealing.backward)
-    ]
+    )
     weights = [each.weights for each in model.dealt if each.last == step.index]
     kept = any(i is not None and model.body.values[i].requires_grad for i in weights)  # results, for the gradient of weights
-    yield _Sent(step.index, True, *passes, kept)
+    yield _Sent(step.index, True, forward, backward, kept)
 
 
 def _over_tp(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
     op, outcome, values = step.op, step.outcome, model.body.values
     dealing = model.dealing(step.index)
-    gathers = [
+    forward, backward = (
         tuple((kind, size) for kind, size, _ in sent if kind != "all_to_all") for sent in (dealing.forward, dealing.backward)
-    ]
-    if any(gathers):
-        yield _Sent(step.index, True, *gathers)
+    )
+    if forward or backward:
+        yield _Sent(step.index, True, forward, backward)
     if op.kind in ("enter", "exit"):
         yield _border(model, step, values[op.inputs[0]], outcome.inputs[0], outcome.outputs[0], op.module != "")
     elif op.kind == "call":
