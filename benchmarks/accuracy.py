@@ -55,6 +55,9 @@ PARTS = {
     "torchtitan, bf16": lambda run: run.source.startswith("torchtitan") and not run.float8 and run.cp == 1,
     "torchtitan, fp8": lambda run: run.source.startswith("torchtitan") and run.float8 and run.cp == 1,
     "context parallel": lambda run: run.cp > 1,
+    "experts": lambda run: run.shape.experts is not None,
+    "experts, bf16": lambda run: run.shape.experts is not None and not run.float8,
+    "experts, H100": lambda run: run.shape.experts is not None and run.hardware.startswith("h100"),
 }
 """Slices that a target names, beside the sources."""
 

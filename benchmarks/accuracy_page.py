@@ -93,6 +93,8 @@ def _facts(sources: dict[str, Any]) -> dict[str, str]:
         "nano_regret": of("nanotron", "held out", "regret"),
         "nano_memory": of("nanotron, tp <= 8, all", "held out", "memory"),
         "nano_margin": of("nanotron, tp <= 8, all", "held out", "memory_over_margin"),
+        "moe": of("experts", "held out", "mape"),
+        "moe_h100": of("experts, H100", "held out", "mape"),
         "llmq": of("llmq", "held out", "mape"),
     }
 

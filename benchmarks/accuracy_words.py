@@ -62,8 +62,11 @@ MISSES = """## Where it misses its targets, and why
   its rows are predicted too small by more than the margin): reserved bytes of equal runs that differ in dp alone are up to 7
   GiB apart beyond their states, which is the allocator's history and not in the table.
 - **megatron-bridge on GB200, GB300 and B200**: nothing is fitted there, and curves are those of a B200 timed alone; FSDP of
-  2025 and recipes of 26.x differ by up to 10 % on equal layouts. Mixtures of experts and hybrids are refused: no expert
-  parallelism yet.
+  2025 and recipes of 26.x differ by up to 10 % on equal layouts. Hybrids are refused.
+- **Mixtures of experts** are {moe} off, {moe_h100} on H100: nothing is fitted on them, they have the constants of their
+  framework's dense models, and what a token costs beside products and all-to-all (routing, sorting, dropping or not) is what
+  transformers' own modules do, unfused. DeepSeek on NVL72 comes out far too slow: recipes of 2026 hide the all-to-all and
+  replay graphs, which the table does not tell. Each row's recomputation is not told either: it is the least that fits.
 - **llmq**, a program of its own kernels on consumer cards, is priced with three constants and misses by {llmq} held out."""
 
 LEVEL = """## From too high an MFU to a believable one

@@ -14,6 +14,9 @@ and FSDP this is `CostModel.predict` up to the outer layer's reduction in the fi
 Context parallelism cuts the sequence: a rank has 1/cp of the tokens and of attention's products (balanced under a causal
 mask), which costs what 1/cp of a sample does; besides, keys and values go round the cp ranks beside attention. Parameters
 are those of dp x cp ranks. Asynchronous tp sends beside the products instead of between them.
+
+Experts over ep: their rows are sent between the products, as tp's collectives are; their gradients are reduced, and their states
+cut, over the dp x tp / ep ranks that hold the same ones.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from autoplan.schedule import ScheduleKind, pipeline_seconds
 from autoplan.strategy import Mesh, Sharding
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES
-from benchmarks.memory import memory, numel
+from benchmarks.memory import experts, memory, numel
 from benchmarks.software import NEUTRAL, Software
 
 Recomputed = Callable[[Step], bool]
@@ -53,6 +56,7 @@ class Arrangement:
     """Samples of one rank: a fraction of one where cp cuts them."""
     zero: int
     cp: int = 1
+    ep: int = 1
     schedule: ScheduleKind = "1f1b"
     chunks: int = 1
     block: Sharding
@@ -142,9 +146,11 @@ class Arranged:
         for s in range(at.pp):
             own = [k for k in range(virtual) if k % at.pp == s]
             held = self.held(at, sum(counts[k] for k in own), embed if 0 in own else None, head if virtual - 1 in own else None)
-            optimizer = max(optimizer, self.software.optimizer * self._optimizer(held, at))
+            dealt = sum(counts[k] for k in own) * experts(block)
+            groups = [(held - dealt, at.dp, at.tp), *([(dealt, at.dp * at.tp // at.ep, at.ep)] if dealt else [])]
+            optimizer = max(optimizer, self.software.optimizer * sum(self._optimizer(n, dp, at) for n, dp, _ in groups))
             if at.zero < 3:
-                tail = max(tail, self._reduction(held, at, sum(b[k] for k in own) / len(own)))
+                tail = max(tail, self._reduction(groups, at, sum(b[k] for k in own) / len(own)))
         total = seconds + tail + optimizer + self.software.step
         return ArrangedStep(
             step_time=total,
@@ -157,7 +163,7 @@ class Arranged:
         return int(self.costs.micro_batches(Mesh(dp_replicate=at.dp, tp=at.tp), at.samples))
 
     def parts(self, at: Arrangement) -> tuple[LayerCost, LayerCost, LayerCost]:
-        block = self.costs.layer_cost(0, at.block, at.tp, at.samples)
+        block = self.costs.layer_cost(0, at.block, at.tp, at.samples, ep=at.ep)
         first = next(i for i, op in enumerate(self.costs.graph.outer.ops) if op.kind == "call")
         embed = self._part(OUTER, at.outer, at, "embed", lambda step: step.index <= first)
         head = self._part(OUTER, at.outer, at, "head", lambda step: step.index > first)
@@ -167,9 +173,9 @@ class Arranged:
         return self.costs.layer_cost(OUTER, at.outer, at.tp, at.samples)
 
     def _part(self, body: int, sharding: Sharding, at: Arrangement, name: str, only: Recomputed) -> LayerCost:
-        key = (body, sharding, at.tp, at.micro_batch, name)
+        key = (body, sharding, at.tp, at.micro_batch, at.ep, name)
         if key not in self._parts:
-            self._parts[key] = layer_cost(self.costs.layer_model(body, at.tp, at.samples), sharding, only)
+            self._parts[key] = layer_cost(self.costs.layer_model(body, at.tp, at.samples, ep=at.ep), sharding, only)
         return self._parts[key]
 
     def _scaled(self, cost: LayerCost, at: Arrangement | None = None) -> LayerCost:
@@ -248,7 +254,7 @@ class Arranged:
         return self.software.network if span > self.costs.hardware.links[0].span > 0 else 1.0
 
     def _collectives(self, cost: LayerCost, at: Arrangement) -> tuple[Seconds, Seconds, Seconds]:
-        mesh = Mesh(dp_shard=at.dp, tp=at.tp) if at.zero == 3 else Mesh(dp_replicate=at.dp, tp=at.tp)
+        mesh = Mesh(dp_shard=at.dp, tp=at.tp, ep=at.ep) if at.zero == 3 else Mesh(dp_replicate=at.dp, tp=at.tp)
         slower = self._slower(at.dp * at.tp)
         dp = data_parallel(cost, mesh, self.costs.hardware, self.costs.workload)
         return slower * dp.gather, slower * dp.reduce, slower * dp.final
@@ -264,7 +270,7 @@ class Arranged:
 
     def held(self, at: Arrangement, layers: int, embed: LayerCost | None, head: LayerCost | None) -> float:
         """Parameters on one rank of a stage, cut by tp."""
-        block = self.costs.layer_cost(0, at.block, at.tp, at.samples)
+        block = self.costs.layer_cost(0, at.block, at.tp, at.samples, ep=at.ep)
         outer = [self._outer(at)] if embed and head else [part for part in (embed, head) if part]
         return layers * numel(block) + sum(map(numel, outer))
 
@@ -282,22 +288,26 @@ class Arranged:
         moved = 2 * numel * DTYPE_BYTES[self.costs.workload.reduce_dtype]
         return moved / (device.bandwidth * device.memory_efficiency.points[-1][1])
 
-    def _optimizer(self, numel: float, at: Arrangement) -> Seconds:
+    def _optimizer(self, numel: float, dp: int, at: Arrangement) -> Seconds:
         load = self.costs.workload
-        share = at.dp if at.zero else 1
+        share = dp if at.zero else 1
         size = numel / share * DTYPE_BYTES[load.param_dtype]
         return optimizer_time(size, OPTIMIZER_STATES[load.optimizer], self.costs.hardware.device)
 
-    def _reduction(self, numel: float, at: Arrangement, last: Seconds) -> Seconds:
-        """Seconds of reducing a stage's gradients (and, with ZeRO, gathering its parameters) that `last` does not hide."""
+    def _reduction(self, groups: list[tuple[float, int, int]], at: Arrangement, last: Seconds) -> Seconds:
+        """Seconds of reducing a stage's gradients (and, with ZeRO, gathering its parameters) that `last` does not hide: of
+        (parameters, ranks that share them, how far apart these are)."""
+        return self._paid(last, sum(self._reduced(numel, at, dp, stride) for numel, dp, stride in groups))
+
+    def _reduced(self, numel: float, at: Arrangement, dp: int, stride: int) -> Seconds:
         load, hardware = self.costs.workload, self.costs.hardware
         size = numel * DTYPE_BYTES[load.reduce_dtype]
-        slower = self._slower(at.dp * at.tp)
+        slower = self._slower(dp * stride)
         if at.zero == 0:
-            return self._paid(last, slower * collective_time("all_reduce", size, at.dp, at.tp, hardware))
+            return slower * collective_time("all_reduce", size, dp, stride, hardware)
         gather = numel * DTYPE_BYTES[load.compute_dtype]
-        reduce = collective_time("reduce_scatter", size, at.dp, at.tp, hardware)
-        return self._paid(last, slower * (reduce + collective_time("all_gather", gather, at.dp, at.tp, hardware)))
+        reduce = collective_time("reduce_scatter", size, dp, stride, hardware)
+        return slower * (reduce + collective_time("all_gather", gather, dp, stride, hardware))
 
     def memory(self, at: Arrangement) -> Bytes:
         """Bytes of the fullest rank (benchmarks.memory). Raises `UsageError` like `price`."""
@@ -305,7 +315,7 @@ class Arranged:
 
     def gathered(self, at: Arrangement) -> Bytes:
         """What a layer keeps of gathered activations beyond the shards that they were gathered from."""
-        model = self.costs.layer_model(0, at.tp, at.samples)
+        model = self.costs.layer_model(0, at.tp, at.samples, ep=at.ep)
         arriving = (
             (model.body.values[step.op.inputs[0]], step.outcome)
             for step in walk(model, at.block)

@@ -48,7 +48,7 @@ def stages(arranged: Arranged, at: Arrangement) -> list[Stage]:
     block, embed, head = arranged.parts(at)
     kept, moment = _layer(arranged, at, block)
     loss = _loss(arranged, at, head)
-    per_parameter = _per_parameter(arranged, at)
+    per_parameter, per_expert = _per_parameter(arranged, at, at.dp), _per_parameter(arranged, at, at.dp * at.tp // at.ep)
     table = compute * numel(embed) if own.local_table else embed.temporary
     found = []
     for s in range(at.pp):
@@ -57,7 +57,10 @@ def stages(arranged: Arranged, at: Arrangement) -> list[Stage]:
         first, last = 0 in mine, virtual - 1 in mine
         held = arranged.held(at, layers, embed if first else None, head if last else None)
         flight = in_flight(at.schedule, s, at.pp, min(m, 4 * at.pp), at.chunks) / at.chunks
-        states = held * per_parameter + own.dummies * (numel(block) + (numel(head) if last else 0.0))
+        dealt = layers * experts(block)
+        states = (
+            (held - dealt) * per_parameter + dealt * per_expert + own.dummies * (numel(block) + (numel(head) if last else 0.0))
+        )
         if at.zero == 3:
             outer = arranged.held(at, 0, embed if first else None, head if last else None)
             states += 2 * compute * numel(block) + (compute + reduce) * numel(block) + compute * outer
@@ -79,19 +82,19 @@ def memory(arranged: Arranged, at: Arrangement) -> Bytes:
     return each[0] if own.first_rank else max(each)
 
 
-def _per_parameter(arranged: Arranged, at: Arrangement) -> Bytes:
+def _per_parameter(arranged: Arranged, at: Arrangement, dp: int) -> Bytes:
     own, load = arranged.software, arranged.costs.workload
     dtypes = (2 + OPTIMIZER_STATES[load.optimizer]) * DTYPE_BYTES[load.param_dtype]
     resident, sharded = (own.resident, own.sharded) if own.resident or own.sharded else (0.0, float(dtypes))
     if at.zero == 3:
-        return (resident + sharded) / at.dp
-    return resident + sharded / (at.dp if at.zero else 1)
+        return (resident + sharded) / dp
+    return resident + sharded / (dp if at.zero else 1)
 
 
 def _layer(arranged: Arranged, at: Arrangement, block: LayerCost) -> tuple[Bytes, Bytes]:
     """(bytes that a layer keeps of a micro-batch, bytes besides while its backward pass runs)."""
     own = arranged.software
-    tensors = Tensors(arranged.costs.layer_model(0, at.tp, at.samples), at.block)
+    tensors = Tensors(arranged.costs.layer_model(0, at.tp, at.samples, ep=at.ep), at.block)
     saved = block.saved - (tensors.fused() if own.fuses else 0.0) - (tensors.halved() if at.float8 else 0.0)
     saved -= arranged.gathered(at) if own.gathers_again and at.tp > 1 else 0.0
     if arranged.recomputed is None:
@@ -114,3 +117,9 @@ def _loss(arranged: Arranged, at: Arrangement, head: LayerCost) -> Bytes:
 def numel(cost: LayerCost) -> float:
     """Parameters on one rank, cut by tp."""
     return float(sum(p.numel(1) for p in cost.parameters))
+
+
+@lru_cache(maxsize=4096)
+def experts(cost: LayerCost) -> float:
+    """Of these, those of experts that are dealt over ep."""
+    return float(sum(p.numel(1) for p in cost.parameters if p.dealt))

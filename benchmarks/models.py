@@ -1,4 +1,5 @@
-"""The graph of a published run's model: the two examples, and a GPT with the attention of 2021 (scores in memory).
+"""The graph of a published run's model: the two examples, a GPT with the attention of 2021 (scores in memory), and for mixtures
+of experts those of transformers, with the sizes that a row tells.
 
 Only two layers are captured: equal layers have one body, and a run's own number of layers is counted when it is priced.
 """
@@ -6,18 +7,32 @@ Only two layers are captured: equal layers have one body, and a run's own number
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from autoplan.capture import capture_module, load_model
+from autoplan.capture import capture_module, huggingface, load_model
 from autoplan.capture.fake import build_on_meta
 from autoplan.graph import Graph
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+class Experts(NamedTuple):
+    """The mixture in every layer. A model's first layers that have none count as the others: they compute as much."""
+
+    latent: bool
+    """Attention is DeepSeek's, by its own sizes; else grouped heads."""
+    head: int
+    """Size of a head."""
+    number: int
+    chosen: int
+    ffn: int
+    shared: int
+    """Size of what all tokens pass besides; 0: nothing."""
 
 
 class Shape(NamedTuple):
@@ -34,6 +49,7 @@ class Shape(NamedTuple):
     unfused: bool
     """Attention scores are written to memory, with a fused scale-mask-softmax."""
     dropout: float
+    experts: Experts | None = None
 
 
 class ScoresInMemory(nn.Module):
@@ -58,6 +74,8 @@ class ScoresInMemory(nn.Module):
 
 @lru_cache(maxsize=256)
 def graph_of(shape: Shape) -> Graph:
+    if shape.experts is not None:
+        return _mixture(shape, shape.experts)
     sizes: dict[str, float] = {
         "layers": 2,
         "hidden": shape.hidden,
@@ -81,3 +99,32 @@ def graph_of(shape: Shape) -> Graph:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return capture_module(module, loaded.example_inputs, loaded.loss_fn, name=f"{shape.hidden}x{shape.seq_len}")
+
+
+def _mixture(shape: Shape, experts: Experts) -> Graph:
+    from transformers import AutoConfig
+
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.ffn,
+        "moe_intermediate_size": experts.ffn,
+        "num_experts_per_tok": experts.chosen,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": shape.seq_len,
+        "tie_word_embeddings": shape.tied,
+    }
+    if experts.latent:
+        shared = {"n_shared_experts": experts.shared // experts.ffn, "first_k_dense_replace": 0}
+        config = AutoConfig.for_model("deepseek_v3", **sizes, **shared, n_routed_experts=experts.number)
+        config.architectures = ["DeepseekV3ForCausalLM"]
+    else:
+        config = AutoConfig.for_model("qwen3_moe", **sizes, num_experts=experts.number, head_dim=experts.head)
+        config.architectures = ["Qwen3MoeForCausalLM"]
+    name = f"{shape.hidden}x{shape.seq_len}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = build_on_meta(partial(huggingface.build, config, name))
+        return capture_module(module, partial(huggingface.example_inputs, config, name, shape.seq_len), None, name=name)

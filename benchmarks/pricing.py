@@ -22,7 +22,7 @@ from autoplan.strategy import GATHERED, REPLICATE, UNSHARDED, Sharding, shard
 from autoplan.workload import DType, Workload
 from benchmarks.arrangement import Arranged, ArrangedStep, Arrangement, Recomputed
 from benchmarks.models import Shape, graph_of
-from benchmarks.runs import Refused, Run
+from benchmarks.runs import Refused, Run, framework
 from benchmarks.software import NEUTRAL, Software, frameworks
 
 
@@ -67,10 +67,10 @@ class Pricer:
         costs = self._cost_model(run)
         key = (run.shape, run.hardware, run.dtype, run.source, how)
         if key not in self._arranged:
-            self._arranged[key] = Arranged(costs, self.software.get(run.source, NEUTRAL), recomputed(how, costs.graph))
+            self._arranged[key] = Arranged(costs, self.software.get(framework(run.source), NEUTRAL), recomputed(how, costs.graph))
         arranged = self._arranged[key]
         arranged.costs = costs.with_batch(run.global_batch)
-        return arranged, arrangement(run, *shardings(run.shape, run.tp, run.sequence_parallel))
+        return arranged, arrangement(run, *shardings(run.shape, run.tp, run.sequence_parallel, run.ep))
 
     def _least_that_fits(self, run: Run) -> str:
         """What is recomputed where the source does not tell: nothing, attention's core, or whole layers."""
@@ -98,7 +98,7 @@ def dealt(run: Run) -> tuple[int, ...]:
     (its `get_block_compute_costs`). Megatron-Bridge counts embedding and head as a layer each where that divides. Others deal
     layers evenly, which the arrangement does by itself."""
     virtual = run.pp * run.chunks
-    if run.source == "megatron-bridge" and virtual > 1 and run.layers % virtual and (run.layers + 2) % virtual == 0:
+    if framework(run.source) == "megatron-bridge" and virtual > 1 and run.layers % virtual and (run.layers + 2) % virtual == 0:
         each = (run.layers + 2) // virtual
         return (each - 1, *[each] * (virtual - 2), each - 1)
     if not run.source.startswith("nanotron") or run.pp == 1:
@@ -122,6 +122,7 @@ def arrangement(run: Run, block: Sharding, outer: Sharding) -> Arrangement:
         dp=run.dp * run.cp,
         pp=run.pp,
         cp=run.cp,
+        ep=run.ep,
         micro_batch=run.micro_batch / run.cp if run.cp > 1 else run.micro_batch,
         zero=3 if run.zero >= 2 else run.zero,
         schedule="interleaved-1f1b" if run.chunks > 1 else "1f1b",
@@ -143,11 +144,15 @@ def _short(message: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def shardings(shape: Shape, tp: int, sequence_parallel: bool) -> tuple[Sharding, Sharding]:
-    """(of a block, of the outer body): column/row parallel, vocabulary parallel."""
-    if tp == 1:
+def shardings(shape: Shape, tp: int, sequence_parallel: bool, ep: int = 1) -> tuple[Sharding, Sharding]:
+    """(of a block, of the outer body): column/row parallel, vocabulary parallel; experts over ep."""
+    if tp == ep == 1:
         return UNSHARDED, UNSHARDED
     costs = CostModel(graph_of(shape), find_hardware("a100-80g-sxm-8x"), Workload(global_batch=1))
+    if tp == 1:
+        return Sharding(experts=tuple(each.experts for each in costs.mixtures.dealt[0])), UNSHARDED
+    if shape.experts is not None:
+        raise Refused("experts beside tp: not modelled")
     return _megatron(costs, 0, tp, sequence_parallel), _megatron(costs, OUTER, tp, sequence_parallel)
 
 
@@ -169,7 +174,7 @@ def _megatron(costs: CostModel, body: int, tp: int, sequence_parallel: bool) -> 
 def _core(step: Step) -> bool:
     """Attention's scores: its two batched products and all between them."""
     module = step.op.module.rpartition(".")[2]
-    return (module in ("attn", "attention") and step.op.kind in ("matmul", "along", "attention")) or (
+    return (module in ("attn", "attention", "self_attn") and step.op.kind in ("matmul", "along", "attention")) or (
         module == "attn" and step.op.name == "dropout"
     )
 

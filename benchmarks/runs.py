@@ -1,6 +1,6 @@
 """A row of a published table -> a run that the cost model can price, or the reason why it can't.
 
-A run is refused, never guessed: what the model does not know (expert parallelism, 4-bit products, a missing degree), what
+A run is refused, never guessed: what the model does not know (state spaces, 4-bit products, a missing degree), what
 is no measurement (failed runs), and what the source's own caveats exclude (README.md: tp above 8 in the nanotron sweep; its
 runs under 10 % MFU are priced but told apart). Every refusal is counted under its reason. One thing is assumed: where a
 source does not tell what is recomputed, it is the least that fits (`pricing.Pricer`).
@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from hashlib import sha256
 
-from benchmarks.models import Shape
+from benchmarks.models import Experts, Shape
 from benchmarks.rows import Refused, Row, read
 
 VOCABULARY = 51200
@@ -24,6 +24,9 @@ LONGEST, DEEPEST = 2**24, 10_000
 """Tokens of a sequence and layers beyond which a row is a slip of the table."""
 UNFUSED = ("megatron-2020", "megatron-2020-v100", "megatron-2021", "megatron-2022", "vtrain")
 """Software that writes attention's scores to memory and has dropout."""
+
+MIXTURES = "-moe"
+"""At the end of the name of a source's runs of models with experts: they are told apart."""
 
 _IDS = (
     ("narayanan", "megatron-2021"),
@@ -86,6 +89,7 @@ class Run:
     dp: int
     pp: int
     cp: int
+    ep: int
     chunks: int
     sequence_parallel: bool
     asynchronous: bool
@@ -106,14 +110,15 @@ class Run:
 
     @property
     def held_out(self) -> bool:
-        return sha256(self.group.encode()).digest()[0] % 2 == 1
+        """Nothing is fitted on models with experts: they have the constants of their framework's dense ones."""
+        return self.shape.experts is not None or sha256(self.group.encode()).digest()[0] % 2 == 1
 
     @property
     def configuration(self) -> tuple[object, ...]:
         """What equal runs share: their differences are noise."""
-        return (self.source, self.hardware, self.shape, self.layers, self.gpus, self.tp, self.dp, self.pp, self.cp, self.chunks,
-                self.sequence_parallel, self.asynchronous, self.zero, self.stays, self.micro_batch, self.global_batch,
-                self.recompute, self.float8)  # fmt: skip
+        return (self.source, self.hardware, self.shape, self.layers, self.gpus, self.tp, self.dp, self.pp, self.cp, self.ep,
+                self.chunks, self.sequence_parallel, self.asynchronous, self.zero, self.stays, self.micro_batch,
+                self.global_batch, self.recompute, self.float8)  # fmt: skip
 
 
 def run_of(row: Row, failed: bool = False) -> Run:
@@ -134,6 +139,11 @@ def run_of(row: Row, failed: bool = False) -> Run:
         if (row.number("mfu") or 1.0) < 0.1 and not failed:
             source = "nanotron-slow"
     shape = _shape(row, source)
+    if shape.experts is not None:
+        source += MIXTURES
+    ep = row.count("ep", 1)
+    if ep > 1 and (shape.experts is None or shape.experts.number % ep or (dp * cp * tp) % ep or row.count("etp", 1) > 1):
+        raise Refused("experts over ep in a way that is not modelled")
     batch, micro = row.count("global_batch"), row.count("micro_batch")
     if batch % (dp * micro):
         raise Refused("the global batch does not divide into the micro-batches told")
@@ -154,8 +164,9 @@ def run_of(row: Row, failed: bool = False) -> Run:
         dp=dp,
         pp=pp,
         cp=cp,
+        ep=ep,
         chunks=chunks,
-        sequence_parallel=tp > 1 and row.flag("sp", default=source in ("megatron-bridge", "simumax")),
+        sequence_parallel=tp > 1 and row.flag("sp", default=framework(source) in ("megatron-bridge", "simumax")),
         asynchronous=row.flag("async_tp", default=source == "megatron-bridge"),
         zero=3 if "FULL" in row.text("fsdp") else int(row.number("zero") or 0),
         stays=row.text("fsdp") == "SHARD_GRAD_OP",
@@ -169,6 +180,11 @@ def run_of(row: Row, failed: bool = False) -> Run:
         group=f"{row.text('model')}/{gpus}/{tp}/{pp}",
         single_layer="single layer" in row.text("other"),
     )
+
+
+def framework(source: str) -> str:
+    """Whose constants a source's runs are priced with."""
+    return source.removesuffix(MIXTURES)
 
 
 def _source(row: Row) -> tuple[str, str]:
@@ -191,10 +207,8 @@ def _source(row: Row) -> tuple[str, str]:
 def _modelled(row: Row) -> bool:
     """Whether products are in fp8. Raises `Refused` for what the model does not know."""
     kind = row.text("model_arch").lower() or "dense"
-    if kind != "dense":
-        raise Refused(f"{kind[:20]}: experts or state spaces are not modelled")
-    if row.count("ep", 1) > 1:
-        raise Refused("expert parallelism is not modelled")
+    if kind not in ("dense", "moe"):
+        raise Refused(f"{kind[:20]}: state spaces are not modelled")
     if "lora" in row.text("id").lower() or "lora" in row.text("other").lower():
         raise Refused("adapters are trained, not the model")
     if re.search("offload[-_]|_offload", row.text("other")):
@@ -213,7 +227,8 @@ def _modelled(row: Row) -> bool:
 def _shape(row: Row, source: str) -> Shape:
     gated, heads, hidden = row.flag("model_gated"), row.count("model_heads"), row.count("model_hidden")
     kv_heads, length = row.count("model_kv_heads", heads), row.count("model_seq_len")
-    if hidden % heads or row.count("model_head_dim", hidden // heads) != hidden // heads:
+    experts = _experts(row) if row.text("model_arch").lower() == "moe" else None
+    if experts is None and (hidden % heads or row.count("model_head_dim", hidden // heads) != hidden // heads):
         raise Refused("heads that do not share out the hidden size are not modelled")
     if heads % kv_heads or (kv_heads != heads and not gated):
         raise Refused("grouped heads of this kind are not modelled")
@@ -230,6 +245,21 @@ def _shape(row: Row, source: str) -> Shape:
         tied=row.flag("model_tied_embeddings", default=True),
         unfused=source in UNFUSED,
         dropout=0.1 if source in UNFUSED else 0.0,
+        experts=experts,
+    )
+
+
+def _experts(row: Row) -> Experts:
+    attention = row.text("model_attention")
+    if attention not in ("mla", "gqa"):
+        raise Refused(f"experts beside attention that is {attention[:40] or 'not told'}: not modelled")
+    return Experts(
+        latent=attention == "mla",
+        head=row.count("model_head_dim", row.count("model_hidden") // row.count("model_heads")),
+        number=row.count("model_experts"),
+        chosen=row.count("model_topk"),
+        ffn=row.count("model_moe_ffn"),
+        shared=int(row.number("model_shared_expert_ffn") or 0),
     )
 
 

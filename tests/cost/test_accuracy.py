@@ -31,7 +31,7 @@ def test_a_row_becomes_a_run() -> None:
     ("name", "reason"),
     [
         ("titan-asynctp-8b-float8-rowwise-async", "fp8 scaled by rows"),
-        ("simumax-b200-deepseekv2_tp1_ep8_pp1_dp8_l4_mbc4_cef", "experts"),
+        ("mbridge-26.04-GPT_OSS_120B-H100-BF16-n64-gbs1280-pretrain", "sliding-window"),
         ("mbridge-26.06-LLAMA3_70B-GB200-FP8-n8-gbs32-lora", "adapters"),
         ("megatron-h100-16B", "micro_batch is not told"),
         ("narayanan-t2-174.6B-z3-384", "another framework"),
@@ -41,6 +41,18 @@ def test_a_row_becomes_a_run() -> None:
 def test_what_is_not_modelled_is_refused_with_its_reason(name: str, reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         run_of(ROWS[name])
+
+
+def test_experts_are_dealt_as_the_row_says() -> None:
+    run = run_of(ROWS["simumax-b200-deepseekv2_tp1_ep8_pp1_dp8_l4_mbc4_cef"])
+    assert (run.source, run.ep, run.held_out) == ("simumax-moe", 8, True)
+    experts = run.shape.experts
+    assert experts is not None
+    assert (experts.latent, experts.number, experts.chosen, experts.ffn, experts.shared) == (True, 160, 6, 1536, 3072)
+    pricer = Pricer(frameworks())
+    alone = replace(run, ep=1)
+    assert pricer.seconds(alone) != pricer.seconds(run)
+    assert pricer.memory(alone) > 1.5 * pricer.memory(run), "each of eight ranks holds all experts then"
 
 
 def test_a_group_is_never_cut_in_two() -> None:
