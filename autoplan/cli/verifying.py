@@ -61,6 +61,7 @@ def as_dict(found: DryRun) -> dict[str, Any]:
         "agrees": found.agrees,
         "differences": list(found.differences),
         "not_checked": list(found.notes),
+        "ran": found.ran,
         "collectives": [
             {
                 "rank": row.rank,
@@ -87,6 +88,8 @@ def summary(found: DryRun) -> RenderableType:
     if found.notes and found.agrees:
         verdict = "What was checked of the plan does what it says."
     parts: list[RenderableType] = [Text(verdict, style="bold green" if found.agrees else "bold red")]
+    if found.ran:
+        parts.append(Text(f"{found.ran[0].upper()}{found.ran[1:]}.", style="dim"))
     if found.differences:
         parts.append(titled("Differences", Text("\n".join(map(clean, found.differences)))))
     if found.rows:

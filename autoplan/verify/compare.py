@@ -60,6 +60,8 @@ class DryRun:
     """One sentence each; empty when all agree."""
     notes: tuple[str, ...] = ()
     """What was not checked, and why."""
+    ran: str = ""
+    """Of how many micro-batches steps were run, where that is not all of them."""
 
     @property
     def agrees(self) -> bool:

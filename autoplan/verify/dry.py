@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from autoplan.verify._torch import FakeStore, FakeTensorMode, forget_meshes, tol
 from autoplan.verify.compare import DryRun, compare
 from autoplan.verify.counting import Counting
 from autoplan.verify.kernels import as_on_gpus
-from autoplan.verify.steady import sample_of
+from autoplan.verify.steady import sample_of, told
 from autoplan.verify.traffic import Traffic
 
 SMALL: Bytes = 2 * 2**30
@@ -49,7 +50,8 @@ def dry_run(plan: Plan, loaded: LoadedModel, graph: Graph | None = None) -> DryR
             found[stage] = one_rank(plan, loaded, stage * each)
         except TooLarge as error:
             notes.append(f"{f'pipeline rank {stage}' if plan.mesh.pp > 1 else 'the step'}, {error}")
-    return compare(plan, costs, found, tuple(notes))
+    samples = {sample_of(plan, stage) for stage in found}
+    return replace(compare(plan, costs, found, tuple(notes)), ran=told(samples))
 
 
 class TooLarge(Exception):

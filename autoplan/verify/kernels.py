@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from autoplan.apply.context_parallel import whole_parameter
 from autoplan.capture.private import patched
@@ -46,15 +46,47 @@ def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps
     return normed
 
 
+class _Attention(torch.autograd.Function):
+    """The memory-efficient kernel of GPUs keeps what it is given, its result and a float32 number a row. Values are zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        out = query.new_zeros((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, mask, out, query.new_zeros(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), None
+
+
+def _scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any
+) -> Tensor:
+    """CPUs have no kernel for values of another width than queries have, as DeepSeek's: they write all scores to memory."""
+    spread = [tensor for tensor in (query, key, value, attn_mask) if isinstance(tensor, DTensor)]
+    whole_heads = len(spread) == 3 and attn_mask is None and all(tensor.placements == (Shard(1),) for tensor in spread)
+    if query.shape[-1] == value.shape[-1] or (spread and not whole_heads):
+        return _original_attention(query, key, value, attn_mask, *rest, **options)
+    if not spread:
+        found: Tensor = _Attention.apply(query, key, value, attn_mask)
+        return found
+    local = _Attention.apply(*(tensor.to_local() for tensor in spread), None)
+    return DTensor.from_local(local, spread[0].device_mesh, [Shard(1)], run_check=False)
+
+
 _original = F.rms_norm
+_original_attention = F.scaled_dot_product_attention
 
 
 @contextmanager
 def as_on_gpus() -> Iterator[None]:
-    """While it lasts, `F.rms_norm` and `torch.nn.RMSNorm` keep what they keep on a GPU, and transformers decides as it does on
-    tensors with values (`capture.semantics.decisions`)."""
+    """While it lasts, `F.rms_norm`, `torch.nn.RMSNorm` and attention keep what they keep on a GPU, and transformers decides as it
+    does on tensors with values (`capture.semantics.decisions`)."""
     with ExitStack() as stack:
         stack.enter_context(patched(F, "rms_norm", _rms_norm))
+        stack.enter_context(patched(F, "scaled_dot_product_attention", _scaled_dot_product_attention))
         for owner, name, decided in decisions():
             stack.enter_context(patched(owner, name, decided))
         yield

@@ -12,7 +12,7 @@ flight, by the schedule's own order, are the same. Under gpipe all micro-batches
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from autoplan.plan import Plan
@@ -62,3 +62,13 @@ def _alike_from(plan: Plan) -> int:
     """From how many micro-batches on each sends the same."""
     added = plan.mesh.tp > 1 and plan.mesh.shards > 1 and any(strategy.zero == 1 for _, strategy in plan.strategies)
     return ACCUMULATES if added else 1  # (`verify.expected`: a GATHERED parameter's gradient)
+
+
+def told(samples: Collection[Sample]) -> str:
+    """In words; "" where all micro-batches were run."""
+    fewer = [sample for sample in samples if sample.counts[-1] < sample.all]
+    if not fewer:
+        return ""
+    first, last = (max(sample.counts[step] for sample in fewer) for step in (0, 1))
+    most = "at most " if len({sample.counts for sample in samples}) > 1 else ""
+    return f"steps of {most}{first} and {last} micro-batches were run; what {fewer[0].all} send follows from them"

@@ -202,6 +202,24 @@ def test_the_peak_is_that_of_memtracker() -> None:
     assert found[0] == found[1] > 0
 
 
+@pytest.mark.parametrize("width", [8, 4])
+def test_attention_keeps_no_scores(width: int) -> None:
+    """Of values as wide as queries and of narrower ones, DeepSeek's: as GPUs do."""
+    from autoplan.verify.kernels import as_on_gpus
+
+    query, key = (torch.ones(1, 2, 64, 8, requires_grad=True) for _ in range(2))
+    value = torch.ones(1, 2, 64, width, requires_grad=True)
+    tracker = Peak()
+    tracker.track(query, key, value)
+    before = tracker.held
+    with as_on_gpus(), tracker:
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out.sum().backward()
+    assert out.shape == (1, 2, 64, width)
+    assert [tensor.grad.shape for tensor in (query, key, value)] == [query.shape, key.shape, value.shape]  # type: ignore[union-attr]
+    assert tracker.most - before < 4 * 2 * 64 * 64, "less than one tensor of scores"
+
+
 def test_groups_have_axes() -> None:
     mesh = Mesh(pp=2, dp_replicate=2, dp_shard=2, tp=2)
     assert coordinates(13, mesh) == {"pp": 1, "dp_replicate": 1, "dp_shard": 0, "cp": 0, "tp": 1}
@@ -244,6 +262,12 @@ def test_a_few_micro_batches_show_what_many_do(case: Case, fewer: tuple[int, int
     plan, loaded = priced("gpt", case), load("gpt", case.mesh.pp > 1)
     plan = replace(plan, workload=replace(plan.workload, global_batch=24))
     assert steady.sample_of(plan, 0).counts == fewer
+    said = steady.told({steady.sample_of(plan, 0)})
+    assert said == (
+        ""
+        if fewer[1] == plan.micro_batches
+        else f"steps of {fewer[0]} and {fewer[1]} micro-batches were run; what {plan.micro_batches} send follows from them"
+    )
     sent, held = dry.one_rank(plan, loaded, 0)
     monkeypatch.setattr(dry, "sample_of", lambda plan, rank: steady.Sample((24 // plan.mesh.dp,) * 2, 24 // plan.mesh.dp))
     all_sent, all_held = dry.one_rank(plan, loaded, 0)
