@@ -22,6 +22,7 @@ CASES = {
     "llama-8b-8": ["examples/llama.py", "--gpus", "8"],
     "llama-70b-64": ["examples/llama.py", "--set", "size=70B", "--gpus", "64"],
     "llama-70b-64-pipeline": ["examples/llama.py", "--set", "size=70B", "--gpus", "64", "--pp", "4", "--tp", "8"],
+    "moe-8x7b-16": ["examples/moe.py", "--gpus", "16"],
     "llama-405b-1024": ["examples/llama.py", "--set", "size=405B", "--gpus", "1024", "--global-batch", "1024"],
 }
 """Name of the report -> what `autoplan plan` is asked."""
