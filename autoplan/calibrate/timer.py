@@ -117,7 +117,7 @@ def _profiler() -> Any:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    return torch.profiler.profile(activities=activities)
+    return torch.profiler.profile(activities=activities, acc_events=True)  # of the one step there is; else older torch warns
 
 
 def _wait() -> None:
