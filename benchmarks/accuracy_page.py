@@ -137,6 +137,8 @@ def reason(s: Scored) -> str:
         if run.tp > 1 and run.micro_batch <= 4:
             return "bound by host time a layer"
         return "unknown"
+    if run.shape.experts is not None:
+        return "nothing fitted on experts; what the recipe hides or fuses is not told"
     if run.cp > 1:
         return "passing keys and values round costs more than is modelled" if s.error < 0 else "unknown"
     if run.source == "megatron-bridge" and not run.hardware.startswith("h100"):

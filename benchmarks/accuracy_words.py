@@ -65,8 +65,9 @@ MISSES = """## Where it misses its targets, and why
   2025 and recipes of 26.x differ by up to 10 % on equal layouts. Hybrids are refused.
 - **Mixtures of experts** are {moe} off, {moe_h100} on H100: nothing is fitted on them, they have the constants of their
   framework's dense models, and what a token costs beside products and all-to-all (routing, sorting, dropping or not) is what
-  transformers' own modules do, unfused. DeepSeek on NVL72 comes out far too slow: recipes of 2026 hide the all-to-all and
-  replay graphs, which the table does not tell. Each row's recomputation is not told either: it is the least that fits.
+  transformers' own modules do, unfused; a model's first layers without experts count as the others. DeepSeek on NVL72 comes
+  out far too slow. What those recipes hide of the all-to-all, replay as graphs or recompute is not in the table; the least
+  recomputation that fits is assumed.
 - **llmq**, a program of its own kernels on consumer cards, is priced with three constants and misses by {llmq} held out."""
 
 LEVEL = """## From too high an MFU to a believable one
