@@ -48,6 +48,7 @@ def start(ranks: int, function: Callable[..., None], *arguments: Any, hint: str 
 
 def _on_rank(rank: int, ranks: int, folder: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), AUTOPLAN_STORE=f"{folder}/store")
+    _keep_stdout()
     if sys.platform == "linux":  # all of them are here, and a host's own name need not be known
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
@@ -59,6 +60,13 @@ def _on_rank(rank: int, ranks: int, folder: str, function: Callable[..., None], 
     except KeyboardInterrupt:
         os._exit(130)
     _leave()
+
+
+def _keep_stdout() -> None:
+    """Have stdout to Python alone, where it may be JSON: in torch 2.10 gloo greets every rank there. It greets on stderr now."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+    os.dup2(2, 1)
 
 
 def _leave() -> None:
