@@ -17,7 +17,7 @@ import autoplan
 ROOT = Path(__file__).parent.parent
 MODEL = "examples/gpt.py?size=124M&layers=2&hidden=32&heads=4&vocab=64&seq_len=16"
 
-STEPS = 24
+STEPS = 12
 
 pytestmark = pytest.mark.gloo
 
@@ -31,9 +31,9 @@ def write_plan(path: Path, **fixed: int) -> Path:
 
 def start(plan: Path, steps: int, checkpoint: Path | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone"]
-    command += ["examples/train.py", MODEL, str(plan), "--steps", str(steps), "--lr", "1e-2"]
+    command += ["examples/train.py", MODEL, str(plan), "--steps", str(steps), "--lr", "2e-2"]
     if checkpoint is not None:
-        command += ["--checkpoint", str(checkpoint), "--every", "4"]
+        command += ["--checkpoint", str(checkpoint), "--every", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
@@ -68,11 +68,11 @@ def test_killed_and_resumed_under_another_plan(tmp_path: Path) -> None:
     second = write_plan(tmp_path / "second.yaml", dp_shard=4)
     whole = finish(start(first, steps=STEPS))
     assert sorted(whole) == list(range(1, STEPS + 1))
-    assert whole[STEPS] < whole[1] * 0.8, "the loss falls"
+    assert whole[STEPS] < whole[1] * 0.9, "the loss falls"
 
-    before = kill_after(start(first, steps=1000, checkpoint=tmp_path / "checkpoint"), step=6)
-    assert 6 in before
+    before = kill_after(start(first, steps=1000, checkpoint=tmp_path / "checkpoint"), step=3)
+    assert 3 in before
     after = finish(start(second, steps=STEPS, checkpoint=tmp_path / "checkpoint"))
-    assert min(after) in (5, 9), "it goes on where a checkpoint was written"
+    assert min(after) in (3, 5, 7), "it goes on where a checkpoint was written"
     for step, loss in after.items():
         assert loss == pytest.approx(whole[step], abs=2e-4), f"step {step}"

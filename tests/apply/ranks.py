@@ -22,7 +22,7 @@ class RankError(AssertionError):
     """The first error of a rank, with its traceback."""
 
 
-def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 150.0) -> list[Any]:
+def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 400.0) -> list[Any]:
     """Fork `world` processes, join them in a process group, call `function(*args)` in each."""
     with tempfile.TemporaryDirectory(prefix="autoplan-ranks-") as folder:
         pids = [_start(rank, world, Path(folder), function, args) for rank in range(world)]
@@ -44,7 +44,7 @@ def _start(rank: int, world: int, folder: Path, function: Callable[..., Any], ar
         torch.set_num_threads(1)
         os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=40)
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=150)
         )
         dist.barrier()  # nobody leaves before all have come
         outcome: Any = ("ok", function(*args))
