@@ -23,6 +23,7 @@ class Counting(Peak):
         super().__init__()
         self._mesh = mesh
         self._found: list[tuple[Key, Amount]] = []
+        self._axes: dict[tuple[int, ...], str] = {}
 
     @property
     def traffic(self) -> Traffic:
@@ -54,7 +55,12 @@ class Counting(Peak):
             return
         if len(ranks) > 1:
             size = max(leaf.numel() * leaf.element_size() for leaf in leaves)  # of input and output the one that is whole
-            self._found.append(((axis_of(ranks, self._mesh), kind), Amount(1, size)))
+            self._found.append(((self._axis(tuple(ranks)), kind), Amount(1, size)))
+
+    def _axis(self, ranks: tuple[int, ...]) -> str:
+        if ranks not in self._axes:
+            self._axes[ranks] = axis_of(ranks, self._mesh)
+        return self._axes[ranks]
 
 
 LOCAL_SCALAR = torch.ops.aten._local_scalar_dense.default

@@ -86,13 +86,24 @@ def _step(plan: Plan, loaded: LoadedModel, rank: int, mode: AbstractContextManag
             counting.track(*parallel.module.parameters(), *parallel.module.buffers())
             seen: dict[int, Traffic] = {}
             with counting:
-                for count in sample.counts:
+                make_states(optimizer)
+                for count in sample.runs:
                     counting.forget()
                     parallel.run(batches[count], count)
                     optimizer.step()
                     optimizer.zero_grad()
                     seen[count] = counting.traffic
         return sample.continued(seen), counting.most
+
+
+def make_states(optimizer: torch.optim.Optimizer) -> None:
+    """What the optimizer keeps is there from the first step that is run on: a step has been made, with gradients of zeros."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {

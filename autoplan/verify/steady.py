@@ -25,10 +25,15 @@ ACCUMULATES = 2
 
 @dataclass(frozen=True)
 class Sample:
-    """The numbers of micro-batches of the two steps to run: the first makes the optimizer's states, and is the fewer."""
+    """The numbers of micro-batches of the two steps to run, the fewer first; of one step where they are equal."""
 
     counts: tuple[int, int]
     all: int
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Of the steps to run; one that is all of the step does alone."""
+        return self.counts[-1:] if self.counts[-1] == self.all else self.counts
 
     def continued(self, seen: Mapping[int, Traffic]) -> Traffic:
         """What all micro-batches send, from what those that were run sent."""
