@@ -51,6 +51,7 @@ __all__ = [
     "export",
     "frame",
     "hardware_names",
+    "imported",
     "inspect",
     "load_hardware",
     "load_model",
@@ -236,6 +237,31 @@ def estimate(
         assert not isinstance(loaded, Graph)
         graph = inspect(loaded, compute_dtype=plan.workload.compute_dtype)
     return CostModel(graph, find_hardware(plan.hardware), plan.workload).predict_plan(plan)
+
+
+def imported(
+    source: str | Path,
+    model: str | LoadedModel,
+    *,
+    gpus: int | None = None,
+    hardware: str | HardwareProfile = DEFAULT_HARDWARE,
+    global_batch: int | None = None,
+    micro_batch: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Plan, tuple[str, ...]]:
+    """The plan that another trainer's configuration (torchtitan, Megatron-LM, accelerate) makes of `model`, priced; and in
+    sentences what it leaves out. `gpus` where the file does not say them; batch sizes count before the file's.
+    Raises `UsageError` where the file makes no sense or the model can't be run so. What does not fit into memory is priced.
+    """
+    from autoplan.importing.kinds import read_configuration
+    from autoplan.importing.planned import planned
+
+    mesh = (told := read_configuration(source)).mesh(gpus)
+    loaded = load_model(model, **(model_kwargs or {})) if isinstance(model, str) else model
+    wishes = {**told.workload, "global_batch": global_batch or told.batch(mesh)}
+    load = workload(loaded.workload, wishes, mesh.size)
+    graph = inspect(loaded, compute_dtype=load.compute_dtype)
+    return planned(told, graph, find_hardware(hardware) if isinstance(hardware, str) else hardware, load, mesh, micro_batch)
 
 
 def explain(plan: Plan, fixed: Mapping[str, int], *, model: str | LoadedModel | Graph | None = None, gap: float = 1e-4) -> Answer:

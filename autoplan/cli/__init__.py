@@ -17,6 +17,7 @@ from autoplan.cli import (  # noqa: F401  (each adds its commands to `app`)
     doctor,
     exporting,
     planning,
+    pricing,
     profiling,
     showing,
     tuning,

@@ -1,4 +1,4 @@
-"""Commands that think: plan, estimate, explain."""
+"""Commands that think: plan, explain."""
 
 from __future__ import annotations
 
@@ -133,30 +133,6 @@ def _cost(plan: Plan, price: float | None) -> str:
     hours = plan.mesh.size * plan.prediction.step_time / 3600 / tokens * 1e6
     paid = "" if price is None else f", {hours * price:.4g} at {price:g} an hour"
     return f"{hours:.4g} GPU-hours a million tokens{paid} on {plan.mesh.size} GPUs"
-
-
-@app.command(
-    epilog="Examples:\n\nautoplan estimate plan.yaml\n\nautoplan estimate edited.yaml --model examples/llama.py\n\n"
-    "autoplan estimate plan.yaml --json"
-)
-def estimate(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="A plan, perhaps edited by hand.")],
-    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Default: the model that the plan names.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Price a plan anew, as it is written: after an edit, or to check what it says."""
-    from dataclasses import replace
-
-    from autoplan import api
-
-    written = api.load_plan(plan_file)
-    priced = replace(written, prediction=api.estimate(written, model))
-    if as_json:
-        typer.echo(api.plan_json(priced))
-    else:
-        from autoplan.report.compare import repriced
-
-        talk.show(repriced(written, priced))
 
 
 @app.command(

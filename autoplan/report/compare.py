@@ -1,8 +1,8 @@
-"""Two plans side by side in the terminal: one priced anew, or one with a wish beside the one that was chosen."""
+"""Prices in the terminal: a plan priced anew, one with a wish beside the chosen one, or what another trainer's file costs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -23,13 +23,34 @@ def repriced(written: Plan, priced: Plan) -> RenderableType:
         else f"the plan says {words.seconds(said)}: {abs(change):.2%} "
         + ("slower than that" if change > 0 else "faster than that")
     )
-    fits = priced.prediction.memory.total <= priced.memory_limit
-    memory = f"{words.size(priced.prediction.memory.total)} of {words.size(priced.memory_limit)} a device"
-    lines = [
-        Text(f"{words.seconds(now)} a step, {verdict}.", style="bold"),
-        Text(f"{memory}." if fits else f"{memory}: it does not fit.", style="" if fits else "red"),
+    line = Text(f"{words.seconds(now)} a step, {verdict}.", style="bold")
+    return Group(line, _memory(priced), *_sections({"as written": written, "priced anew": priced}))
+
+
+def priced(plan: Plan) -> RenderableType:
+    """What a configuration costs that somebody wrote by hand."""
+    parts = [
+        f"{plan.mesh} over {plan.mesh.size} devices",
+        f"{plan.micro_batches} micro-batch{'es' if plan.micro_batches > 1 else ''} of {words.plural(plan.micro_batch, 'sample')}",
     ]
-    return Group(*lines, *_sections(written, priced, ("as written", "priced anew")))
+    if plan.pipeline:
+        each = f" with {plan.pipeline.chunks} chunks a rank" if plan.pipeline.chunks > 1 else ""
+        parts.append(f"{plan.pipeline.schedule}{each}")
+    now = plan.prediction
+    rate = f"{now.tokens_per_second:,.0f} tokens/s, MFU {now.mfu:.1%}".replace("%", " %")
+    return Group(
+        Text(f"{words.seconds(now.step_time)} a step: {', '.join(parts)}.", style="bold"),
+        Text(f"{rate}."),
+        _memory(plan),
+        *_sections({"priced": plan}),
+    )
+
+
+def _memory(plan: Plan) -> Text:
+    needed = plan.prediction.memory.total
+    told = f"{words.size(needed)} of {words.size(plan.memory_limit)} a device"
+    fits = needed <= plan.memory_limit
+    return Text(f"{told}." if fits else f"{told}: it does not fit.", style="" if fits else "red")
 
 
 def answer(plan: Plan, fixed: Mapping[str, int], other: Plan | None, reason: str) -> RenderableType:
@@ -42,22 +63,26 @@ def answer(plan: Plan, fixed: Mapping[str, int], other: Plan | None, reason: str
         return Text(f"Why not {wish}? The plan has it already, or costs the same without: {other.mesh}.")
     took = words.seconds(other.prediction.step_time)
     line = f"Why not {wish}? Its best plan, {other.mesh}, takes {took} a step: {slower:.1%} slower."
-    return Group(Text(line, style="bold"), *_sections(plan, other, ("the plan", f"with {wish}")))
+    return Group(Text(line, style="bold"), *_sections({"the plan": plan, f"with {wish}": other}))
 
 
-def _sections(one: Plan, two: Plan, names: tuple[str, str]) -> Iterable[RenderableType]:
-    times = zip(one.prediction.time.items(), two.prediction.time.items(), strict=True)
-    sizes = zip(one.prediction.memory.items(), two.prediction.memory.items(), strict=True)
-    time_rows = [(words.TIME_WORDS[name][0], words.seconds(a), words.seconds(b)) for (name, a), (_, b) in times if a or b]
-    size_rows = [(words.MEMORY_WORDS[name][0], words.size(a), words.size(b)) for (name, a), (_, b) in sizes if a or b]
-    together = words.seconds(one.prediction.step_time), words.seconds(two.prediction.step_time)
-    yield titled("Where the step goes", _table(names, [*time_rows, ("Together", *together)]))
-    peak = words.size(one.prediction.memory.total), words.size(two.prediction.memory.total)
-    yield titled("Memory of the fullest device", _table(names, [*size_rows, ("Together", *peak)]))
+def _sections(plans: Mapping[str, Plan]) -> Iterable[RenderableType]:
+    """Times and sizes of plans by the names of their columns."""
+    times = [dict(plan.prediction.time.items()) for plan in plans.values()]
+    sizes = [dict(plan.prediction.memory.items()) for plan in plans.values()]
+    yield titled("Where the step goes", _table(plans, times, words.TIME_WORDS, words.seconds))
+    yield titled("Memory of the fullest device", _table(plans, sizes, words.MEMORY_WORDS, words.size))
 
 
-def _table(names: tuple[str, str], rows: Iterable[tuple[str, str, str]]) -> Table:
-    made = table(("<", "part"), (">", names[0]), (">", names[1]))
-    for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
+def _table(
+    names: Iterable[str],
+    columns: Sequence[Mapping[str, float]],
+    labels: Mapping[str, tuple[str, str]],
+    shown: Callable[[float], str],
+) -> Table:
+    made = table(("<", "part"), *((">", name) for name in names))
+    for name in columns[0]:
+        if any(column[name] for column in columns):
+            made.add_row(Text(labels[name][0]), *(Text(shown(column[name])) for column in columns))
+    made.add_row(Text("Together"), *(Text(shown(sum(column.values()))) for column in columns))
     return made
