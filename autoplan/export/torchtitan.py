@@ -123,7 +123,7 @@ def _lost(plan: Plan, made: Choices) -> tuple[str, ...]:
     lost, load = [*made.lost, *ring(plan, "torchtitan")], plan.workload
     if not _folds(plan):
         lost += no_experts(plan, f"torchtitan, whose ep is a multiple of cp x tp ({plan.mesh.cp * plan.mesh.tp}),")
-    if made.zero == 1:
+    if made.zero == 1 and plan.pipeline is None:  # torch's pipelines gather and reduce once a step, see autoplan.importing
         lost.append(
             "ZeRO-1 (gather once a step, reduce once a step): torchtitan's nearest keeps parameters gathered until the backward "
             "pass, and reduces gradients in every micro-batch"

@@ -38,7 +38,7 @@ class Configuration:
     zero: Zero = 3
     micro_batch: int | None = None
     local_batch: int | None = None
-    """Samples of one data-parallel group and step, where the file does not say `global_batch`."""
+    """Samples that one data-parallel group takes in one run of the pipeline; with no `global_batch`, in a step."""
     global_batch: int | None = None
     schedule: ScheduleKind = "1f1b"
     chunks: int | None = 1

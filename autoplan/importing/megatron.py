@@ -64,7 +64,7 @@ def configuration(path: Path, text: str) -> Configuration:
         ep=ep,
         sequence_parallel=tp > 1 and "sequence-parallel" in flags.values,
         micro_batch=flags.count("micro-batch-size"),
-        local_batch=flags.count("micro-batch-size"),  # Megatron's own default: no accumulation
+        local_batch=None if flags.has("global-batch-size") else flags.count("micro-batch-size"),
         global_batch=flags.maybe("global-batch-size"),
         layers=flags.maybe("num-layers"),
         tokens=flags.maybe("seq-length"),

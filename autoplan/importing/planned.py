@@ -100,6 +100,8 @@ class _Builder:
         priced = Priced(mesh, self.micro_batch, stream, {})
         if told.tokens not in (None, graph.tokens):
             self.lost.append(f"sequences of {told.tokens} tokens: a sample of {graph.model} has {graph.tokens}, which are priced")
+        if mesh.pp > 1 and told.local_batch and costs.workload.global_batch > told.local_batch * mesh.dp:
+            self.lost.append("the pipeline fills and drains several times a step there: one run of all micro-batches is priced")
         plan = written(costs, priced, solution, replace(_GIVEN, bound=price.step_time), [], [], inf)
         lost = tuple(self.lost)
         warnings = (*plan.warnings, *(f"not in this plan: {sentence}" for sentence in lost))
@@ -150,9 +152,21 @@ class _Builder:
         if not ways:
             raise UsageError(f"there is no way to split {what} over {mesh}.", "Change its degrees.")
         best = min(ways, key=lambda i: ways[i])
-        if ways[best][0] and mesh.tp > 1:
-            self.lost.append(f"the column-then-row split of {what}: the fastest other one is priced")
+        if mesh.tp > 1 and g != OUTER:
+            self._tell_split(g, what, found.sharding(best), odd=ways[best][0])
         return found.sharding(best)
+
+    def _tell_split(self, g: int, what: str, sharding: Sharding, *, odd: bool) -> None:
+        matrices = [p.name for p in self._parameters(g) if len(p.shape) > 1]
+        whole = [
+            name for name in matrices if not sharding.layout(name).sharded and not any(e.holds(name) for e in sharding.experts)
+        ]
+        if len(whole) == len(matrices) > 0:
+            raise UsageError(f"tp {self.mesh.tp} divides no matrix of {what}.", "Change its degree of tensor parallelism.")
+        if odd:
+            self.lost.append(f"the column-then-row split of {what}: the fastest other one is priced")
+        if whole:
+            self.lost.append(f"a split of {', '.join(whole[:4])} of {what}: it is whole on every device here")
 
     def _parameters(self, g: int) -> Iterator[Parameter]:
         body = self.graph.outer if g == OUTER else self.graph.bodies[g]

@@ -53,8 +53,6 @@ def configuration(path: Path, document: dict[str, Any]) -> Configuration:
             f"{path}: 'training.local_batch_size' {local} does not divide into micro-batches of {micro_batch} samples.",
             "Change it, or 'parallelism.pipeline_parallel_microbatch_size'.",
         )
-    if pp > 1 and whole > 0:
-        lost.append("a global batch above the local ones runs the pipeline several times there; one run of it is priced")
     return Configuration(
         path=path,
         trainer="torchtitan",

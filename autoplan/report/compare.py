@@ -29,10 +29,8 @@ def repriced(written: Plan, priced: Plan) -> RenderableType:
 
 def priced(plan: Plan) -> RenderableType:
     """What a configuration costs that somebody wrote by hand."""
-    parts = [
-        f"{plan.mesh} over {plan.mesh.size} devices",
-        f"{plan.micro_batches} micro-batch{'es' if plan.micro_batches > 1 else ''} of {words.plural(plan.micro_batch, 'sample')}",
-    ]
+    batches = f"{words.plural(plan.micro_batches, 'micro-batch')} of {words.plural(plan.micro_batch, 'sample')}"
+    parts = [f"{plan.mesh} over {words.plural(plan.mesh.size, 'device')}", batches]
     if plan.pipeline:
         each = f" with {plan.pipeline.chunks} chunks a rank" if plan.pipeline.chunks > 1 else ""
         parts.append(f"{plan.pipeline.schedule}{each}")
