@@ -17,7 +17,9 @@ BAR_WIDTH = 1000
 BAR_HEIGHT = 44
 
 _WIDTH, _HEIGHT = 600, 380
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 22, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 30, 46
+_LETTER, _LINE = 10.0, 20.0
+"""Of a label as a phone shows it, where letters are largest beside the picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,10 @@ def scatter(points: Sequence[Point], label: str, x_name: str, y_name: str, limit
     out.append(f'<line class="edge" x1="{edge:.1f}" x2="{edge:.1f}" y1="{_TOP}" y2="{floor_y}"/>')
     out.append(f'<text class="tick" x="{edge - 5:.1f}" y="{_TOP + 12}" text-anchor="end">{escape(limit_text)}</text>')
     out.append(f'<text class="name" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end">{escape(x_name)}</text>')
-    out.append(f'<text class="name" x="{_LEFT - 44}" y="{_TOP - 8}">{escape(y_name)}</text>')
+    out.append(f'<text class="name" x="{_LEFT - 44}" y="{_TOP - 10}">{escape(y_name)}</text>')
     out += [_mark(point, *at(point.x, point.y)) for point in points]
-    out += _labels([(point, *at(point.x, point.y)) for point in points if point.label], edge)
+    taken = [(edge - 5 - _LETTER * len(limit_text), _TOP + 12.0, _LETTER * len(limit_text))]
+    out += _labels([(point, *at(point.x, point.y)) for point in points if point.label], edge, taken)
     return f'<svg class="scatter" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(out)}</svg>'
 
 
@@ -106,15 +109,16 @@ def _mark(point: Point, x: float, y: float) -> str:
     return f'<g class="m-{escape(point.kind)}">{shapes[point.kind]}<title>{escape(point.title)}</title></g>'
 
 
-def _labels(marks: Sequence[tuple[Point, float, float]], edge: float) -> list[str]:
-    """Labels beside their marks, on the side where they cross neither the limit nor the frame, and not on one another."""
-    taken: list[tuple[float, float, float]] = []
+def _labels(marks: Sequence[tuple[Point, float, float]], edge: float, taken: list[tuple[float, float, float]]) -> list[str]:
+    """Labels beside their marks, on the side where they cross neither the limit nor the frame, and not on one another or on
+    what is `taken`: (left, line, width)."""
     out = []
     for point, x, y in marks:
-        width = 6.6 * len(point.label)
+        width = _LETTER * len(point.label)
         right = x + 11 + width <= (edge if x < edge else _WIDTH - 4)
         left = x + 11 if right else x - 11 - width
-        shift = next((s for s in (4, -12, 20, -26, 34) if not _hits(taken, left, y + s, width)), 4)
+        lines = [s for s in (5, 5 - _LINE, 5 + _LINE, 5 - 2 * _LINE, 5 + 2 * _LINE) if _TOP < y + s < _HEIGHT - _BOTTOM - 3]
+        shift = next((s for s in lines if not _hits(taken, left, y + s, width)), 5)
         taken.append((left, y + shift, width))
         anchor = "start" if right else "end"
         place = f'x="{x + 11 if right else x - 11:.1f}" y="{y + shift:.1f}" text-anchor="{anchor}"'
@@ -124,7 +128,7 @@ def _labels(marks: Sequence[tuple[Point, float, float]], edge: float) -> list[st
 
 def _hits(taken: Sequence[tuple[float, float, float]], left: float, y: float, width: float) -> bool:
     return any(
-        abs(y - other_y) < 14 and left < other + other_width and other < left + width for other, other_y, other_width in taken
+        abs(y - other_y) < _LINE and left < other + other_width and other < left + width for other, other_y, other_width in taken
     )
 
 

@@ -265,8 +265,9 @@ def _candidate_points(plan: Plan) -> list[charts.Point]:
 
 
 def _baseline_points(plan: Plan) -> list[charts.Point]:
-    return [
-        charts.Point(base.memory / _GIB, base.step_time, "baseline", f"{row.name}: {row.step_time}, {row.memory}", row.name[:24])
-        for base, row in zip(plan.baselines, facts.baselines(plan), strict=True)
-        if base.step_time is not None and base.memory is not None
-    ]
+    points = []
+    for base, row in zip(plan.baselines, facts.baselines(plan), strict=True):
+        if base.step_time is not None and base.memory is not None:
+            title, label = f"{row.name}: {row.step_time}, {row.memory}", row.name.partition(":")[0][:20]
+            points.append(charts.Point(base.memory / _GIB, base.step_time, "baseline", title, label))
+    return points
