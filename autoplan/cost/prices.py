@@ -49,8 +49,8 @@ class OpCost:
 class Sizes(NamedTuple):
     """Elements of some parameters on one rank; `trainable` ones among them."""
 
-    numel: int
-    trainable: int
+    numel: float
+    trainable: float
 
 
 def sizes(parameters: Sequence[LocalParameter], dealt: bool, shards: int) -> Sizes:

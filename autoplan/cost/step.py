@@ -159,7 +159,7 @@ def data_parallel(cost: HasParameters, mesh: Mesh, hardware: HardwareProfile, lo
     and of the optimizer."""
     size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
     gather = reduction = final = 0.0
-    numel = trainable = whole = whole_trainable = 0
+    numel = trainable = whole = whole_trainable = 0.0
     for dealt, shards, stride in ((False, mesh.shards, mesh.tp), (True, mesh.efsdp, mesh.ep)):
         gathered, trained = cost.sizes(dealt, 1)
         if not np.any(gathered):

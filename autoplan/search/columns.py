@@ -7,27 +7,30 @@ layer may do what on a stage then follows from sums (`search.options`), so colum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.cost.step import DataParallel, LayerStep, best_of, data_parallel, ideal_data_parallel, layer_step
 from autoplan.graph import DTYPE_BYTES
-from autoplan.search.dominance import Bools, Floats, unbeaten
+from autoplan.search.dominance import Bools, unbeaten
 from autoplan.search.lattice import Lattice
-from autoplan.search.options import Column, Costs, Options
+from autoplan.search.options import Column, Columns, Costs
 from autoplan.search.shardings import Unbeaten, Ways, streams
 from autoplan.search.wishes import FREE, Wish
 from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy, Within, Zero
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES
 
+T = TypeVar("T")
+Make = Callable[[int, Mesh, int, Layout], T]
+"""Something of a class of layers, on a mesh, for a micro-batch and a stream layout."""
 ALL_RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 
 
@@ -45,26 +48,10 @@ class Priced:
     mesh: Mesh
     micro_batch: int
     stream: Layout
-    columns: dict[int, list[Column]]
+    columns: Mapping[int, Columns]
     """By body; without a pipeline OUTER is one of them."""
     outers: tuple[Outer, ...] = ()
     """With a pipeline: the outer strategies, of which all stages take the same."""
-
-    def options(self, body: int, slots: float, in_flight: int) -> Options:
-        """A body's columns as a stage with so many micro-batches in flight sees them in a step of `slots`."""
-        key = (body, slots, in_flight)
-        if key not in self._options:
-            self._options[key] = Options.seen(self.columns[body], self.costs[body], slots, in_flight)
-        return self._options[key]
-
-    @cached_property
-    def costs(self) -> dict[int, Floats]:
-        """By body: `Column.costs` as an array, one column each."""
-        return {g: np.array([column.costs for column in columns]).T for g, columns in self.columns.items()}
-
-    @cached_property
-    def _options(self) -> dict[tuple[int, float, int], Options]:
-        return {}
 
 
 class Tables:
@@ -81,8 +68,8 @@ class Tables:
         self._lattices: dict[tuple[int, int, Layout, bool], Lattice] = {}
         self._wholes: dict[tuple[int, int, int], tuple[float, float]] = {}
         self._ways: dict[tuple[int, Within, int, Layout], Ways] = {}
-        self._priced: dict[tuple[Mesh, int, Layout], Priced | None] = {}
-        self._ideal: dict[tuple[Mesh, int, Layout], Priced | None] = {}
+        self._priced: dict[Hashable, Priced | None] = {}
+        self._made: dict[Hashable, Any] = {}
 
     @cached_property
     def counts(self) -> dict[int, list[int]]:
@@ -100,7 +87,7 @@ class Tables:
     def with_batch(self, global_batch: int) -> Tables:
         """The same tables for another global batch: shardings and layer costs do not depend on it."""
         other = copy(self)
-        other.costs, other._priced, other._ideal = self.costs.with_batch(global_batch), {}, {}
+        other.costs, other._priced, other._made = self.costs.with_batch(global_batch), {}, {}
         return other
 
     def least_states(self, mesh: Mesh) -> Bytes:
@@ -167,7 +154,7 @@ class Tables:
 
     def lattice(self, g: int, tp: int, stream: Layout, ep: int = 1) -> Lattice:
         """Whatever ep is, where it is above 1: its size changes prices alone."""
-        key = (g, tp, stream, ep > 1 and bool(self.costs.mixtures.dealt.get(g)))
+        key = (g, tp, stream, ep > 1 and self._has_experts(g))
         if key not in self._lattices:
             model = self.costs.layer_model(g, tp, 1, ep=ep)
             self._lattices[key] = Lattice(model, stream, self._wish(g).layouts if tp > 1 else None)
@@ -175,6 +162,7 @@ class Tables:
 
     def ways(self, g: int, within: Within, micro_batch: int, stream: Layout) -> Ways:
         """A body's lattice at the prices of a micro-batch."""
+        within = within if self._has_experts(g) else within._replace(ep=1)
         key = (g, within, micro_batch, stream)
         if key not in self._ways:
             model = self.costs.layer_model(g, within.tp, micro_batch, within.cp, within.ep)
@@ -196,52 +184,70 @@ class Tables:
 
     def priced(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Priced | None:
         """Every strategy of every class of layers, priced; None when some layer has none."""
-        key = (mesh, micro_batch, stream)
-        if key not in self._priced:
-            self._priced[key] = self._price(mesh, micro_batch, stream)
-        return self._priced[key]
+        return self._of_mesh(self._columns, self._outers, mesh, micro_batch, stream)
 
     def ideal(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Priced | None:
         """Better than any mesh of the same tp and pp: communication over dp takes no time, and cuts all states.
 
         Its strategies are no strategies; only bounds come of it. The outer one is the best in every respect at once.
         """
-        mesh = Mesh(pp=mesh.pp, dp_shard=mesh.dp, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep)
-        key = (mesh, micro_batch, stream)
-        if key not in self._ideal:
-            self._ideal[key] = self._price_ideal(mesh, micro_batch, stream)
-        return self._ideal[key]
+        return self._of_mesh(self._ideal_columns, self._ideal_outer, _best_arranged(mesh), micro_batch, stream)
 
-    def _price_ideal(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Priced | None:
-        columns = {g: self._ideal_columns(g, mesh, micro_batch, stream) for g in self._wanted(mesh)}
-        if not all(columns.values()):
-            return None
-        outers = self.shardings(OUTER, mesh.within, micro_batch, stream) if mesh.pp > 1 else []
-        if mesh.pp > 1 and not outers:
-            return None
+    def rough(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Priced | None:
+        """Better than `ideal` even, and quickly made: of every class of layers one sharding alone, the corner of all."""
+        return self._of_mesh(self._rough_columns, self._ideal_outer, _best_arranged(mesh), micro_batch, stream)
+
+    def _of_mesh(
+        self, columns_of: Make[Columns], outers_of: Make[tuple[Outer, ...]], mesh: Mesh, micro_batch: int, stream: Layout
+    ) -> Priced | None:
+        key = (columns_of, mesh, micro_batch, stream)
+        if key not in self._priced:
+            wanted = [g for g in self.classes if g != OUTER or mesh.pp == 1]
+            columns = {g: self._of_class(columns_of, g, mesh, micro_batch, stream) for g in wanted}
+            outers = self._of_class(outers_of, OUTER, mesh, micro_batch, stream) if mesh.pp > 1 else ()
+            complete = all(columns.values()) and (mesh.pp == 1 or outers)
+            self._priced[key] = Priced(mesh, micro_batch, stream, columns, outers) if complete else None
+        return self._priced[key]
+
+    def _of_class(self, make: Make[T], g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> T:
+        """Made once for all sizes of ep where the class has no experts."""
+        key = (make, g, mesh if self._has_experts(g) else replace(mesh, ep=1), micro_batch, stream)
+        if key not in self._made:
+            self._made[key] = make(*key[1:])
+        found: T = self._made[key]
+        return found
+
+    def _has_experts(self, g: int) -> bool:
+        return bool(self.costs.mixtures.dealt.get(g))
+
+    def _rough_columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Columns:
+        corner, load, outer = self.ways(g, mesh.within, micro_batch, stream).corner, self.costs.workload, g == OUTER
+        if corner.seconds is None:
+            return Columns()
+        dp = ideal_data_parallel(corner, mesh, outer=outer)
+        price = partial(layer_step, micro_batches=1, hardware=self.costs.hardware, load=load, outer=outer)
+        return Columns(
+            Column.of(Strategy(Sharding(stream=stream), again, zero), price(corner.cost, dp, zero, again == "full"))
+            for again, zero in self._ways_to_run(g, (3,))
+        )
+
+    def _ideal_outer(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> tuple[Outer, ...]:
+        strategies = [Strategy(sharding) for sharding in self.shardings(g, mesh.within, micro_batch, stream)]
+        if not strategies:
+            return ()
         parts = {
-            regions: best_of([self.costs.ideal_step(OUTER, Strategy(o), mesh, micro_batch, regions) for o in outers])
-            for regions in (self.parts if outers else ())
+            regions: best_of([self.costs.ideal_step(g, strategy, mesh, micro_batch, regions) for strategy in strategies])
+            for regions in self.parts
         }
-        return Priced(mesh, micro_batch, stream, columns, (Outer(Strategy(outers[0]), parts),) if outers else ())
+        return (Outer(strategies[0], parts),)
 
-    def _price(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Priced | None:
-        columns = {g: self._columns(g, mesh, micro_batch, stream) for g in self._wanted(mesh)}
-        outers = self._outers(mesh, micro_batch, stream) if mesh.pp > 1 else ()
-        if not all(columns.values()) or (mesh.pp > 1 and not outers):
-            return None
-        return Priced(mesh, micro_batch, stream, columns, outers)
-
-    def _wanted(self, mesh: Mesh) -> list[int]:
-        return [g for g in self.classes if g != OUTER or mesh.pp == 1]
-
-    def _ideal_columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> list[Column]:
+    def _ideal_columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Columns:
         found = self.ways(g, mesh.within, micro_batch, stream).unbeaten
         dp = ideal_data_parallel(found, mesh, outer=g == OUTER)
         price = partial(_ideal_price, self.costs, g, mesh, micro_batch)
         return self._unbeaten(g, found, dp, self._ways_to_run(g, (3,)), 1, price, np.ones(found.number, dtype=bool))
 
-    def _columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> list[Column]:
+    def _columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Columns:
         found, costs = self.ways(g, mesh.within, micro_batch, stream).unbeaten, self.costs
         dp = data_parallel(found, mesh, costs.hardware, costs.workload)
         m = costs.micro_batches(mesh, micro_batch)
@@ -258,11 +264,11 @@ class Tables:
         micro_batches: int,
         price: Callable[[Strategy], LayerStep],
         legal: Bools,
-    ) -> list[Column]:
+    ) -> Columns:
         """Of all shardings, each with these recomputations and ZeRO levels, those that no other equals or beats."""
         hardware, load = self.costs.hardware, self.costs.workload
         if not ways:
-            return []
+            return Columns()
         blocks = []
         for again, zero in ways:
             step = layer_step(found.cost, dp, zero, again == "full", micro_batches, hardware, load, outer=g == OUTER)
@@ -271,11 +277,11 @@ class Tables:
         every = np.concatenate(blocks, axis=1)
         candidates = np.flatnonzero(np.tile(legal, len(ways)))
         kept = candidates[unbeaten(every[:, candidates])]
-        return [
+        return Columns(
             Column(Costs._make(costs), again, zero, partial(found.sharding, i % found.number), price)
             for i, costs in zip(kept.tolist(), every[:, kept].T.tolist(), strict=True)
             for again, zero in [ways[i // found.number]]
-        ]
+        )
 
     def _placeable(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Iterator[Sharding]:
         """What FSDP can cut."""
@@ -283,13 +289,13 @@ class Tables:
         for i in np.flatnonzero(found.cut_by(mesh.shards)).tolist():
             yield found.sharding(i)
 
-    def _outers(self, mesh: Mesh, micro_batch: int, stream: Layout) -> tuple[Outer, ...]:
+    def _outers(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> tuple[Outer, ...]:
         """Outer strategies that no other equals or beats in every part."""
         found: list[Outer] = []
         kept: list[tuple[float, ...]] = []
         priced = [
             self._outer(strategy, mesh, micro_batch)
-            for sharding in self._placeable(OUTER, mesh, micro_batch, stream)
+            for sharding in self._placeable(g, mesh, micro_batch, stream)
             for strategy in self._outer_strategies(sharding, mesh, micro_batch)
         ]
         for outer in sorted(priced, key=_all_costs):
@@ -312,6 +318,10 @@ class Tables:
         """Every set of busy regions of the outer body that one stage may have."""
         busy = self.costs.outer.busy
         return tuple(busy[i:j] for i in range(len(busy)) for j in range(i + 1, len(busy) + 1))
+
+
+def _best_arranged(mesh: Mesh) -> Mesh:
+    return Mesh(pp=mesh.pp, dp_shard=mesh.dp, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep)
 
 
 def _zeros(mesh: Mesh, micro_batches: int, *, outer: bool) -> tuple[Zero, ...]:

@@ -112,6 +112,16 @@ class Lattice:
         return not any(layout is not None and layout.sharded for some in layouts for layout in some)
 
     @cached_property
+    def entrances(self) -> list[tuple[int, int]]:
+        """(level, value inside) of what the layer is called with."""
+        found = []
+        for number, level in enumerate(self.levels):
+            op = self.body.ops[level.operation]
+            if level.operation >= 0 and op.kind == "enter" and not op.module and op.inputs[0] in self.body.inputs:
+                found.append((number, op.outputs[0]))
+        return found
+
+    @cached_property
     def _built(self) -> tuple[tuple[Level, ...], Ints]:
         body = self.body
         arriving = {i: stream_layout(body.values[i], self.stream) for i in body.inputs}

@@ -61,6 +61,25 @@ class Column:
         return self.price(self.strategy)
 
 
+class Columns(tuple[Column, ...]):
+    """All columns of a class of layers, and what stages see of them."""
+
+    @cached_property
+    def costs(self) -> Floats:
+        """`Column.costs` as an array, one column each."""
+        return np.array([column.costs for column in self]).T
+
+    def seen(self, slots: float, in_flight: int) -> Options:
+        """On a stage with so many micro-batches in flight, in a step of `slots`."""
+        if (slots, in_flight) not in self._seen:
+            self._seen[slots, in_flight] = Options.seen(self, self.costs, slots, in_flight)
+        return self._seen[slots, in_flight]
+
+    @cached_property
+    def _seen(self) -> dict[tuple[float, int], Options]:
+        return {}
+
+
 class Option(NamedTuple):
     """A column on a stage: seconds of one slot, bytes, bytes while its backward pass runs; bytes when it has run, and those
     that it takes at its end."""

@@ -23,6 +23,7 @@ from autoplan.cost.layer import LayerCost
 from autoplan.cost.prices import LayerModel, LocalParameter, Sizes, sizes
 from autoplan.cost.walk import borders_of, call_borders, changes_memory
 from autoplan.graph import DTYPE_BYTES
+from autoplan.search.corner import Corner
 from autoplan.search.dominance import Bools, Floats, Ints, unbeaten
 from autoplan.search.lattice import Choice, Lattice
 from autoplan.strategy import REPLICATE, Border, Layout, Sharding, shard
@@ -102,13 +103,12 @@ class Ways:
     @cached_property
     def fastest_seconds(self) -> Seconds | None:
         """Forward and backward of the fastest sharding, recomputation and data parallelism apart; None when there is none."""
-        seconds = np.zeros(1)
-        for level, prices in zip(self.lattice.levels, self.prices, strict=True):
-            if not len(level.first):
-                return None
-            seconds = np.minimum.reduceat(seconds[level.source] + prices[:, :2].sum(axis=1)[level.choice], level.first)
-        leaving = seconds[self.lattice.leaves]
-        return float(leaving.min()) if len(leaving) else None
+        return self.corner.seconds
+
+    @cached_property
+    def corner(self) -> Corner:
+        """No sharding is better in any cost."""
+        return Corner(self.model, self.lattice, self.prices)
 
     @cached_property
     def unbeaten(self) -> Unbeaten:
@@ -179,7 +179,7 @@ class Unbeaten:
     def cost(self) -> LayerCost:
         """Of all shardings, its numbers arrays; communication over tp is in `forward` and `backward`."""
         buffers = sum(p.numel * DTYPE_BYTES[p.dtype] for p in self.lattice.body.parameters if p.buffer)
-        first, which = self._distinct([number for number, _ in self._entrances])
+        first, which = self._distinct([number for number, _ in self.lattice.entrances])
         inputs = np.array([self._inputs(i) for i in first])[which]
         zero = np.zeros(self.number)
         numbers: list[Any] = [self.forward, self.backward, zero, zero, self.saved, inputs, self.temporary, (), buffers]
@@ -249,23 +249,13 @@ class Unbeaten:
     def _inputs(self, i: int) -> Bytes:
         """What is kept of a layer that is recomputed: what it is called with, as it comes in."""
         body, inside = self.lattice.body, dict[int, Bytes]()
-        for number, target in self._entrances:
+        for number, target in self.lattice.entrances:
             level = self.lattice.levels[number]
             source, outcome = body.ops[level.operation].inputs[0], level.choices[self.decisions[number, i]].outcome
             memory = target if changes_memory(outcome.inputs[0], outcome.outputs[0]) else source
             value = body.values[target]
             inside[memory] = self.model.local_bytes(value, outcome.outputs[0]) if value.requires_grad else 0.0
         return sum(inside.values())
-
-    @cached_property
-    def _entrances(self) -> list[tuple[int, int]]:
-        """(level, value inside) of what the layer is called with."""
-        ops, found = self.lattice.body.ops, []
-        for number, level in enumerate(self.lattice.levels):
-            op = ops[level.operation]
-            if level.operation >= 0 and op.kind == "enter" and not op.module and op.inputs[0] in self.lattice.body.inputs:
-                found.append((number, op.outputs[0]))
-        return found
 
     def sharding(self, i: int) -> Sharding:
         if i not in self._written:

@@ -12,7 +12,7 @@ the last chunks, which are in flight for the shortest time, one more (`chunk_siz
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -22,6 +22,7 @@ from autoplan.cost.model import OUTER, Cut
 from autoplan.schedule import ScheduleKind, exposed_hops, in_flight_by_chunk, slots
 from autoplan.search.columns import Outer, Priced, Tables
 from autoplan.search.cuts import Value, best_cut, farthest, least_bottleneck
+from autoplan.search.dominance import Floats
 from autoplan.search.ilp import Choice, choose, memory
 from autoplan.search.options import Column, Group, Options, least_bytes, relaxed_seconds
 from autoplan.strategy import Strategy
@@ -115,7 +116,7 @@ class Staging:
         return in_flight_by_chunk(self.schedule, s, self.ranks, self.micro_batches, self.chunks)
 
     def _layer_options(self, g: int, in_flight: int) -> Options:
-        return self.priced.options(g, self.slots, in_flight)
+        return self.priced.columns[g].seen(self.slots, in_flight)
 
     def relaxed(self, s: int, i: int, j: int) -> Seconds:
         """No strategies of these layers are faster on this stage under its memory; infinite when none fits."""
@@ -147,10 +148,7 @@ class Staging:
     @cached_property
     def fastest(self) -> Seconds:
         """Seconds of one slot of all layers at their fastest strategies, memory ignored."""
-        costs = self.priced.costs
-        least = sum(
-            n * float((costs[g][0] + costs[g][1] / self.slots).min()) for g, n in self.tables.classes.items() if g in costs
-        )
+        least = self._of_all(lambda costs: costs[0] + costs[1] / self.slots)
         return least + (self._fastest_outer(self.outer) if self.outer else 0.0)
 
     def _fastest_outer(self, outer: Outer) -> Seconds:
@@ -176,9 +174,12 @@ class Staging:
     @cached_property
     def hopeless(self) -> bool:
         """Whether the ranks together have no room for all layers at their leanest, one micro-batch in flight."""
-        costs = self.priced.costs
-        held = sum(n * float((costs[g][2] + costs[g][3]).min()) for g, n in self.tables.classes.items() if g in costs)
-        return held > sum(self.limits)
+        return self._of_all(lambda costs: costs[2] + costs[3]) > sum(self.limits)
+
+    def _of_all(self, cost: Callable[[Floats], Floats]) -> float:
+        """The sum over all layers of the least `cost` of each."""
+        columns = self.priced.columns
+        return sum(n * float(cost(columns[g].costs).min()) for g, n in self.tables.classes.items() if g in columns)
 
     def can_beat(self, most: Seconds) -> bool:
         """Whether the bound with memory in it leaves room for a step of `most` seconds: cheaper than the bound itself."""

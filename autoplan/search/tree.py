@@ -11,7 +11,7 @@ strategy. Each has a lower bound on the step that is valid for everything in it:
     shape           (m + bubble) sum_g N_g fastest_seconds(g)      of the fastest sharding of every layer, with the bubble and the
                                                                    p2p of its schedule; it is dropped where not even a dp axis
                                                                    that sends nothing and cuts all states makes it fit in time
-                                                                   (`Tables.ideal`)
+                                                                   (`Tables.rough` at little cost, `Tables.ideal`)
     staging         Staging.quick_bound                            every layer at its fastest strategy on this mesh
                     Staging.bound                                  ... under memory, strategies mixed in fractions
     solved          Staging.solve                                  exact, under memory
@@ -22,7 +22,7 @@ slower, and is listed with the bound that proves it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from math import inf
@@ -33,7 +33,7 @@ from autoplan.plan import Baseline, Candidate
 from autoplan.schedule import ScheduleKind, exposed_hops
 from autoplan.search.baselines import baselines
 from autoplan.search.candidates import slower
-from autoplan.search.columns import Tables
+from autoplan.search.columns import Priced, Tables
 from autoplan.search.ilp import UnsolvedError
 from autoplan.search.space import indivisible, meshes, micro_batches, schedules, uncut, undealt, unplaceable, unstageable
 from autoplan.search.stages import Solution, Staging
@@ -274,15 +274,15 @@ class Tree:
 
     def _split(self, shape: Shape, bound: Seconds) -> None:
         some = self.meshes[shape.within, shape.pp]
-        ideal = self.tables.ideal(some[0], shape.micro_batch, shape.stream)
-        if ideal is None:
-            self.refused += [unplaceable(mesh, shape.micro_batch) for mesh in some]
-            return
-        best_case = Staging(self.tables, ideal, next(iter(ideal.outers), None), shape.schedule, shape.chunks, self.limit)
-        if best_case.hopeless or not best_case.can_beat(self.known):
-            self.dropped.append(best_case)
-            self.covered.update((mesh, shape.micro_batch) for mesh in some)
-            return
+        for ideal in self._ideals(shape, some[0]):
+            if ideal is None:
+                self.refused += [unplaceable(mesh, shape.micro_batch) for mesh in some]
+                return
+            best_case = Staging(self.tables, ideal, next(iter(ideal.outers), None), shape.schedule, shape.chunks, self.limit)
+            if best_case.hopeless or not best_case.can_beat(self.known):
+                self.dropped.append(best_case)
+                self.covered.update((mesh, shape.micro_batch) for mesh in some)
+                return
         for mesh in self.meshes[shape.within, shape.pp]:
             if self.tables.least_states(mesh) > self.limit:
                 self.crowded.add((mesh, shape.micro_batch))
@@ -295,6 +295,12 @@ class Tree:
                 staging = Staging(self.tables, priced, outer, shape.schedule, shape.chunks, self.limit)
                 self.stagings.append(staging)
                 self._push(max(bound, staging.quick_bound), staging)
+
+    def _ideals(self, shape: Shape, mesh: Mesh) -> Iterator[Priced | None]:
+        """What no mesh of a shape beats: where there is something to beat, first what tells it at little cost."""
+        if self.known < inf:
+            yield self.tables.rough(mesh, shape.micro_batch, shape.stream)
+        yield self.tables.ideal(mesh, shape.micro_batch, shape.stream)
 
     def leaders(self) -> list[Found]:
         """The best solutions of the `top` best meshes that are known, the fastest first."""

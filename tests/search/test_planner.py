@@ -20,6 +20,7 @@ from autoplan.graph import Parameter
 from autoplan.schedule import additive_seconds, in_flight_by_chunk, slots
 from autoplan.search import planner, tree
 from autoplan.search.columns import Priced, Tables
+from autoplan.search.options import Columns
 from autoplan.search.planner import Progress, search
 from autoplan.search.space import meshes, micro_batches, schedules, undealt, unstageable
 from autoplan.search.stages import Staging, chunk_sizes
@@ -41,7 +42,8 @@ class ThinTables(Tables):
         found = super().priced(mesh, micro_batch, stream)
         if found is None:
             return None
-        return replace(found, columns={g: thin(c, 3) for g, c in found.columns.items()}, outers=tuple(thin(found.outers, 2)))
+        columns = {g: Columns(thin(c, 3)) for g, c in found.columns.items()}
+        return replace(found, columns=columns, outers=tuple(thin(found.outers, 2)))
 
 
 def thin(items: Sequence[T], most: int) -> list[T]:

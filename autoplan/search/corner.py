@@ -1,0 +1,88 @@
+"""The corner of a layer's Pareto set: in every cost as good as the sharding that is best in that one.
+
+No sharding is as good in all of them at once, so that only bounds come of it; but it costs one pass over the lattice with a
+number per state and cost, where the Pareto set carries along every label that nothing beats (`search.shardings`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from math import inf
+
+import numpy as np
+
+from autoplan.cost.layer import LayerCost
+from autoplan.cost.prices import LayerModel, LocalParameter, Sizes, sizes
+from autoplan.graph import DTYPE_BYTES
+from autoplan.search.dominance import Floats
+from autoplan.search.lattice import Lattice
+from autoplan.strategy import REPLICATE
+from autoplan.units import Bytes, Seconds
+
+
+class Corner:
+    """See the module. `prices`: as `search.shardings.Ways.prices` has them, by level [choices, 5]."""
+
+    def __init__(self, model: LayerModel, lattice: Lattice, prices: Sequence[Floats]) -> None:
+        self.model, self.lattice, self.prices = model, lattice, prices
+
+    @cached_property
+    def seconds(self) -> Seconds | None:
+        """Forward and backward of the fastest sharding; None when there is no way through the lattice."""
+        seconds = np.zeros(1)
+        for level, price in zip(self.lattice.levels, self.prices, strict=True):
+            if not len(level.first):
+                return None
+            added = (price[:, 0] + price[:, 1])[level.choice]
+            seconds = seconds + added if level.straight else np.minimum.reduceat(seconds[level.source] + added, level.first)
+        leaving = seconds[self.lattice.leaves]
+        return float(leaving.min()) if len(leaving) else None
+
+    @cached_property
+    def cost(self) -> LayerCost:
+        """Its forward pass is the fastest alone, and so are both together. To be asked where there is a way through."""
+        assert self.seconds is not None
+        forward, saved, temporary, _ = self._least
+        both = max(self.seconds, forward)
+        buffers = sum(p.numel * DTYPE_BYTES[p.dtype] for p in self.lattice.body.parameters if p.buffer)
+        return LayerCost(forward, both - forward, 0.0, 0.0, saved, self._inputs, temporary, (), buffers)
+
+    def sizes(self, dealt: bool, shards: int) -> Sizes:
+        """See `cost.step.HasParameters`; FSDP cuts them as evenly as they go."""
+        if dealt:
+            return sizes(self._dealt, dealt, shards)
+        frozen = sum(p.numel for p in self.lattice.body.parameters if not p.buffer and not p.trainable)
+        trainable = self._least[3] - sizes(self._dealt, True, 1).trainable
+        return Sizes((trainable + frozen) / shards, trainable / shards)
+
+    @cached_property
+    def _dealt(self) -> Sequence[LocalParameter]:
+        local = (self.model.local_parameter(p, REPLICATE) for p in self.lattice.body.parameters if not p.buffer)
+        return tuple(p for p in local if p.dealt)
+
+    @cached_property
+    def _inputs(self) -> Bytes:
+        """What is kept of a layer that is recomputed: of every tensor that it is called with, the smallest form."""
+        ops, body = self.lattice.body.ops, self.lattice.body
+        least: dict[int, Bytes] = {}
+        for number, target in self.lattice.entrances:
+            level, value = self.lattice.levels[number], body.values[target]
+            source = ops[level.operation].inputs[0]
+            forms = [self.model.local_bytes(value, choice.outcome.outputs[0]) for choice in level.choices]
+            least[source] = min(least.get(source, inf), *forms) if value.requires_grad else 0.0
+        return sum(least.values())
+
+    @cached_property
+    def _least(self) -> tuple[float, ...]:
+        """The least (seconds of the forward pass, saved bytes, largest temporary, trained parameters)."""
+        costs, samples = np.zeros((4, 1)), self.model.samples
+        for level, price in zip(self.lattice.levels, self.prices, strict=True):
+            added = price[:, (0, 2, 4, 3)].T[:, level.choice]
+            added[1] += level.saved[:, 0] * samples + level.saved[:, 1]
+            arriving = costs if level.straight else costs[:, level.source]
+            costs = arriving + added
+            costs[2] = np.maximum(arriving[2], added[2])
+            if not level.straight:
+                costs = np.minimum.reduceat(costs, level.first, axis=1)
+        return tuple(costs[:, self.lattice.leaves].min(axis=1).tolist())
