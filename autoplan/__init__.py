@@ -22,6 +22,7 @@ _FACE = (
     "export",
     "frame",
     "hardware_names",
+    "imported",
     "inspect",
     "load_hardware",
     "load_model",
