@@ -2,8 +2,8 @@
 
 Of every document the fenced blocks are taken in order, in a folder of its own beside the examples, as a reader would:
 ```python whose first line is `# name.py` is saved as that file; any other is run at the end; ```yaml likewise is saved or loaded;
-```bash is run, `autoplan` in this process, the script of `torchrun` in up to two processes. What needs more GPUs is checked:
-the script and its flags exist.
+```bash is run, `autoplan` in this process, the script of `torchrun` in up to two processes. What needs more GPUs, or measures, is
+checked: the script and its flags exist, the command line is one. ```text is what is printed: no command hides in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from torch.distributed.run import get_args_parser
+from typer.core import TyperGroup
 
 from autoplan import api, cli
 from autoplan.files.hardware import load_hardware
@@ -28,6 +30,9 @@ ROOT = Path(__file__).parent.parent
 GENERATED = ("zoo.md", "accuracy.md", "planning-speed.md")
 DOCUMENTS = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in GENERATED)]
 ALL = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+
+MEASURING = ("profile", "tune", "calibrate")
+"""Commands that run for minutes, on GPUs, or read what a run has left."""
 
 Block = tuple[str, str]
 """(language, text)"""
@@ -90,11 +95,17 @@ def test_a_document_can_be_followed(document: Path, folder: Path, capsys: pytest
 
 def follow(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program, *arguments = shlex.split(command)
-    if program == "autoplan":
+    if program == "autoplan" and arguments[0] in MEASURING:
+        parse(arguments)
+    elif program == "autoplan":
         code = cli.main(arguments)
         assert code == 0, f"{command}\n{capsys.readouterr().err}"
     elif program == "torchrun":
         options = get_args_parser().parse_args(arguments)
+        if options.module:
+            assert options.training_script == "autoplan"
+            parse(options.training_script_args)
+            return
         script = folder / options.training_script
         assert script.is_file(), command
         check_flags(script, options.training_script_args)
@@ -105,6 +116,24 @@ def follow(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments), command
     else:
         assert command in ("cd autoplan", "source .venv/bin/activate"), f"nobody checks '{command}'"
+
+
+def parse(arguments: list[str]) -> None:
+    """A command line of autoplan that is not run."""
+    name, *rest = arguments
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, TyperGroup)
+    group.commands[name].make_context(name, rest, resilient_parsing=False)
+
+
+@pytest.mark.parametrize("document", ALL, ids=lambda path: path.name)
+def test_commands_in_the_text_are_command_lines(document: Path) -> None:
+    for language, text in blocks(document):
+        hidden = re.findall(r"^\s*(?:\$ )?((?:autoplan|torchrun|pip|make) .*)", text, re.MULTILINE)
+        assert language != "text" or not hidden, f"nobody runs '{hidden[0]}'"
+    for command in re.findall(r"`autoplan ([a-z]+ [^`]+)`", document.read_text(encoding="utf-8")):
+        if "..." not in command:
+            parse(shlex.split(command))
 
 
 def check_flags(script: Path, arguments: list[str]) -> None:
