@@ -103,7 +103,7 @@ class ParallelModel:
                     total = self._pipeline.evaluate(micro_batches)
                 return self._mean(total)
         finally:
-            reshard(self._units())
+            reshard(self.units())
             for module, training in modes:
                 module.training = training
 
@@ -122,7 +122,7 @@ class ParallelModel:
 
     def _accumulate(self, micro_batches: list[dict[str, Any]]) -> torch.Tensor:
         root = cast(FSDPModule, self.module)
-        units, losses = self._units(), []
+        units, losses = self.units(), []
         for i, micro_batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             root.set_is_last_backward(last)
@@ -132,7 +132,7 @@ class ParallelModel:
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
-    def _units(self) -> list[Unit]:
+    def units(self) -> list[Unit]:
         """Everything that FSDP manages."""
         if self._pipeline is not None:
             return self._pipeline.units
@@ -184,18 +184,18 @@ class ParallelModel:
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model's `state_dict` as plain CPU tensors, on every rank (all ranks must call it)."""
-        reshard(self._units())
+        reshard(self.units())
         with self._watch("gathering the model"):
             return {name: checkpoint.full(self, name, tensor) for name, tensor in self.module.state_dict().items()}
 
     def save(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None, step: int = 0) -> None:
         """Write a distributed checkpoint to the folder `path`; until it is complete, one that is there stays."""
-        reshard(self._units())
+        reshard(self.units())
         with self._watch("saving a checkpoint"):
             checkpoint.save(self, Path(path), optimizer, step)
 
     def load(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Read a checkpoint of this model, saved under any plan; returns the step that it was saved at."""
-        reshard(self._units())
+        reshard(self.units())
         with self._watch("loading a checkpoint"):
             return checkpoint.load(self, Path(path), optimizer)

@@ -24,14 +24,25 @@ class Counting(Peak):
         self._mesh = mesh
         self._found: list[tuple[Key, Amount]] = []
         self._axes: dict[tuple[int, ...], str] = {}
+        self._marks: list[int] = []
 
     @property
     def traffic(self) -> Traffic:
         return total(self._found)
 
+    @property
+    def outside(self) -> Traffic:
+        """What was sent before the first mark and after the last."""
+        return total([*self._found[: self._marks[0]], *self._found[self._marks[-1] :]])
+
+    def mark(self) -> None:
+        """Remember this moment."""
+        self._marks.append(len(self._found))
+
     def forget(self) -> None:
         """Begin anew, after a step."""
         self._found.clear()
+        self._marks.clear()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is LOCAL_SCALAR and args[0].dtype == torch.int32:

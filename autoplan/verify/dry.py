@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from autoplan.apply import apply
+from autoplan.apply import ParallelModel, apply
 from autoplan.capture import LoadedModel, capture
 from autoplan.cost.model import CostModel
 from autoplan.errors import UsageError
@@ -81,10 +81,12 @@ def _step(plan: Plan, loaded: LoadedModel, rank: int, mode: AbstractContextManag
         parallel = apply(build, plan, device="cpu", loss_fn=loaded.loss_fn, inputs=inputs, allocating=mode)
         with mode, as_on_gpus():
             optimizer = OPTIMIZERS[plan.workload.optimizer](parallel.parameters())
-            batches = {count: inputs(plan.micro_batch * count) for count in sample.counts}
+            batches = {count: inputs(plan.micro_batch * count) for count in sample.runs}
             counting = Counting(plan.mesh)
             counting.track(*parallel.module.parameters(), *parallel.module.buffers())
             seen: dict[int, Traffic] = {}
+            if sample.parted:
+                parallel.module.register_forward_pre_hook(partial(_begin, parallel, counting))
             with counting:
                 make_states(optimizer)
                 for count in sample.runs:
@@ -93,7 +95,17 @@ def _step(plan: Plan, loaded: LoadedModel, rank: int, mode: AbstractContextManag
                     optimizer.step()
                     optimizer.zero_grad()
                     seen[count] = counting.traffic
+            if sample.parted:
+                seen[sample.counts[0]] = counting.outside
         return sample.continued(seen), counting.most
+
+
+def _begin(parallel: ParallelModel, counting: Counting, *_: Any) -> None:
+    """A micro-batch begins; what is gathered once a step is there before the first."""
+    for module, zero in parallel.units():
+        if zero == 1:
+            module.unshard()
+    counting.mark()
 
 
 def make_states(optimizer: torch.optim.Optimizer) -> None:

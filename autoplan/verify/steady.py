@@ -8,6 +8,9 @@ repetitions apart,
 
 Once a pipeline is full no more is held at `m` than at `b`, but for scalars (each micro-batch's loss): the most micro-batches in
 flight, by the schedule's own order, are the same. Under gpipe all micro-batches are in flight at once, so there all are run.
+
+Without a pipeline one step of two micro-batches is enough: what is sent between two moments that are alike, the beginnings of both,
+when all is gathered that is gathered once a step, is what one micro-batch more would send. Without it, that step is one of one.
 """
 
 from __future__ import annotations
@@ -25,15 +28,22 @@ ACCUMULATES = 2
 
 @dataclass(frozen=True)
 class Sample:
-    """The numbers of micro-batches of the two steps to run, the fewer first; of one step where they are equal."""
+    """The numbers of micro-batches of the two steps that show it, the fewer first."""
 
     counts: tuple[int, int]
     all: int
+    one_after_another: bool = False
+    """Whether each micro-batch has ended when the next begins."""
 
     @property
     def runs(self) -> tuple[int, ...]:
-        """Of the steps to run; one that is all of the step does alone."""
-        return self.counts[-1:] if self.counts[-1] == self.all else self.counts
+        """Of the steps to run."""
+        return self.counts[-1:] if self.one_after_another or self.counts[-1] == self.all else self.counts
+
+    @property
+    def parted(self) -> bool:
+        """Whether the one step that is run is to be parted into two."""
+        return self.one_after_another and self.counts[-1] < self.all
 
     def continued(self, seen: Mapping[int, Traffic]) -> Traffic:
         """What all micro-batches send, from what those that were run sent."""
@@ -53,13 +63,13 @@ def _on(amount: Amount, fewer: Amount, more: int, apart: int) -> Amount:
 def sample_of(plan: Plan, rank: int) -> Sample:
     """What to run of `plan` on pipeline rank `rank`."""
     count, pipeline = plan.micro_batches, plan.pipeline
-    full, period = 1, 1
-    if pipeline is not None:
-        period = plan.mesh.pp if pipeline.chunks > 1 else 1
-        full = max(in_flight_by_chunk(pipeline.schedule, rank, plan.mesh.pp, count, pipeline.chunks))
+    if pipeline is None:
+        return Sample((1, min(2, count)), count, one_after_another=True)
+    period = plan.mesh.pp if pipeline.chunks > 1 else 1
+    full = max(in_flight_by_chunk(pipeline.schedule, rank, plan.mesh.pp, count, pipeline.chunks))
     full = -(-full // period) * period
     first = period * -(-_alike_from(plan) // period)
-    most = count if pipeline and pipeline.schedule == "gpipe" else max(full, first) + period
+    most = count if pipeline.schedule == "gpipe" else max(full, first) + period
     return Sample((min(first, count), min(most, count)), count)
 
 
@@ -75,5 +85,7 @@ def told(samples: Collection[Sample]) -> str:
     if not fewer:
         return ""
     first, last = (max(sample.counts[step] for sample in fewer) for step in (0, 1))
+    if fewer[0].parted:
+        return f"a step of {last} micro-batches was run; what {fewer[0].all} send follows from it"
     most = "at most " if len({sample.counts for sample in samples}) > 1 else ""
     return f"steps of {most}{first} and {last} micro-batches were run; what {fewer[0].all} send follows from them"
