@@ -34,11 +34,17 @@ def context_inputs(graph: Graph) -> tuple[tuple[str, int], ...]:
     found: list[tuple[str, int]] = []
     if len(graph.inputs) != len(graph.outer.inputs):  # a graph by hand, whose inputs are names alone
         return ()
-    for (name, shape, dtype), i in zip(graph.inputs, graph.outer.inputs, strict=True):
-        batch = graph.outer.values[i].batch_dim
-        if dtype.startswith(("int", "bool")) and len(shape) == 2 and batch in (0, 1):
-            found.append((name, 1 - batch))
+    for (name, _, _), i in zip(graph.inputs, graph.outer.inputs, strict=True):
+        dim = tokens_dim(graph.outer.values[i])
+        if dim is not None:
+            found.append((name, dim))
     return tuple(found)
+
+
+def tokens_dim(value: Value) -> int | None:
+    """The dim along which a model's input holds a number for every token, if it does."""
+    numbers = value.dtype.startswith(("int", "bool")) and len(value.shape) == 2
+    return 1 - value.batch_dim if numbers and value.batch_dim is not None else None
 
 
 class Gather(NamedTuple):

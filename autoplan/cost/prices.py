@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import kernel_time
-from autoplan.cost.context import Gather
+from autoplan.cost.context import Gather, tokens_dim
 from autoplan.cost.experts import Dealt
 from autoplan.cost.rules import BORDER_COLLECTIVES, Outcome, packings
 from autoplan.graph import DTYPE_BYTES, Body, Op, Parameter, Value
@@ -217,9 +217,22 @@ class LayerModel:
             backward,
             tp_forward + exchanged + gathered[False] + sum(self._sent(*each) for each in dealing.forward),
             exchanged + gathered[True] + sum(self._sent(*each) for each in dealing.backward),
-            op.saved_extra.at(batch) / share * (2 if op.causal else 1),
+            op.saved_extra.at(batch) / share * (2 if op.causal else 1) + self._cut_inputs.get(index, 0.0),
             max(self._temporary(op, outcome), dealing.held),
         )
+
+    @cached_property
+    def _cut_inputs(self) -> dict[int, Bytes]:
+        """Bytes of the model's inputs that cp cuts, by the operation that is the first to use them: each device makes a copy of
+        its part, which the backward pass needs too."""
+        found: dict[int, Bytes] = {}
+        cut = {i for i in self.body.inputs if self.outer and self.cp > 1 and tokens_dim(self.body.values[i]) is not None}
+        for index, op in enumerate(self.body.ops):
+            if op.kind not in ("enter", "exit", "call"):
+                used = cut & {self.body.values[i].storage for i in op.inputs}
+                cut -= used
+                found[index] = sum(self.body.values[i].bytes_at(self.samples) for i in used)
+        return found
 
     def dealing(self, index: int) -> Dealing:
         """What is sent where rows of experts change hands: with the first operation inside they have come, with the last they

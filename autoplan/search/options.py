@@ -10,7 +10,7 @@ smallest.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
@@ -151,12 +151,12 @@ class Options(Sequence[Option]):
         return tuple(_hull(zip(self._costs[1][order][faster].tolist(), seconds[faster].tolist(), strict=True)))
 
     @cached_property
-    def stairs(self) -> tuple[tuple[Bytes, Bytes], ...]:
-        """(peak, the fewest bytes of a layer with at most this peak): with every step up fewer."""
+    def stairs(self) -> tuple[list[Bytes], list[Bytes]]:
+        """Peaks, and the fewest bytes of a layer with at most this peak: with every step up fewer."""
         order = np.lexsort((self._costs[1], self._costs[2]))
         size = self._costs[1][order]
         fewer = np.diff(np.minimum.accumulate(size), prepend=inf) < 0
-        return tuple(zip(self._costs[2][order][fewer].tolist(), size[fewer].tolist(), strict=True))
+        return self._costs[2][order][fewer].tolist(), size[fewer].tolist()
 
     def at(self, size: Bytes) -> Seconds:
         """Seconds of the fastest mix that takes `size` bytes a layer; infinite when none does."""
@@ -201,16 +201,25 @@ def _above(a: Vertex, b: Vertex, c: Vertex) -> bool:
 
 def least_bytes(groups: Sequence[Group], peak: Bytes = 0.0) -> Bytes:
     """No choice of options needs less; beside them a moment needs `peak`."""
-    steps = [(group.number, group.options.stairs) for group in groups]
-    lowest = max(peak, *(stairs[0][0] for _, stairs in steps))
-    peaks = {lowest, *(at for _, stairs in steps for at, _ in stairs if at > lowest)}
-    least = min(p + sum(n * stairs[bisect_right(stairs, p, key=_peak) - 1][1] for n, stairs in steps) for p in peaks)
-    afterwards = sum(group.number * group.options.left for group in groups) + max(group.options.ending for group in groups)
-    return max(least, afterwards)
+    return max(min(_sizes(groups, peak)), _afterwards(groups))
 
 
-def _peak(step: tuple[Bytes, Bytes]) -> Bytes:
-    return step[0]
+def fits(groups: Sequence[Group], limit: Bytes, peak: Bytes = 0.0) -> bool:
+    """Whether `least_bytes` is within the limit."""
+    return _afterwards(groups) <= limit and any(size <= limit for size in _sizes(groups, peak))
+
+
+def _sizes(groups: Sequence[Group], peak: Bytes) -> Iterator[Bytes]:
+    """The fewest bytes for every largest moment that there may be, from the largest one down."""
+    steps = [(group.number, *group.options.stairs) for group in groups]
+    lowest = max(peak, *(peaks[0] for _, peaks, _ in steps))
+    moments = {lowest, *(at for _, peaks, _ in steps for at in peaks if at > lowest)}
+    for moment in sorted(moments, reverse=True):
+        yield moment + sum(number * sizes[bisect_right(peaks, moment) - 1] for number, peaks, sizes in steps)
+
+
+def _afterwards(groups: Sequence[Group]) -> Bytes:
+    return sum(group.number * group.options.left for group in groups) + max(group.options.ending for group in groups)
 
 
 def least_seconds(groups: Sequence[Group]) -> Seconds:
@@ -220,7 +229,7 @@ def least_seconds(groups: Sequence[Group]) -> Seconds:
 
 def relaxed_seconds(groups: Sequence[Group], limit: Bytes) -> Seconds:
     """No choice of options that fits into `limit` bytes is faster; infinite when none fits."""
-    if least_bytes(groups) > limit:
+    if not fits(groups, limit):
         return inf
     leanest = sum(group.number * group.options.hull[0].bytes for group in groups)
     spare = max(0.0, limit - leanest - max(group.options.peak for group in groups))

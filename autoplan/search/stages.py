@@ -24,7 +24,7 @@ from autoplan.search.columns import Outer, Priced, Tables
 from autoplan.search.cuts import Value, best_cut, farthest, least_bottleneck
 from autoplan.search.dominance import Floats
 from autoplan.search.ilp import Choice, choose, memory
-from autoplan.search.options import Column, Group, Options, least_bytes, relaxed_seconds
+from autoplan.search.options import Column, Group, Options, fits, least_bytes, relaxed_seconds
 from autoplan.strategy import Strategy
 from autoplan.units import Bytes, Seconds
 
@@ -199,7 +199,7 @@ class Staging:
         options = self._layer_options(g, min(self.flight(s)))
         beside, size, peak = self._outer_at(s)
         room = self.limits[s] - size
-        if least_bytes([Group(g, 0, layers, options)], peak) > room:
+        if not fits([Group(g, 0, layers, options)], room, peak):
             return inf
         return beside + layers * options.at((room - max(peak, options.peak)) / layers)
 
@@ -246,8 +246,8 @@ class Staging:
                 return self._solution(found.cost + self.hops, runs)
             for run in unsolved:
                 groups = self.groups(*run)
-                fits = least_bytes(groups) <= self.limits[run[0]]
-                self._exact[self._key(*run)] = choose(groups, self.limits[run[0]], gap=gap) if fits else None
+                limit = self.limits[run[0]]
+                self._exact[self._key(*run)] = choose(groups, limit, gap=gap) if fits(groups, limit) else None
 
     def _known(self, s: int, i: int, j: int) -> Seconds:
         """The best that is known of a run: solved, or bounded."""
