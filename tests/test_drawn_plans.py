@@ -21,7 +21,7 @@ from tests.test_parity import MODELS, on_rank, tables
 
 pytestmark = pytest.mark.gloo
 
-WORLD, DRAWS = 4, 6
+WORLD, DRAWS = 4, 4
 
 
 def draw(known: Tables, dice: random.Random, world: int = WORLD) -> tuple[str, Plan] | None:
