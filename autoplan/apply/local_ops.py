@@ -8,7 +8,7 @@ DTensor has no rule for runs on replicated tensors. Everything else goes to DTen
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.overrides import TorchFunctionMode
 
 from autoplan.apply import context_parallel, packed
-from autoplan.apply._torch import tree_any, tree_map_only
+from autoplan.apply._torch import tree_map_only
 from autoplan.apply.cross_entropy import vocab_parallel_cross_entropy
 from autoplan.apply.randomness import own_randomness
 
@@ -52,7 +52,10 @@ class LocalOps(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _UNTOUCHED or not _meets_dtensor(args, kwargs):
+        if getattr(func, "__name__", "") in _UNTOUCHED:
+            return func(*args, **kwargs)
+        tensors = list(_tensors((*args, *kwargs.values())))
+        if not any(isinstance(tensor, DTensor) for tensor in tensors):
             return func(*args, **kwargs)
         if self.context:
             return self._along_sequence(func, args, kwargs)
@@ -61,9 +64,12 @@ class LocalOps(TorchFunctionMode):
             result = handler(*args, **kwargs)
             if result is not None:
                 return result
-        if _meets_packed(args, kwargs) and not _writes(func) and not packed.is_left_to_dtensor(func, args, kwargs):
+        meets_packed = any(packed.packing(tensor) is not None for tensor in tensors)
+        if meets_packed and not _writes(func) and not packed.is_left_to_dtensor(func, args, kwargs):
             args, kwargs = tree_map_only(DTensor, _unpacked, (args, kwargs))
-        return self._by_dtensor(func, *tree_map_only(torch.Tensor, self._wrapped, (args, kwargs)))
+        if not all(isinstance(tensor, DTensor) for tensor in tensors):
+            args, kwargs = tree_map_only(torch.Tensor, self._wrapped, (args, kwargs))
+        return self._by_dtensor(func, args, kwargs)
 
     def _along_sequence(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         args, kwargs = tree_map_only(torch.Tensor, self._wrapped, (args, kwargs))
@@ -113,17 +119,15 @@ def _writes(func: Callable[..., Any]) -> bool:
     return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
-def _meets_dtensor(args: Any, kwargs: Any) -> bool:
+def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Of every call: quicker than a pytree."""
     for arg in args:
-        if isinstance(arg, DTensor):
-            return True
-        if isinstance(arg, tuple | list) and tree_any(lambda leaf: isinstance(leaf, DTensor), arg):
-            return True
-    return any(isinstance(arg, DTensor) for arg in kwargs.values())
-
-
-def _meets_packed(args: Any, kwargs: Any) -> bool:
-    return tree_any(lambda leaf: packed.packing(leaf) is not None, (args, kwargs))
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, tuple | list):
+            yield from _tensors(arg)
+        elif isinstance(arg, dict):
+            yield from _tensors(arg.values())
 
 
 def _unpacked(tensor: DTensor) -> torch.Tensor:

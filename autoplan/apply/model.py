@@ -117,7 +117,8 @@ class ParallelModel:
             dist.all_reduce(total, group=self._pipeline.group)
         if self.dp_size > 1:
             for axis in ("dp_replicate", "dp_shard"):
-                dist.all_reduce(total, group=self.mesh.get_group(axis))
+                if getattr(self.plan.mesh, axis) > 1:
+                    dist.all_reduce(total, group=self.mesh.get_group(axis))
         return total / self.dp_size
 
     def _accumulate(self, micro_batches: list[dict[str, Any]]) -> torch.Tensor:
