@@ -194,7 +194,7 @@ def _span(numbers: list[float], form: str) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-def page(rows: list[tuple[Case, Found]]) -> str:
+def page(rows: list[tuple[Case, Found]], kept: str) -> str:
     """docs/dry-runs.md."""
     missed = [f"- {case.name}: {sentence}" for case, found in rows for sentence in misses(found)]
     return PAGE.format(
@@ -206,10 +206,13 @@ def page(rows: list[tuple[Case, Found]]) -> str:
         missed="\n".join(["## Missed", "", *missed]) if missed else "No goal is missed.",
         python=platform.python_version(),
         torch=version("torch"),
+        kept=kept,
         transformers=version("transformers"),
         cores=os.cpu_count(),
     )
 
+
+KEPT = " Results kept from earlier runs are among these (`--keep`), at other loads."
 
 PAGE = """# Dry runs of large plans
 
@@ -219,7 +222,7 @@ and what it sends and holds stands beside what the plan says. "As predicted": of
 and bytes are equal, over all ranks. The goals: all are; never less memory is predicted than is seen, and at most {over:.0%} more;
 at most {seconds:.0f} processor seconds a rank, without imports and capture. A rank is ended after {limit:.0f} s of the clock.
 Python {python}, torch {torch}, transformers {transformers}, {cores} cores, one used; load average {load:.0f}: on a busy machine
-the same work takes more processor seconds.
+the same work takes more processor seconds.{kept}
 
 {table}
 {missed}
@@ -244,7 +247,7 @@ def main() -> int:
         rows = [(c, run(i, keep / str(i))) for i, c in enumerate(CASES) if c.name.startswith(asked.only)]
     print(table(rows), end="")
     if asked.o:
-        asked.o.write_text(page(rows), encoding="utf-8")
+        asked.o.write_text(page(rows, KEPT if asked.keep else ""), encoding="utf-8")
     return int(any(next(misses(found), "") for _, found in rows))
 
 
