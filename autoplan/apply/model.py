@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from autoplan.apply import checkpoint
@@ -122,12 +121,10 @@ class ParallelModel:
         return total / self.dp_size
 
     def _accumulate(self, micro_batches: list[dict[str, Any]]) -> torch.Tensor:
-        root = cast(FSDPModule, self.module)
         units, losses = self.units(), []
         for i, micro_batch in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            root.set_is_last_backward(last)
-            before_backward(units, last)
+            # not told that there will be others, FSDP lets go of its last buffer after every one
+            before_backward(units, i == len(micro_batches) - 1)
             loss = self._loss(micro_batch) / len(micro_batches)
             loss.backward()
             losses.append(loss.detach())

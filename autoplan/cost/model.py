@@ -157,7 +157,7 @@ class CostModel:
         else:
             cost = self._part(regions, strategy.sharding, mesh, micro_batch)
         dp, again = ideal_data_parallel(cost, mesh, outer=body == OUTER), strategy.recompute == "full"
-        return layer_step(cost, dp, 3, again, 1, self.hardware, self.workload, outer=body == OUTER)
+        return layer_step(cost, dp, 3, again, 1, self.hardware, self.workload, outer=body == OUTER, pipelined=mesh.pp > 1)
 
     def _step(
         self, key: Hashable, cost: LayerCost, strategy: Strategy, mesh: Mesh, micro_batch: int, *, outer: bool
@@ -168,7 +168,8 @@ class CostModel:
         zero: Zero = strategy.zero if mesh.shards > 1 else 3
         again = strategy.recompute == "full"
         m = self.micro_batches(mesh, micro_batch)
-        return layer_step(cost, self._dp[of], zero, again, m, self.hardware, self.workload, outer=outer)
+        dp, pipelined = self._dp[of], mesh.pp > 1
+        return layer_step(cost, dp, zero, again, m, self.hardware, self.workload, outer=outer, pipelined=pipelined)
 
     def passed(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Bytes:
         """Most bytes that a rank passes on to the next stage for one micro-batch, at any cut."""

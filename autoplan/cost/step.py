@@ -27,8 +27,8 @@ flight. While a layer's backward pass runs, it needs besides what it recomputes,
 neighbour, its unreduced gradients and its largest temporary; and FSDP's buffer, in which the gradients of the layer after it
 are being reduced, as far as that is more than what this layer no longer keeps. Of these moments only the largest of a rank
 counts. The gradients of the outer layer stay unreduced until the backward pass has ended; when they are reduced (`ending`),
-nothing is left of that micro-batch's activations. But between two micro-batches FSDP keeps the last buffer that it reduced,
-this one, until a layer's backward pass has ended: then it is there all the time.
+nothing is left of that micro-batch's activations. In a pipeline, where passes of other micro-batches come between, FSDP keeps
+the last buffer that it reduced, this one, until a layer's backward pass has ended: then it is there all the time.
 
 All arithmetic in `data_parallel` and `layer_step` is elementwise: the numbers of a cost may be numpy arrays with an entry for
 every sharding.
@@ -201,10 +201,10 @@ def ideal_data_parallel(cost: HasParameters, mesh: Mesh, *, outer: bool) -> Data
 
 def layer_step(
     cost: LayerCost, dp: DataParallel, zero: Zero, again: bool, micro_batches: int, hardware: HardwareProfile, load: Workload,
-    *, outer: bool,
+    *, outer: bool, pipelined: bool,
 ) -> LayerStep:  # fmt: skip
     """Price of a layer's share of a step of `micro_batches` micro-batches; `again`: its forward is recomputed; `outer`: nothing
-    hides its communication."""
+    hides its communication; `pipelined`: there are several stages."""
     forward = cost.forward + cost.tp_forward
     rerun = forward if again else 0.0
     backward = cost.backward + cost.tp_backward + rerun
@@ -225,7 +225,7 @@ def layer_step(
     states = (dp.numel * size, dp.trainable * size, dp.trainable * size * OPTIMIZER_STATES[load.optimizer], cost.buffers)
     unsharded = (gathered if stays else 0.0) + (dp.whole_trainable * reduce if zero == 1 else 0.0)
     kept, raw, buffer = cost.inputs if again else cost.saved, dp.whole_trainable * compute, dp.whole_trainable * reduce
-    lingers = outer and micro_batches > 1 and zero != 1
+    lingers = outer and pipelined and micro_batches > 1 and zero != 1
     if outer:
         unsharded, window = unsharded + raw + (buffer if lingers else 0.0), 0.0
     else:

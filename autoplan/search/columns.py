@@ -225,7 +225,7 @@ class Tables:
         if corner.seconds is None:
             return Columns()
         dp = ideal_data_parallel(corner, mesh, outer=outer)
-        price = partial(layer_step, micro_batches=1, hardware=self.costs.hardware, load=load, outer=outer)
+        price = partial(layer_step, micro_batches=1, hardware=self.costs.hardware, load=load, outer=outer, pipelined=False)
         return Columns(
             Column.of(Strategy(Sharding(stream=stream), again, zero), price(corner.cost, dp, zero, again == "full"))
             for again, zero in self._ways_to_run(g, (3,))
@@ -271,7 +271,10 @@ class Tables:
             return Columns()
         blocks = []
         for again, zero in ways:
-            step = layer_step(found.cost, dp, zero, again == "full", micro_batches, hardware, load, outer=g == OUTER)
+            # with a pipeline OUTER is none of these classes
+            step = layer_step(
+                found.cost, dp, zero, again == "full", micro_batches, hardware, load, outer=g == OUTER, pipelined=False
+            )
             costs = (step.slot_seconds, step.once_seconds, step.state_bytes, step.kept, step.peak, step.ending)
             blocks.append(np.stack([np.broadcast_to(cost, found.number) for cost in costs]))
         every = np.concatenate(blocks, axis=1)
