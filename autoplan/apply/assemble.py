@@ -55,7 +55,8 @@ def apply(
     Raises `UsageError` on every rank when the launch or the model isn't the plan's.
     """
     device = _device(device)
-    check_world(plan, _start(device))
+    check_world(plan, _started())  # before anyone joins: a rank that ends would take along who still waits for it
+    _join(device)
     check_pipeline(plan)
     if isinstance(model, nn.Module):
         parameter_shards(model, plan)  # a misfit is told while the module still has its weights
@@ -191,16 +192,19 @@ def _device(device: torch.device | str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def _start(device: torch.device) -> int:
-    """The number of processes, after making sure that they are joined: torchrun's, or this one alone."""
-    if dist.is_initialized():
-        return dist.get_world_size()
-    backend = dist.get_default_backend_for_device(device)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    return dist.get_world_size()
+def _started() -> int:
+    """The number of processes: torchrun's, or this one alone."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _join(device: torch.device) -> None:
+    """Make sure that they are joined."""
+    if not dist.is_initialized():
+        backend = dist.get_default_backend_for_device(device)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 def _coordinate(mesh: DeviceMesh, dealing: DeviceMesh | None) -> Coordinate:

@@ -217,9 +217,17 @@ class LayerModel:
             backward,
             tp_forward + exchanged + gathered[False] + sum(self._sent(*each) for each in dealing.forward),
             exchanged + gathered[True] + sum(self._sent(*each) for each in dealing.backward),
-            op.saved_extra.at(batch) / share * (2 if op.causal else 1) + self._cut_inputs.get(index, 0.0),
+            op.saved_extra.at(batch) / share * (2 if op.causal else 1) + self._copied(index, outcome),
             max(self._temporary(op, outcome), dealing.held),
         )
+
+    def _copied(self, index: int, outcome: Outcome) -> Bytes:
+        """What cp has kept for the backward pass beyond a part of every tensor: copies of inputs, and of heads of keys and values
+        where these are fewer than devices."""
+        op = self.body.ops[index]
+        sent = sum(self.exchanged(op, outcome))
+        parts = (self.local_bytes(self.body.values[i], layout) for i, layout in self._exchanged(op, outcome))
+        return self._cut_inputs.get(index, 0.0) + max(0.0, sent - sum(parts))
 
     @cached_property
     def _cut_inputs(self) -> dict[int, Bytes]:
@@ -264,15 +272,20 @@ class LayerModel:
     def exchanged(self, op: Op, outcome: Outcome) -> tuple[Bytes, ...]:
         """What a device sends of each operand of attention, to exchange the sequence for heads over cp, and of the result, to
         exchange them back; as much again of their gradients (`apply.context_parallel`)."""
-        if op.kind != "attention" or self.cp == 1:
-            return ()
+        keys = op.inputs[1:3]
         sizes = []
-        for position, (i, layout) in enumerate(zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)):
+        for i, layout in self._exchanged(op, outcome):
             value = self.body.values[i]
-            if value.requires_grad:
-                heads = value.shape[1] // (self.tp if layout.sharded else 1)
-                sizes.append(self.local_bytes(value, layout) * (key_copies(heads, self.cp) if position in (1, 2) else 1))
+            heads = value.shape[1] // (self.tp if layout.sharded else 1)
+            sizes.append(self.local_bytes(value, layout) * (key_copies(heads, self.cp) if i in keys else 1))
         return tuple(sizes)
+
+    def _exchanged(self, op: Op, outcome: Outcome) -> list[tuple[int, Layout]]:
+        """The tensors, with their layouts."""
+        if op.kind != "attention" or self.cp == 1:
+            return []
+        every = zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
+        return [(i, layout) for i, layout in every if self.body.values[i].requires_grad]
 
     def _over_cp(self, kind: str, size: Bytes) -> Seconds:
         return collective_time(kind, size, self.cp, self.tp, self.hardware)

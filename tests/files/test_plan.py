@@ -65,7 +65,7 @@ def test_an_existing_file_is_not_overwritten(plan: Plan, path: Path) -> None:
     ("old", "new", "message"),
     [
         ("version: 1", "version: 7", "'version'"),
-        ("micro_batch: 1\nouter", "micro_batch: 5\nouter", "does not divide"),
+        ("\nmicro_batch: ", "\nmicro_batch: 5", "does not divide"),
         ("recompute: none", "recompute: some", "strategies"),
         ("Shard(0)", "Shard(minus)", "no layout"),
         ("outer: outer", "outer: inner", "there is no strategy"),
