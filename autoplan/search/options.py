@@ -19,7 +19,7 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from autoplan.cost.step import LayerStep
-from autoplan.search.dominance import Floats, unbeaten
+from autoplan.search.dominance import Bools, Floats, unbeaten
 from autoplan.strategy import Recompute, Sharding, Strategy, Zero
 from autoplan.units import Bytes, Seconds
 
@@ -147,7 +147,7 @@ class Options(Sequence[Option]):
         """From the leanest mix to the fastest."""
         order = np.lexsort((self._costs[0], self._costs[1]))
         seconds = self._costs[0][order]
-        faster = np.diff(np.minimum.accumulate(seconds), prepend=inf) < 0
+        faster = _records(seconds)
         return tuple(_hull(zip(self._costs[1][order][faster].tolist(), seconds[faster].tolist(), strict=True)))
 
     @cached_property
@@ -155,8 +155,15 @@ class Options(Sequence[Option]):
         """Peaks, and the fewest bytes of a layer with at most this peak: with every step up fewer."""
         order = np.lexsort((self._costs[1], self._costs[2]))
         size = self._costs[1][order]
-        fewer = np.diff(np.minimum.accumulate(size), prepend=inf) < 0
+        fewer = _records(size)
         return self._costs[2][order][fewer].tolist(), size[fewer].tolist()
+
+    def fit(self, number: int, limit: Bytes, peak: Bytes) -> bool:
+        """Whether so many layers can be within the limit: `fits`, of one group."""
+        if number * self.left + self.ending > limit:
+            return False
+        peaks, sizes = self.stairs
+        return any(max(at, peak) + number * size <= limit for at, size in zip(peaks, sizes, strict=True))
 
     def at(self, size: Bytes) -> Seconds:
         """Seconds of the fastest mix that takes `size` bytes a layer; infinite when none does."""
@@ -184,6 +191,14 @@ class Group(NamedTuple):
         return self.options[0]
 
 
+def _records(numbers: Floats) -> Bools:
+    """Which are less than all before them. (`np.diff` with `prepend` is ten times slower.)"""
+    least = np.minimum.accumulate(numbers)
+    found = np.ones(len(numbers), dtype=bool)
+    np.less(least[1:], least[:-1], out=found[1:])
+    return found
+
+
 def _hull(points: Iterable[tuple[Bytes, Seconds]]) -> list[Vertex]:
     """Of points that take more and more bytes and fewer and fewer seconds, the corners of the lower convex hull."""
     corners: list[Vertex] = []
@@ -199,20 +214,20 @@ def _above(a: Vertex, b: Vertex, c: Vertex) -> bool:
     return (b.seconds - a.seconds) * (c.bytes - a.bytes) >= (c.seconds - a.seconds) * (b.bytes - a.bytes)
 
 
-def least_bytes(groups: Sequence[Group], peak: Bytes = 0.0) -> Bytes:
-    """No choice of options needs less; beside them a moment needs `peak`."""
-    return max(min(_sizes(groups, peak)), _afterwards(groups))
+def least_bytes(groups: Sequence[Group]) -> Bytes:
+    """No choice of options needs less."""
+    return max(min(_sizes(groups)), _afterwards(groups))
 
 
-def fits(groups: Sequence[Group], limit: Bytes, peak: Bytes = 0.0) -> bool:
+def fits(groups: Sequence[Group], limit: Bytes) -> bool:
     """Whether `least_bytes` is within the limit."""
-    return _afterwards(groups) <= limit and any(size <= limit for size in _sizes(groups, peak))
+    return _afterwards(groups) <= limit and any(size <= limit for size in _sizes(groups))
 
 
-def _sizes(groups: Sequence[Group], peak: Bytes) -> Iterator[Bytes]:
+def _sizes(groups: Sequence[Group]) -> Iterator[Bytes]:
     """The fewest bytes for every largest moment that there may be, from the largest one down."""
     steps = [(group.number, *group.options.stairs) for group in groups]
-    lowest = max(peak, *(peaks[0] for _, peaks, _ in steps))
+    lowest = max(peaks[0] for _, peaks, _ in steps)
     moments = {lowest, *(at for _, peaks, _ in steps for at in peaks if at > lowest)}
     for moment in sorted(moments, reverse=True):
         yield moment + sum(number * sizes[bisect_right(peaks, moment) - 1] for number, peaks, sizes in steps)

@@ -199,7 +199,7 @@ class Staging:
         options = self._layer_options(g, min(self.flight(s)))
         beside, size, peak = self._outer_at(s)
         room = self.limits[s] - size
-        if not fits([Group(g, 0, layers, options)], room, peak):
+        if not options.fit(layers, room, peak):
             return inf
         return beside + layers * options.at((room - max(peak, options.peak)) / layers)
 
