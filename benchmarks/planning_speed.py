@@ -208,10 +208,6 @@ schedules, cuts and strategies of layers. Python {python}, {versions}; {load}: o
 processor seconds.
 
 {table}
-"No plan, proven": no choice of anything fits. The largest layer of DeepSeek-V3 has 11.5 billion parameters, which FSDP gathers
-whole and tp does not cut (its experts are no rows or columns of a linear): that layer with its gradients needs more than one H100
-has.
-
 ## Beside other planners
 
 {planners}

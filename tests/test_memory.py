@@ -77,14 +77,14 @@ PEAKS = (Mesh(dp_shard=8), Mesh(dp_replicate=8), Mesh(dp_shard=4, tp=2), Mesh(tp
 
 
 def changed(plan: Plan, recompute: Recompute) -> Plan:
-    """All layers recomputed or none, the whole share of the batch at once (the tracker knows no accumulation)."""
+    """All layers recomputed or none, the whole share of the batch at once."""
     strategies = tuple((n, s if n == plan.outer else replace(s, recompute=recompute)) for n, s in plan.strategies)
     plan = replace(plan, strategies=strategies, micro_batch=plan.workload.global_batch // plan.mesh.dp)
     return replace(plan, prediction=autoplan.estimate(plan))
 
 
 def test_the_peak_is_never_optimistic() -> None:
-    """Against what a rank is seen to hold in two steps, as MemTracker counts (tests/verify compares the two), on a model whose
+    """Against what a rank is seen to hold in a step, as MemTracker counts (tests/verify compares the two), on a model whose
     kernels keep the same tensors on a CPU as on a GPU."""
     plans = []
     for dtype, meshes in (("bfloat16", PEAKS), ("float32", PEAKS[:2])):

@@ -23,7 +23,7 @@ from torch.distributed.tensor.placement_types import _StridedShard as StridedSha
 from torch.nn import init
 
 # Tensors in Python containers (arguments, outputs); torch keeps its pytree private although everybody uses it.
-from torch.utils._pytree import tree_any, tree_flatten, tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 
 def replace_call(module: nn.Module, call: Callable[..., Any]) -> None:
@@ -168,7 +168,6 @@ __all__ = [
     "flattened",
     "replace_call",
     "replaced_inits",
-    "tree_any",
     "tree_flatten",
     "tree_leaves",
     "tree_map",

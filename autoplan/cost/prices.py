@@ -224,10 +224,8 @@ class LayerModel:
     def _copied(self, index: int, outcome: Outcome) -> Bytes:
         """What cp has kept for the backward pass beyond a part of every tensor: copies of inputs, and of heads of keys and values
         where these are fewer than devices."""
-        op = self.body.ops[index]
-        sent = sum(self.exchanged(op, outcome))
-        parts = (self.local_bytes(self.body.values[i], layout) for i, layout in self._exchanged(op, outcome))
-        return self._cut_inputs.get(index, 0.0) + max(0.0, sent - sum(parts))
+        more = sum(part * (copies - 1) for part, copies in self._parts(self.body.ops[index], outcome))
+        return self._cut_inputs.get(index, 0.0) + more
 
     @cached_property
     def _cut_inputs(self) -> dict[int, Bytes]:
@@ -272,20 +270,17 @@ class LayerModel:
     def exchanged(self, op: Op, outcome: Outcome) -> tuple[Bytes, ...]:
         """What a device sends of each operand of attention, to exchange the sequence for heads over cp, and of the result, to
         exchange them back; as much again of their gradients (`apply.context_parallel`)."""
-        keys = op.inputs[1:3]
-        sizes = []
-        for i, layout in self._exchanged(op, outcome):
-            value = self.body.values[i]
-            heads = value.shape[1] // (self.tp if layout.sharded else 1)
-            sizes.append(self.local_bytes(value, layout) * (key_copies(heads, self.cp) if i in keys else 1))
-        return tuple(sizes)
+        return tuple(part * copies for part, copies in self._parts(op, outcome))
 
-    def _exchanged(self, op: Op, outcome: Outcome) -> list[tuple[int, Layout]]:
-        """The tensors, with their layouts."""
+    def _parts(self, op: Op, outcome: Outcome) -> Iterator[tuple[Bytes, int]]:
+        """A device's part of every tensor that is exchanged, and in how many copies it is sent."""
         if op.kind != "attention" or self.cp == 1:
-            return []
-        every = zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
-        return [(i, layout) for i, layout in every if self.body.values[i].requires_grad]
+            return
+        for position, (i, layout) in enumerate(zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)):
+            value = self.body.values[i]
+            if value.requires_grad:
+                heads = value.shape[1] // (self.tp if layout.sharded else 1)
+                yield self.local_bytes(value, layout), key_copies(heads, self.cp) if position in (1, 2) else 1
 
     def _over_cp(self, kind: str, size: Bytes) -> Seconds:
         return collective_time(kind, size, self.cp, self.tp, self.hardware)

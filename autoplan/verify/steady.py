@@ -10,8 +10,8 @@ Once a pipeline is full no more is held at `m` than at `b`, but for scalars (eac
 flight, by the schedule's own order, are the same. Under gpipe all micro-batches are in flight at once, so there all are run.
 
 Without a pipeline one step of two micro-batches is enough: what is sent between two moments that are alike, the beginnings of
-both, when all is gathered that is gathered once a step, is what one micro-batch more would send. Without it, that step is one of
-one.
+both, when all is gathered that is gathered once a step, is what one micro-batch more would send. A step that has but one
+micro-batch is run as it is.
 """
 
 from __future__ import annotations
