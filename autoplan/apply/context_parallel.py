@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -187,36 +188,50 @@ def _all_to_all(local: torch.Tensor, cut: int, joined: int, mesh: DeviceMesh) ->
     return received.movedim(0, joined).flatten(joined, joined + 1)
 
 
-def flatten(x: torch.Tensor, shape: tuple[int, ...]) -> DTensor | None:
-    """`[batch, seq, ...]` as `[batch * seq, ...]`, every rank its own rows; None for any other view of `x`."""
-    if not isinstance(x, DTensor) or x.placements[0] != Shard(1) or x.ndim < 2:
+def regroup(x: torch.Tensor, shape: tuple[int, ...]) -> DTensor | None:
+    """`[batch, seq, ...]` as `[batch * seq, ...]` or the other way, every rank its own rows; None for any other view of `x`."""
+    if not isinstance(x, DTensor):
         return None
-    batch, length = x.shape[:2]
-    if len(shape) != x.ndim - 1 or shape[1:] != tuple(x.shape[2:]) or shape[0] not in (-1, batch * length):
+    rest = x.numel() // max(prod(size for size in shape if size != -1), 1)
+    placement, sizes = x.placements[0], [rest if size == -1 else size for size in shape]
+    if sizes == list(x.shape):
+        return _View.apply(x, placement, torch.Size(sizes)) if _joined(placement, x) else None
+    if placement == Shard(1) and x.ndim > 1 and sizes == [x.shape[0] * x.shape[1], *x.shape[2:]]:
+        into: Placement = Shard(0) if x.shape[0] == 1 else StridedShard(0, split_factor=x.shape[0])
+    elif (batch := _joined(placement, x)) and sizes == [batch, x.shape[0] // batch, *x.shape[1:]]:
+        into = Shard(1)
+    else:
         return None
-    placement = Shard(0) if batch == 1 else StridedShard(0, split_factor=batch)
-    local = _Flat.apply(x, placement)
-    found: DTensor = local
+    found: DTensor = _View.apply(x, into, torch.Size(sizes))
     return found
 
 
-class _Flat(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: DTensor, placement: Placement) -> DTensor:
-        ctx.placements, ctx.shape, ctx.stride = x.placements, x.shape, x.stride()
-        local = x.to_local()
-        shape = torch.Size((x.shape[0] * x.shape[1], *x.shape[2:]))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            local.reshape(-1, *local.shape[2:]), x.device_mesh, [placement], run_check=False, shape=shape, stride=stride
-        )
+def _joined(placement: Placement, x: DTensor) -> int:
+    """How many samples' positions the first dim of `x` runs over, cut in each; 0 where it isn't cut that way."""
+    if isinstance(placement, StridedShard) and placement.dim == 0:
+        return int(placement.split_factor)
+    return int(placement == Shard(0) and x.ndim > 1)
+
+
+class _View(torch.autograd.Function):
+    """A rank's rows seen as a part of `shape`. (DTensor of torch 2.10 can't view rows that are cut in strides.)"""
 
     @staticmethod
-    def backward(ctx: Any, gradient: DTensor) -> tuple[DTensor, None]:
-        batch, *rest = ctx.shape
-        local = gradient.to_local().reshape(batch, -1, *rest[1:])
+    def forward(ctx: Any, x: DTensor, placement: Shard, shape: torch.Size) -> DTensor:
+        ctx.placements, ctx.shape, ctx.stride, ctx.into = x.placements, x.shape, x.stride(), (placement,)
+        local, mesh = x.to_local(), x.device_mesh
+        ctx.local = local.shape
+        part = [size // mesh.size() if dim == placement.dim else size for dim, size in enumerate(shape)]
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local.reshape(part), mesh, ctx.into, run_check=False, shape=shape, stride=stride)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: DTensor) -> tuple[DTensor, None, None]:
+        if gradient.placements != ctx.into:
+            gradient = gradient.redistribute(placements=ctx.into)
+        local = gradient.to_local().reshape(ctx.local)
         mesh = gradient.device_mesh
-        return DTensor.from_local(local, mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride), None
+        return DTensor.from_local(local, mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride), None, None
 
 
 def cross_entropy(
@@ -260,12 +275,12 @@ def _target(target: torch.Tensor, placement: Placement, mesh: DeviceMesh) -> tor
 def _viewed(x: torch.Tensor, *shape: Any, **kwargs: Any) -> DTensor | None:
     sizes = kwargs.get("shape", kwargs.get("size", shape[0] if len(shape) == 1 else shape))
     sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes) if isinstance(sizes, tuple | list) else ()
-    return flatten(x, sizes) if sizes and all(isinstance(size, int) for size in sizes) else None
+    return regroup(x, sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
 def _flattened(x: torch.Tensor, start_dim: int = 0, end_dim: int = -1) -> DTensor | None:
     first, last = start_dim % max(x.ndim, 1), end_dim % max(x.ndim, 1)
-    return flatten(x, (-1, *x.shape[2:])) if (first, last) == (0, 1) else None
+    return regroup(x, (-1, *x.shape[2:])) if (first, last) == (0, 1) else None
 
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -273,6 +288,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: attention,
     F.cross_entropy: cross_entropy,
     torch.Tensor.view: _viewed,
+    torch.Tensor.view_as: lambda x, other: regroup(x, tuple(other.shape)),
     torch.Tensor.reshape: _viewed,
     torch.reshape: _viewed,
     torch.Tensor.flatten: _flattened,
