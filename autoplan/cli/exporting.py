@@ -30,7 +30,7 @@ def export(
         typer.Option(
             "--to",
             metavar="TRAINER",
-            help="torchtitan, torchtitan-toml, megatron, deepspeed, accelerate, transformers or lightning.",
+            help="torchtitan, torchtitan-toml, megatron, megatron-bridge, deepspeed, accelerate, transformers or lightning.",
             autocompletion=_targets,
         ),
     ],

@@ -152,8 +152,9 @@ def header(plan: Plan, lost: Sequence[str], sign: str = "#") -> str:
 
 
 def nodes(devices: int) -> tuple[int, int]:
-    """(nodes, devices of each), eight a node."""
-    return -(-devices // 8), min(devices, 8)
+    """(nodes, devices of each), which are alike and have at most eight."""
+    each = max(count for count in range(1, 9) if devices % count == 0)
+    return devices // each, each
 
 
 def wildcard(names: Sequence[str]) -> str | None:

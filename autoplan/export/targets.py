@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autoplan.errors import UsageError
-from autoplan.export import accelerate, deepspeed, huggingface, lightning, megatron, torchtitan
+from autoplan.export import accelerate, deepspeed, huggingface, lightning, megatron, megatron_bridge, torchtitan
 from autoplan.export.exported import Exported, Exporter
 from autoplan.plan import Plan
 
@@ -11,6 +11,7 @@ TARGETS: dict[str, Exporter] = {
     "torchtitan": torchtitan.registry,
     "torchtitan-toml": torchtitan.toml,
     "megatron": megatron.arguments,
+    "megatron-bridge": megatron_bridge.overrides,
     "deepspeed": deepspeed.config,
     "accelerate": accelerate.config,
     "transformers": huggingface.snippet,
