@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 
 from autoplan.plan import Baseline
@@ -51,38 +52,10 @@ def baselines(tables: Tables, gpus: int, limit: Bytes) -> list[Baseline]:
 
 
 def _price(tables: Tables, recipe: Recipe, limit: Bytes) -> Baseline:
-    least: Bytes | None = None
-    best: tuple[Solution, Mesh, int, Recompute] | None = None
-    for mesh in recipe.meshes:
-        if unstageable(mesh, tables.graph, tables.costs.outer.order) or tables.least_states(mesh) > limit:
-            continue
-        for micro_batch in micro_batches(mesh, tables.costs.workload):
-            fits, needed = False, tables.least_moment(mesh.within, micro_batch)
-            if needed > limit:
-                least = needed if least is None else min(least, needed)
-                break
-            for recompute, staging in _stagings(tables, mesh, micro_batch, recipe.zero, limit):
-                found = staging.solve(1e-4, best[0].seconds if best else inf)
-                if found is None:
-                    least = staging.least_memory if least is None else min(least, staging.least_memory)
-                    continue
-                fits = True
-                if isinstance(found, Solution) and (best is None or found.seconds < best[0].seconds):
-                    best = found, mesh, micro_batch, recompute
-            if not fits:
-                break  # a larger micro-batch needs more
+    best, needs = _best(tables, recipe, limit)
     if best is not None:
-        solution, mesh, micro_batch, recompute = best
-        return Baseline(
-            name=recipe.name,
-            mesh=mesh,
-            micro_batch=micro_batch,
-            recompute=recompute,
-            step_time=solution.seconds,
-            memory=solution.memory,
-            note="",
-        )
-    least = least or min((needed for mesh in recipe.meshes if (needed := tables.least_states(mesh)) > limit), default=None)
+        return best
+    least = min((need() for need in needs), default=None)
     if least is None:
         note = "illegal: the batch or the layers do not divide"
     else:
@@ -90,6 +63,42 @@ def _price(tables: Tables, recipe: Recipe, limit: Bytes) -> Baseline:
     return Baseline(
         name=recipe.name, mesh=recipe.meshes[-1], micro_batch=1, recompute="full", step_time=None, memory=least, note=note
     )
+
+
+def _best(tables: Tables, recipe: Recipe, limit: Bytes) -> tuple[Baseline | None, list[Callable[[], Bytes]]]:
+    """The fastest way that fits, and what those need that do not; to be asked when none does."""
+    best: Baseline | None = None
+    needs: list[Callable[[], Bytes]] = []
+    for mesh in recipe.meshes:
+        if unstageable(mesh, tables.graph, tables.costs.outer.order):
+            continue
+        if tables.least_states(mesh) > limit:
+            needs.append(partial(tables.least_states, mesh))
+            continue
+        for micro_batch in micro_batches(mesh, tables.costs.workload):
+            if tables.least_moment(mesh.within, micro_batch) > limit:
+                needs.append(partial(tables.least_moment, mesh.within, micro_batch))
+                break
+            fits = False
+            for recompute, staging in _stagings(tables, mesh, micro_batch, recipe.zero, limit):
+                known = inf if best is None or best.step_time is None else best.step_time
+                found = staging.solve(1e-4, known) if best is None or staging.can_beat(known) else None
+                fits = fits or found is not None or (best is not None and staging.fits)
+                if isinstance(found, Solution) and found.seconds < known:
+                    best = Baseline(
+                        name=recipe.name,
+                        mesh=mesh,
+                        micro_batch=micro_batch,
+                        recompute=recompute,
+                        step_time=found.seconds,
+                        memory=found.memory,
+                        note="",
+                    )
+                elif found is None:
+                    needs.append(partial(getattr, staging, "least_memory"))
+            if not fits:
+                break  # a larger micro-batch needs more
+    return best, needs
 
 
 def _stagings(tables: Tables, mesh: Mesh, micro_batch: int, zero: Zero, limit: Bytes) -> Iterator[tuple[Recompute, Staging]]:

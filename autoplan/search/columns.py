@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from autoplan.workload import OPTIMIZER_STATES
 T = TypeVar("T")
 Make = Callable[[int, Mesh, int, Layout], T]
 """Something of a class of layers, on a mesh, for a micro-batch and a stream layout."""
-ALL_RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
+ALL_RECOMPUTES: tuple[Recompute, ...] = ("none", "full")
 
 
 class Outer(NamedTuple):
@@ -52,6 +52,14 @@ class Priced:
     """By body; without a pipeline OUTER is one of them."""
     outers: tuple[Outer, ...] = ()
     """With a pipeline: the outer strategies, of which all stages take the same."""
+
+    @cached_property
+    def best_outer(self) -> Outer | None:
+        """The outer strategy, if there are several the best of all in every part, of which only bounds come."""
+        if len(self.outers) < 2:
+            return next(iter(self.outers), None)
+        regions = self.outers[0].parts
+        return Outer(self.outers[0].strategy, {part: best_of([outer.parts[part] for outer in self.outers]) for part in regions})
 
 
 class Tables:
@@ -227,7 +235,7 @@ class Tables:
         dp = ideal_data_parallel(corner, mesh, outer=outer)
         price = partial(layer_step, micro_batches=1, hardware=self.costs.hardware, load=load, outer=outer, pipelined=False)
         return Columns(
-            Column.of(Strategy(Sharding(stream=stream), again, zero), price(corner.cost, dp, zero, again == "full"))
+            Column.of(Strategy(Sharding(stream=stream), again, zero), price(corner.cost, dp, zero, again))
             for again, zero in self._ways_to_run(g, (3,))
         )
 
@@ -272,9 +280,7 @@ class Tables:
         blocks = []
         for again, zero in ways:
             # with a pipeline OUTER is none of these classes
-            step = layer_step(
-                found.cost, dp, zero, again == "full", micro_batches, hardware, load, outer=g == OUTER, pipelined=False
-            )
+            step = layer_step(found.cost, dp, zero, again, micro_batches, hardware, load, outer=g == OUTER, pipelined=False)
             costs = (step.slot_seconds, step.once_seconds, step.state_bytes, step.kept, step.peak, step.ending)
             blocks.append(np.stack([np.broadcast_to(cost, found.number) for cost in costs]))
         every = np.concatenate(blocks, axis=1)

@@ -13,7 +13,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf
+from itertools import pairwise
+from math import floor, inf
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -22,6 +23,9 @@ from autoplan.cost.step import LayerStep
 from autoplan.search.dominance import Bools, Floats, unbeaten
 from autoplan.strategy import Recompute, Sharding, Strategy, Zero
 from autoplan.units import Bytes, Seconds
+
+_ANY = 2**31
+"""Layers that cost nothing: as many as anyone wants."""
 
 
 class Costs(NamedTuple):
@@ -165,6 +169,28 @@ class Options(Sequence[Option]):
         peaks, sizes = self.stairs
         return any(max(at, peak) + number * size <= limit for at, size in zip(peaks, sizes, strict=True))
 
+    def most(self, limit: Bytes, peak: Bytes, seconds: Seconds) -> int:
+        """How many layers fit at most, and are within some seconds as well in the fastest mix that fits: those numbers for which
+        `fit(number, limit, peak)` and `number at((limit - max(peak, self.peak)) / number) <= seconds`."""
+        room = limit - max(peak, self.peak)
+        peaks, sizes = self.stairs
+        bounds = [max((limit - max(at, peak)) / size if size else inf for at, size in zip(peaks, sizes, strict=True))]
+        if self.left:
+            bounds.append((limit - self.ending) / self.left)
+        elif self.ending > limit:
+            return 0
+        bounds += [(seconds - slope * room) / level for slope, level in self._edges if level > 0]
+        found = min(bounds)
+        return floor(found * (1 + 1e-12) + 1e-9) if found < inf else _ANY
+
+    @cached_property
+    def _edges(self) -> list[tuple[float, Seconds]]:
+        """Of n layers in `room` bytes the fastest mix takes the most of  level n + slope room  over these."""
+        hull = self.hull
+        slopes = [(b.seconds - a.seconds) / (b.bytes - a.bytes) for a, b in pairwise(hull)]
+        edges = [(slope, a.seconds - slope * a.bytes) for slope, a in zip(slopes, hull, strict=False)]
+        return [*edges, (0.0, hull[-1].seconds)]
+
     def at(self, size: Bytes) -> Seconds:
         """Seconds of the fastest mix that takes `size` bytes a layer; infinite when none does."""
         hull = self.hull
@@ -252,7 +278,7 @@ def relaxed_seconds(groups: Sequence[Group], limit: Bytes) -> Seconds:
     edges = [
         ((b.seconds - a.seconds) / (b.bytes - a.bytes), group.number * (b.bytes - a.bytes))
         for group in groups
-        for a, b in zip(group.options.hull, group.options.hull[1:], strict=False)
+        for a, b in pairwise(group.options.hull)
     ]
     for slope, size in sorted(edges):
         taken = min(size, spare)

@@ -54,7 +54,7 @@ class Staging:
     ) -> None:
         self.tables, self.priced, self.outer, self.schedule, self.chunks = tables, priced, outer, schedule, chunks
         costs, mesh = tables.costs, priced.mesh
-        self.ranks = mesh.pp
+        self.limit, self.ranks = limit, mesh.pp
         self.micro_batches = costs.micro_batches(mesh, priced.micro_batch)
         self.slots = slots(self.micro_batches, mesh.pp, chunks)
         self.many, self.few = self.micro_batches - 1 / chunks, 1 / chunks
@@ -70,6 +70,14 @@ class Staging:
         self._relaxed: dict[Hashable, Seconds] = {}
         self._outer_stages: dict[int, tuple[Seconds, Bytes, Bytes]] = {}
         self._exact: dict[Hashable, Choice | None] = {}
+
+    @cached_property
+    def settled(self) -> list[Staging]:
+        """One of every outer strategy where it is `Priced.best_outer`."""
+        priced = self.priced
+        if len(priced.outers) < 2 or self.outer in priced.outers:
+            return [self]
+        return [Staging(self.tables, priced, outer, self.schedule, self.chunks, self.limit) for outer in priced.outers]
 
     @cached_property
     def _alike(self) -> bool:
@@ -189,9 +197,44 @@ class Staging:
         if room < 0:
             return False
         slowest = room / self.many if self.many else inf
-        if self._alike and farthest(self.ranks, self.layers, self._quick, slowest, self.least) < self.layers:
+        if not self._alike:
+            return farthest(self.ranks, self.layers, self.relaxed, slowest, self.least) >= self.layers
+        if not self._reaches(lambda s: self._quickly(s, slowest)):
             return False
-        return farthest(self.ranks, self.layers, self.relaxed, slowest, self.least) >= self.layers
+        return self.chunks == 1 or self._reaches(lambda s: self._most(s, slowest))
+
+    def _reaches(self, most: Callable[[int], int]) -> bool:
+        """Whether the ranks have room for all layers, when each has at most `most` and all are alike.
+
+        Between the first and the last, of an earlier one more is in flight and passes, so that `most` never falls from one to the
+        next.
+        """
+        ends = [most(s) for s in {0, self.ranks - 1}]
+        left, number = self.layers - sum(ends), self.ranks - 2
+        if number < 1 or min(ends) < self.least:
+            return left <= 0 and min(ends) >= self.least
+        low, high = most(1), most(number)
+        if low < self.least or high * number < left:
+            return False
+        return low * number >= left or _sum(most, 1, number) >= left
+
+    def _quickly(self, s: int, slowest: Seconds) -> int:
+        """How many layers at most stage `s` can have, no slower than that by `_quick`."""
+        (g,) = self.tables.counts
+        beside, size, peak = self._outer_at(s)
+        return self._layer_options(g, min(self.flight(s))).most(self.limits[s] - size, peak, slowest - beside)
+
+    def _most(self, s: int, slowest: Seconds) -> int:
+        """... by `relaxed`."""
+        low, high = 0, min(self._quickly(s, slowest), self.layers)
+        middle = high  # which mostly holds
+        while low < high:
+            if self.relaxed(s, 0, middle) <= slowest:
+                low = middle
+            else:
+                high = middle - 1
+            middle = (low + high + 1) // 2
+        return low
 
     def _quick(self, s: int, i: int, j: int) -> Seconds:
         """A bound on a run that is cheap: all layers as if they were in the chunk with the fewest micro-batches in flight."""
@@ -294,3 +337,11 @@ def chunk_sizes(layers: int, chunks: int) -> list[int]:
 def edges_of(cut: Cut, layers: int) -> list[tuple[int, int]]:
     """(first, last + 1) of every virtual stage's layers."""
     return list(pairwise((0, *cut.starts, layers)))
+
+
+def _sum(number: Callable[[int], int], first: int, last: int) -> int:
+    """number(first) + ... + number(last) of a number that never falls, asked where it differs alone."""
+    if number(first) == number(last):
+        return number(first) * (last - first + 1)
+    middle = (first + last) // 2
+    return _sum(number, first, middle) + _sum(number, middle + 1, last)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from autoplan.plan import Candidate
 from autoplan.search.candidates import best_of_each, out_of_memory, rank, slower, told, too_big
 from autoplan.search.stages import Staging
-from autoplan.search.tree import Bounded, Family, Shape, Tree
+from autoplan.search.tree import Bounded, Family, Shape, Tree, Unsettled
 from autoplan.strategy import Mesh, Within
 from autoplan.units import Bytes, Seconds
 
@@ -44,7 +44,7 @@ def candidates(tree: Tree) -> tuple[list[Candidate], int]:
 
 def misses(tree: Tree) -> list[Staging]:
     """When nothing fits: what came near, or at least the mesh with the smallest states."""
-    missed = tree.stagings or tree.dropped
+    missed = [each for staging in tree.stagings for each in staging.settled] or tree.dropped
     if missed or not tree.crowded:
         return missed
     nearest: dict[Within, tuple[Mesh, int]] = {}
@@ -77,7 +77,7 @@ def _verdict(tree: Tree, staging: Staging, best: Seconds) -> Candidate:
 
 def _unopened(tree: Tree) -> Iterator[Candidate]:
     for bound, _, node in tree.open:
-        staging = node.staging if isinstance(node, Bounded) else node
+        staging = node.staging if isinstance(node, Bounded | Unsettled) else node
         if isinstance(staging, Staging):
             yield slower(staging, bound, bound=True)
             continue

@@ -2,7 +2,7 @@
 
 A *family* is a size of tp, of cp and of ep with a layout in which activations pass between layers; it splits into *groups*, one a
 micro-batch, a group into *shapes*, one a number of stages and a schedule, and a shape into *stagings*, one a mesh and outer
-strategy. Each has a lower bound on the step that is valid for everything in it:
+strategy, of which the outer strategy is settled last. Each has a lower bound on the step that is valid for everything in it:
 
     family, group   (m / pp) sum_g N_g least_seconds(g)            forward and backward of every operation at its cheapest;
                                                                    memory, bubble and the data-parallel axes ignored. m / pp is
@@ -94,6 +94,13 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Unsettled:
+    """A staging with the best of all outer strategies in every part: none with one of them is better."""
+
+    staging: Staging
+
+
+@dataclass(frozen=True)
 class Bounded:
     """A staging whose bound has memory in it."""
 
@@ -101,7 +108,7 @@ class Bounded:
 
 
 Found = tuple[Staging, Solution]
-Node = Family | Group | Shape | Staging | Bounded
+Node = Family | Group | Shape | Unsettled | Staging | Bounded
 
 
 class Tree:
@@ -185,14 +192,15 @@ class Tree:
 
     def _runners_up(self) -> None:
         """Tell the most promising other meshes by their price, not by a bound: nothing faster is left."""
-        nodes = [node.staging if isinstance(node, Bounded) else node for _, _, node in self.open]
+        nodes = [node.staging if isinstance(node, Bounded | Unsettled) else node for _, _, node in self.open]
         stagings = [node for node in nodes if isinstance(node, Staging)] + self.pruned
         by_mesh: dict[Mesh, Staging] = {}
         for staging in sorted(stagings, key=lambda each: each.quick_bound):
             if not staging.hopeless:
                 by_mesh.setdefault(staging.priced.mesh, staging)
         solved = 0
-        for staging in list(by_mesh.values())[:ATTEMPTS]:
+        for open_ in list(by_mesh.values())[:ATTEMPTS]:
+            staging = min(open_.settled, key=lambda each: each.quick_bound)
             if solved == RUNNERS_UP or monotonic() > self.deadline:
                 return
             if staging.fits and staging.priced.mesh not in self.solutions:
@@ -230,6 +238,8 @@ class Tree:
             self._shapes(node, bound)
         elif isinstance(node, Shape):
             self._split(node, bound)
+        elif isinstance(node, Unsettled):
+            self._settle(node.staging, bound)
         elif isinstance(node, Staging):
             self._bound(node, bound)
         else:
@@ -291,10 +301,17 @@ class Tree:
             if priced is None:
                 self.refused.append(unplaceable(mesh, shape.micro_batch))
                 continue
-            for outer in priced.outers or (None,):
-                staging = Staging(self.tables, priced, outer, shape.schedule, shape.chunks, self.limit)
-                self.stagings.append(staging)
-                self._push(max(bound, staging.quick_bound), staging)
+            staging = Staging(self.tables, priced, priced.best_outer, shape.schedule, shape.chunks, self.limit)
+            self.stagings.append(staging)
+            several = len(priced.outers) > 1
+            self._push(max(bound, staging.quick_bound), Unsettled(staging) if several else staging)
+
+    def _settle(self, staging: Staging, bound: Seconds) -> None:
+        if staging.hopeless or not staging.can_beat(self.known):
+            self.pruned.append(staging)
+            return
+        for each in staging.settled:
+            self._push(max(bound, each.quick_bound), each)
 
     def _ideals(self, shape: Shape, mesh: Mesh) -> Iterator[Priced | None]:
         """What no mesh of a shape beats: where there is something to beat, first what tells it at little cost."""
@@ -366,7 +383,7 @@ class Tree:
 
     def _report(self, bound: Seconds, node: Node) -> None:
         if self.tell is not None:
-            staging = node.staging if isinstance(node, Bounded) else node
+            staging = node.staging if isinstance(node, Bounded | Unsettled) else node
             what = str(staging.priced.mesh) if isinstance(staging, Staging) else str(staging.within)
             best = self.best[1].seconds if self.best else None
             self.tell(Progress(self.pushed - len(self.open) - 1, self.pushed, best, bound, what))
