@@ -5,7 +5,7 @@ python -m benchmarks.zoo [NAME ...]     (no name: all of them, and the file is w
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 import warnings
 from pathlib import Path
@@ -80,7 +80,10 @@ def checks(family: Family) -> str:
     return f"| {' | '.join(words)} |"
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="families; the page is written when none is named")
+    names = parser.parse_args().names
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     head = HEAD.format(torch=torch.__version__, transformers=transformers.__version__)
@@ -102,4 +105,4 @@ def short(warning: str) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

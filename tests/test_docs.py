@@ -2,37 +2,30 @@
 
 Of every document the fenced blocks are taken in order, in a folder of its own beside the examples, as a reader would:
 ```python whose first line is `# name.py` is saved as that file; any other is run at the end; ```yaml likewise is saved or loaded;
-```bash is run, `autoplan` in this process, the script of `torchrun` in up to two processes. What needs more GPUs, or measures, is
-checked: the script and its flags exist, the command line is one. ```text is what is printed: no command hides in it.
+```bash is run, smaller where it needs more: see tests/followed.py. ```text is what is printed: no command hides in it.
 """
 
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
-import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from torch.distributed.run import get_args_parser
 from typer.core import TyperGroup
 
 from autoplan import api, cli
 from autoplan.files.hardware import load_hardware
 from autoplan.files.plan import load_plan
-from tests.apply.ranks import run
+from tests.followed import ROOT, follow, helps
 
-ROOT = Path(__file__).parent.parent
 GENERATED = ("zoo.md", "accuracy.md", "planning-speed.md")
 DOCUMENTS = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in GENERATED)]
 ALL = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
-
-MEASURING = ("profile", "tune", "calibrate")
-"""Commands that run for minutes, on GPUs, or read what a run has left."""
 
 Block = tuple[str, str]
 """(language, text)"""
@@ -72,7 +65,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: dict[Any, An
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_a_document_can_be_followed(document: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_document_can_be_followed(document: Path, folder: Path) -> None:
     programs = []
     for language, text in blocks(document):
         name = re.match(r"# (\S+\.(py|yaml))\n", text)
@@ -85,37 +78,12 @@ def test_a_document_can_be_followed(document: Path, folder: Path, capsys: pytest
             assert load_plan(folder / "shown.yaml").runs
         elif language == "bash":
             for command in commands(text):
-                follow(command, folder, capsys)
+                follow(command)
         else:
             assert language == "text", f"what is a block of '{language}'?"
-    for profile in folder.glob("my-*.yaml"):
+    for profile in folder.glob("my*.yaml"):
         assert load_hardware(profile).links
     exec("\n".join(programs), {})
-
-
-def follow(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    program, *arguments = shlex.split(command)
-    if program == "autoplan" and arguments[0] in MEASURING:
-        parse(arguments)
-    elif program == "autoplan":
-        code = cli.main(arguments)
-        assert code == 0, f"{command}\n{capsys.readouterr().err}"
-    elif program == "torchrun":
-        options = get_args_parser().parse_args(arguments)
-        if options.module:
-            assert options.training_script == "autoplan"
-            parse(options.training_script_args)
-            return
-        script = folder / options.training_script
-        assert script.is_file(), command
-        check_flags(script, options.training_script_args)
-        if int(options.nproc_per_node) <= 2 and options.nnodes == "1:1":
-            run(int(options.nproc_per_node), script_on_a_rank, script, options.training_script_args)
-    elif program == "make":
-        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments), command
-    else:
-        assert command in ("cd autoplan", "source .venv/bin/activate"), f"nobody checks '{command}'"
 
 
 def parse(arguments: list[str]) -> None:
@@ -136,19 +104,21 @@ def test_commands_in_the_text_are_command_lines(document: Path) -> None:
             parse(shlex.split(command))
 
 
-def check_flags(script: Path, arguments: list[str]) -> None:
-    source = script.read_text(encoding="utf-8")
-    for argument in arguments:
-        if argument.startswith("--"):
-            assert f'add_argument("{argument}"' in source, f"{script.name} has no {argument}"
-        elif argument.endswith(".py"):
-            assert Path(argument).is_file(), argument
+def test_programs_that_the_text_names_have_these_flags() -> None:
+    """In pages that a program wrote, too."""
+    texts = [path.read_text(encoding="utf-8") for path in (*ALL, *(ROOT / "docs").glob("*.md"), ROOT / "Makefile")]
+    found = {command for text in texts for command in re.findall(r"`python -m (benchmarks\.[^`]+)`", text)}
+    assert found
+    for command in found:
+        module, *arguments = shlex.split(command.partition(" >")[0])
+        helps(module, arguments)
 
 
-def script_on_a_rank(script: Path, arguments: list[str]) -> None:
-    sys.path.insert(0, str(script.parent))
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
+def test_what_is_installed_by_name_is_there() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {name for path in ALL for name in re.findall(r"`pip install -e '\.\[(\w+)\]'`", path.read_text(encoding="utf-8"))}
+    assert named
+    assert named <= set(extras)
 
 
 @pytest.mark.parametrize("document", ALL, ids=lambda path: path.name)
