@@ -11,7 +11,7 @@ torch and the solver are imported where they are used, so that `import autoplan`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from math import inf
 from pathlib import Path
@@ -21,12 +21,13 @@ from autoplan.constraints import Constraints
 from autoplan.errors import NothingFits, UsageError
 from autoplan.files.constraints import load_constraints
 from autoplan.files.plan import load_plan, plan_json, save_plan
+from autoplan.files.workload import workload
 from autoplan.graph import Graph
 from autoplan.hardware import HardwareProfile
 from autoplan.measurement import MeasuredSteps
 from autoplan.plan import Plan, Prediction
 from autoplan.profile.catalog import DEFAULT_HARDWARE, find_hardware, hardware_names
-from autoplan.workload import DType, OptimizerName, Workload
+from autoplan.workload import DType, OptimizerName
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,9 +78,6 @@ class Answer:
 Objective = Literal["fewest", "speed", "cost"]
 """Of several numbers of GPUs: the fewest, the most tokens a second, the fewest GPU-hours a token."""
 
-SAMPLES_PER_GPU = 4
-"""The global batch, in samples a GPU, when neither the user nor the model's file says one."""
-
 load_hardware = find_hardware
 
 
@@ -119,6 +117,7 @@ def plan(
     gap: float = 1e-4,
     time_limit: float | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    beside: Sequence[str | Path] = (),
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Plan:
     """The fastest plan for `gpus` devices, proven within a relative `gap` for the cost model.
@@ -129,7 +128,8 @@ def plan(
     What is not given here is taken from the file's `workload`, else from `Workload`'s defaults. `fixed` holds axes of the
     mesh that the user has decided, {"tp": 8}; `constraints`, or a file of them, say more: see `autoplan.constraints`;
     `headroom` is a fraction of each device's memory to keep free. A search that `time_limit` seconds or Ctrl-C ends gives the
-    best plan so far, see `Solve.stopped`.
+    best plan so far, see `Solve.stopped`. `beside` are configurations of other trainers (see `imported`) for as many GPUs, that
+    become baselines of the plan.
     Raises `NothingFits` when no plan fits into memory and `UsageError` for a wish or a model that cannot be met.
     """
     asked = dict(locals())
@@ -155,12 +155,14 @@ def plans(
     gap: float = 1e-4,
     time_limit: float | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    beside: Sequence[str | Path] = (),
     on_progress: Callable[[Progress], None] | None = None,
 ) -> list[Plan]:
     """The `top` best plans, each on another mesh, the best first: no other mesh has a faster one than the last of them.
 
     The rest as in `plan`; of a range of `gpus` they are for the number that `plan` would choose.
     """
+    from autoplan.importing.beside import baselines
     from autoplan.search import numbers, planner
 
     if top < 1:
@@ -174,7 +176,7 @@ def plans(
         raise UsageError(f"a memory head-room of {headroom} is no fraction.", "Give a number from 0 to below 1.")
     if not 0 < gap < 1:
         raise UsageError(f"a gap of {gap} is no fraction.", "Give a number between 0 and 1, such as 1e-4.")
-    profile = find_hardware(hardware) if isinstance(hardware, str) else hardware
+    profile = _profile(hardware)
     loaded = load_model(model, **(model_kwargs or {})) if isinstance(model, str) else model
     wishes = {
         "global_batch": global_batch,
@@ -186,8 +188,10 @@ def plans(
     load = workload({} if isinstance(loaded, Graph) else loaded.workload, wishes, last)
     graph = loaded if isinstance(loaded, Graph) else inspect(loaded, compute_dtype=load.compute_dtype)
 
+    today = baselines(beside, graph, profile, load, (first, last), headroom)
+
     def plans_for(number: int, top: int = 1) -> list[Plan]:
-        return planner.plans(
+        found = planner.plans(
             graph,
             profile,
             load,
@@ -200,6 +204,7 @@ def plans(
             time_limit=inf if time_limit is None else time_limit,
             tell=on_progress,
         )
+        return [replace(plan, baselines=(*today, *plan.baselines)) for plan in found]
 
     if first == last and step_time is None:
         return plans_for(first, top)
@@ -210,15 +215,6 @@ def plans(
         cost = numbers.device_seconds if objective == "cost" else numbers.step_seconds
         best = numbers.least(range_of, one, cost, step_time)
     return [best] if top == 1 else plans_for(best.mesh.size, top)
-
-
-def workload(from_file: Mapping[str, Any], wishes: Mapping[str, Any], gpus: int) -> Workload:
-    """The workload: wishes over the model file's own over the defaults. Raises `UsageError` on what makes no sense."""
-    from autoplan.files.workload import read_workload
-
-    said = {**from_file, **{name: value for name, value in wishes.items() if value is not None}}
-    said.setdefault("global_batch", SAMPLES_PER_GPU * gpus)
-    return read_workload(said)
 
 
 def estimate(
@@ -261,7 +257,7 @@ def imported(
     wishes = {**told.workload, "global_batch": global_batch or told.batch(mesh)}
     load = workload(loaded.workload, wishes, mesh.size)
     graph = inspect(loaded, compute_dtype=load.compute_dtype)
-    return planned(told, graph, find_hardware(hardware) if isinstance(hardware, str) else hardware, load, mesh, micro_batch)
+    return planned(told, graph, _profile(hardware), load, mesh, micro_batch)
 
 
 def explain(plan: Plan, fixed: Mapping[str, int], *, model: str | LoadedModel | Graph | None = None, gap: float = 1e-4) -> Answer:
@@ -317,7 +313,7 @@ def calibrate(
                 f"the steps were measured on {measured.ranks} ranks, the plan is for {plan.mesh.size}.", "Give the plan that ran."
             )
     given = hardware if hardware is not None else _hardware_of(plans[0])
-    profile = find_hardware(given) if isinstance(given, str) else given
+    profile = _profile(given)
     graphs: dict[tuple[str, str], Graph] = {}
     for plan in plans:
         key = plan.model, plan.workload.compute_dtype
@@ -326,6 +322,10 @@ def calibrate(
             graphs[key] = source if isinstance(source, Graph) else inspect(source, compute_dtype=plan.workload.compute_dtype)
     runs = [Run(graphs[p.model, p.workload.compute_dtype], p, s) for p, s in zip(plans, steps, strict=True)]
     return calibrated(profile, runs, date.today().isoformat())
+
+
+def _profile(hardware: str | HardwareProfile) -> HardwareProfile:
+    return find_hardware(hardware) if isinstance(hardware, str) else hardware
 
 
 def _hardware_of(plan: Plan) -> str:

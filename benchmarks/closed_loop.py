@@ -29,6 +29,7 @@ from autoplan.calibrate.calibration import Run, calibrated
 from autoplan.cost.model import CostModel
 from autoplan.errors import UsageError
 from autoplan.files.hardware import load_hardware
+from autoplan.files.workload import workload
 from autoplan.graph import Graph
 from autoplan.hardware import HardwareProfile
 from autoplan.measurement import MeasuredSteps
@@ -111,7 +112,7 @@ def profiled(ranks: int, settings: Settings, *, measure: bool) -> HardwareProfil
 def case(name: str, ranks: int, profile: HardwareProfile, settings: Settings, *, run: bool) -> Case:
     """One model on so many ranks: every plan with what was predicted and what was measured."""
     spec = MODELS[name]
-    load = api.workload({}, {"global_batch": BATCH, "compute_dtype": "float32", "param_dtype": "float32"}, ranks)
+    load = workload({}, {"global_batch": BATCH, "compute_dtype": "float32", "param_dtype": "float32"}, ranks)
     graph = api.inspect(api.load_model(str(ROOT / spec)), compute_dtype="float32")
     costs = CostModel(graph, profile, load)
     picked = api.plan(graph, gpus=ranks, hardware=profile, global_batch=BATCH, compute_dtype="float32", param_dtype="float32")

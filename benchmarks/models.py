@@ -1,7 +1,7 @@
 """The graph of a published run's model: the two examples, a GPT with the attention of 2021 (scores in memory), and for mixtures
 of experts those of transformers, with the sizes that a row tells.
 
-Only two layers are captured: equal layers have one body, and a run's own number of layers is counted when it is priced.
+Two layers are enough where a run's own number of layers is counted when it is priced: equal layers have one body.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class ScoresInMemory(nn.Module):
 
 
 @lru_cache(maxsize=256)
-def graph_of(shape: Shape) -> Graph:
+def graph_of(shape: Shape, layers: int = 2) -> Graph:
     if shape.experts is not None:
-        return _mixture(shape, shape.experts)
+        return _mixture(shape, shape.experts, layers)
     sizes: dict[str, float] = {
-        "layers": 2,
+        "layers": layers,
         "hidden": shape.hidden,
         "heads": shape.heads,
         "ffn": shape.ffn,
@@ -101,11 +101,11 @@ def graph_of(shape: Shape) -> Graph:
         return capture_module(module, loaded.example_inputs, loaded.loss_fn, name=f"{shape.hidden}x{shape.seq_len}")
 
 
-def _mixture(shape: Shape, experts: Experts) -> Graph:
+def _mixture(shape: Shape, experts: Experts, layers: int) -> Graph:
     from transformers import AutoConfig
 
     sizes: dict[str, Any] = {
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "hidden_size": shape.hidden,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,

@@ -19,6 +19,7 @@ from autoplan import api
 from autoplan.cost.model import CostModel
 from autoplan.errors import UsageError
 from autoplan.files.hardware import load_hardware
+from autoplan.files.workload import workload
 from autoplan.hardware import HardwareProfile
 from autoplan.measurement import MeasuredSteps
 from autoplan.plan import Plan
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(1)  # as profiled
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     loaded = api.load_model(asked.model)
-    load = api.workload({}, {"global_batch": asked.batch, "compute_dtype": dtype}, 1)
+    load = workload({}, {"global_batch": asked.batch, "compute_dtype": dtype}, 1)
     costs = CostModel(api.inspect(loaded, compute_dtype=dtype), profile, load)
     print(f"\n{asked.model} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, {asked.batch} samples a step")
     for plan in uniform_plans(costs, 1):

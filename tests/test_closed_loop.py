@@ -8,6 +8,7 @@ import pytest
 
 from autoplan import api
 from autoplan.cost.model import CostModel
+from autoplan.files.workload import workload
 from benchmarks.closed_loop import key
 from benchmarks.closed_loop_page import Case, Row, mape, page, picture, spearman
 from benchmarks.uniform_plans import uniform_plans
@@ -16,7 +17,7 @@ from tests.hardware import machine
 
 
 def test_the_uniform_space_is_whole_and_none_of_it_beats_the_plan() -> None:
-    graph, load = model(layers=4, hidden=256, ffn=512, seq=64), api.workload({}, {"global_batch": 8}, 4)
+    graph, load = model(layers=4, hidden=256, ffn=512, seq=64), workload({}, {"global_batch": 8}, 4)
     plans = uniform_plans(CostModel(graph, machine(), load), 4)
     assert len({key(plan) for plan in plans}) == len(plans)
     axes = {(p.mesh.pp, p.mesh.dp_replicate, p.mesh.dp_shard, p.mesh.tp) for p in plans if p.mesh.cp == 1}

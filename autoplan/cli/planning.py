@@ -22,7 +22,8 @@ from autoplan.units import SECOND, parse, show
     "autoplan plan model.py --set size=70B --gpus 256 --tp 8 -o plan-70b.yaml --report plan-70b.html\n\n"
     "autoplan plan model.py --gpus 8..64 --global-batch 256 --step-time '2.5 s'\n\n"
     "autoplan plan model.py --gpus 8..64 --global-batch 256 --objective cost=2.50\n\n"
-    "autoplan plan model.py --gpus 8 --constraints wishes.yaml --top 3"
+    "autoplan plan model.py --gpus 8 --constraints wishes.yaml --top 3\n\n"
+    "autoplan plan model.py --gpus 64 --global-batch 512 --beside torchtitan.toml"
 )
 def plan(
     model: Model,
@@ -58,6 +59,10 @@ def plan(
     ] = None,
     constraints: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML: choices for axes, and what layers and parameters must do.")
+    ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="What you run today, priced beside the plan: as in `autoplan estimate --from`."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, metavar="N", help="Also write the best plans on N - 1 other meshes.")] = 1,
     memory_headroom: Annotated[
@@ -97,6 +102,7 @@ def plan(
             gap=gap,
             model_kwargs=model_kwargs,
             time_limit=time_limit,
+            beside=beside or (),
             on_progress=on_progress,
             **wishes,
         )

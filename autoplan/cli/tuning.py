@@ -66,6 +66,7 @@ def _tune(wanted: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from autoplan import api
+    from autoplan.files.workload import workload
     from autoplan.profile.ranks import joined, this_device
     from autoplan.tune.tuner import as_dicts, candidates
     from autoplan.tune.tuner import tune as run
@@ -78,7 +79,7 @@ def _tune(wanted: dict[str, Any]) -> None:
             raise UsageError("one process alone has nothing to tune.", "Start it with torchrun, or give --ranks 2.")
         plans = []
         if _first():
-            load = api.workload(loaded.workload, {"global_batch": wanted["global_batch"]}, dist.get_world_size())
+            load = workload(loaded.workload, {"global_batch": wanted["global_batch"]}, dist.get_world_size())
             profile = api.load_hardware(arguments.hardware_here(wanted["hardware"]) or "auto")
             graph = api.inspect(loaded, compute_dtype=load.compute_dtype)
             plans = list(candidates(graph, profile, load, dist.get_world_size(), wanted["top"]))

@@ -13,6 +13,16 @@ from autoplan.workload import Workload
 
 _ADAPTER = TypeAdapter(Workload)
 
+SAMPLES_PER_GPU = 4
+"""The global batch, in samples a GPU, when neither the user nor the model's file says one."""
+
+
+def workload(from_file: Mapping[str, Any], wishes: Mapping[str, Any], gpus: int) -> Workload:
+    """The workload: wishes over the model file's own over the defaults. Raises `UsageError` on what makes no sense."""
+    said = {**from_file, **{name: value for name, value in wishes.items() if value is not None}}
+    said.setdefault("global_batch", SAMPLES_PER_GPU * gpus)
+    return read_workload(said)
+
 
 def read_workload(data: Mapping[str, Any]) -> Workload:
     """Raises `UsageError`, naming the key, when something is unknown or makes no sense."""

@@ -194,3 +194,28 @@ def test_a_plan_or_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not say which model" in capsys.readouterr().err
     assert cli.main(["estimate", "plan.yaml", "--gpus", "8"]) == 2
     assert "--gpus goes with --from" in capsys.readouterr().err
+
+
+def test_what_runs_today_stands_beside_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same price as `estimate --from` of the file, in the plan and on its page; and no slower plan than that."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "today.args").write_text(
+        "--bf16 --micro-batch-size 2 --tensor-model-parallel-size 2 --recompute-granularity full --global-batch-size 16",
+        encoding="utf-8",
+    )
+    asked = ["plan", SMALL, "--gpus", "4", "--global-batch", "16"]
+    assert cli.main([*asked, "--beside", "today.args"]) == 0
+    assert cli.main(["estimate", "--from", "today.args", "--model", SMALL, "--gpus", "4", "-o", "today.yaml"]) == 0
+    made, today = load_plan(tmp_path / "plan.yaml"), load_plan(tmp_path / "today.yaml")
+    beside = made.baselines[0]
+    assert (beside.name, beside.mesh, beside.recompute) == ("Megatron-LM: today.args", today.mesh, "full")
+    assert beside.step_time == pytest.approx(today.prediction.step_time)
+    assert made.prediction.step_time <= today.prediction.step_time
+    assert "Megatron-LM: today.args" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main([*asked, "--force", "--gpus", "4..8", "--beside", "today.args"]) == 2
+    assert "for one number of GPUs" in " ".join(capsys.readouterr().err.split())
+    assert cli.main([*asked, "--force", "--gpus", "3", "--beside", "today.args"]) == 2
+    assert "today.args" in " ".join(capsys.readouterr().err.split())

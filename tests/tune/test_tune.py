@@ -10,6 +10,7 @@ import pytest
 
 from autoplan import api
 from autoplan.cli import main
+from autoplan.files.workload import workload
 from autoplan.tune.tuner import candidates
 from tests.bodies import model
 from tests.hardware import machine
@@ -19,7 +20,7 @@ TINY = f"{EXAMPLES}/gpt.py?layers=2&hidden=32&heads=4&vocab=64&seq_len=16"
 
 
 def test_candidates_are_the_best_of_each_mesh() -> None:
-    graph, load = model(layers=4, hidden=256, ffn=512, seq=64), api.workload({}, {"global_batch": 16}, 4)
+    graph, load = model(layers=4, hidden=256, ffn=512, seq=64), workload({}, {"global_batch": 16}, 4)
     found = list(candidates(graph, machine(), load, 4, 4))
     assert len(found) == 4
     assert len({plan.mesh for plan in found}) == 4
