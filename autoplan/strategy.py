@@ -36,7 +36,7 @@ from typing import Literal, NamedTuple
 
 from autoplan.errors import UsageError
 
-Recompute = Literal["none", "full"]
+Recompute = Literal["none", "selective", "full"]
 Zero = Literal[1, 2, 3]
 Kind = Literal["replicate", "gathered", "partial", "shard"]
 
@@ -232,7 +232,12 @@ UNSHARDED = Sharding()
 class Strategy:
     """One way to place and run one layer.
 
-    `recompute` "full" keeps only the layer's inputs and runs its forward again in the backward pass.
+    `recompute` says what of a layer runs again in the backward pass, so that its results need not be kept:
+
+        none        nothing
+        selective   all but matrix products, attention kernels and collectives, whose results are kept with the layer's inputs
+        full        the whole forward pass; the inputs alone are kept
+
     `zero` says what FSDP keeps whole, and how often it sends; it means nothing when `dp_shard x cp` is 1:
 
         3   parameters are gathered for the forward pass, freed, and gathered again for the backward pass

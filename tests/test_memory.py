@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ PEAKS = (Mesh(dp_shard=8), Mesh(dp_replicate=8), Mesh(dp_shard=4, tp=2), Mesh(tp
 
 
 def changed(plan: Plan, recompute: Recompute) -> Plan:
-    """All layers recomputed or none, the whole share of the batch at once."""
+    """All layers recomputed alike, the whole share of the batch at once."""
     strategies = tuple((n, s if n == plan.outer else replace(s, recompute=recompute)) for n, s in plan.strategies)
     plan = replace(plan, strategies=strategies, micro_batch=plan.workload.global_batch // plan.mesh.dp)
     return replace(plan, prediction=autoplan.estimate(plan))
@@ -92,7 +92,7 @@ def test_the_peak_is_never_optimistic() -> None:
             axes = {axis: getattr(mesh, axis) for axis in ("dp_replicate", "dp_shard", "tp")}
             wishes: dict[str, Any] = {"compute_dtype": dtype, "global_batch": 8 * mesh.dp, "model_kwargs": WIDE}
             plan = autoplan.plan(str(EXAMPLES / "gpt.py"), gpus=8, fixed=axes, **wishes)
-            plans += [changed(plan, "none"), changed(plan, "full")]
+            plans += [changed(plan, recompute) for recompute in get_args(Recompute)]
     for plan in plans:
         _, measured = one_rank(plan, autoplan.load_model(plan.model), rank=0)
         predicted = plan.prediction.memory

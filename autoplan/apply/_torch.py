@@ -8,28 +8,75 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 # Stores: of a process group of one, and of a launch. `torch.distributed` has them, but does not export them to type checkers.
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
 from torch.distributed.device_mesh import DeviceMesh
 
 # The stages and schedules of a pipeline, of which `LeanStage` and `AnyCount` change a little.
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.tensor import DTensor
 
 # The placement of a packed weight (q, k and v in one): every rank holds its share of each part. It has no public name.
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.nn import init
 
+# What sees every operation below autograd; its documentation is public, its module isn't.
+from torch.utils._python_dispatch import TorchDispatchMode
+
 # Tensors in Python containers (arguments, outputs); torch keeps its pytree private although everybody uses it.
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 
 def replace_call(module: nn.Module, call: Callable[..., Any]) -> None:
     """Have `module(...)` call `call`, before any hook: the place that `Module.compile` uses. A class has its `__call__`,
     an object has nothing public."""
     module._compiled_call_impl = call
+
+
+_aten, _sent = torch.ops.aten, torch.ops._c10d_functional
+KEPT = frozenset(
+    found.default
+    for space, names in (
+        (_aten, "mm addmm bmm baddbmm _grouped_mm _scaled_mm _scaled_grouped_mm"),
+        (_aten, "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"),
+        (_aten, "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"),
+        (_aten, "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps"),
+        (_sent, "all_reduce all_gather_into_tensor reduce_scatter_tensor all_to_all_single"),
+    )
+    for name in names.split()
+    if (found := getattr(space, name, None)) is not None
+)
+"""Operations whose results selective recomputation keeps: products of matrices, attention, what is received from others."""
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share memory, as long as one of them lives."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return int(local.untyped_storage()._cdata)
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that an operation writes into."""
+    schema = getattr(func, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        for position, argument in enumerate(schema.arguments):
+            if argument.is_write:
+                given = args[position] if position < len(args) else kwargs.get(argument.name)
+                yield from (leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor))
+
+
+def all_to_all(
+    sent: torch.Tensor, received: list[int] | None, lengths: list[int] | None, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """`dist.all_to_all_single` with a result: rows to every rank, of the given lengths or as many to each. (The one that writes
+    into a tensor leaves nothing that selective recomputation could keep.)"""
+    found: torch.Tensor = all_to_all_single(sent, received, lengths, group)
+    return found.wait() if isinstance(found, AsyncCollectiveTensor) else found
 
 
 def flattened(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
@@ -156,6 +203,7 @@ class Any1F1B(AnyCount, Schedule1F1B):
 
 
 __all__ = [
+    "KEPT",
     "Any1F1B",
     "AnyGPipe",
     "HashStore",
@@ -163,13 +211,18 @@ __all__ = [
     "PrefixStore",
     "StridedShard",
     "TCPStore",
+    "TorchDispatchMode",
+    "all_to_all",
     "beside",
     "call_module",
     "flattened",
+    "memory_of",
     "replace_call",
     "replaced_inits",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
+    "tree_unflatten",
+    "written",
 ]

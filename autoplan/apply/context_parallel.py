@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from autoplan.apply._torch import StridedShard
+from autoplan.apply._torch import StridedShard, all_to_all
 from autoplan.apply.randomness import own_randomness
 from autoplan.errors import UsageError
 from autoplan.strategy import key_copies
@@ -183,8 +183,7 @@ class _AllToAll(torch.autograd.Function):
 
 def _all_to_all(local: torch.Tensor, cut: int, joined: int, mesh: DeviceMesh) -> torch.Tensor:
     sent = local.unflatten(cut, (mesh.size(), -1)).movedim(cut, 0).contiguous()
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=mesh.get_group())
+    received = all_to_all(sent, None, None, mesh.get_group())
     return received.movedim(0, joined).flatten(joined, joined + 1)
 
 

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
+from autoplan.apply import selective
 from autoplan.apply._torch import beside, flattened
 from autoplan.apply.expert_parallel import dealt
 from autoplan.apply.local_ops import local_ops
@@ -25,20 +26,22 @@ from autoplan.workload import Workload
 
 
 def recompute(model: nn.Module, plan: Plan, tp: DeviceMesh | None) -> None:
-    """Let the layers that the plan recomputes keep their inputs alone. The borders' hooks stay outside: they run once."""
+    """Let the layers that the plan recomputes keep their inputs alone, or these and what `selective` says. The borders' hooks
+    stay outside: they run once."""
     for name, strategy in plan.layers():
-        if strategy.recompute == "full":
+        if strategy.recompute != "none":
             module = model.get_submodule(name)
-            module.forward = _checkpointed(module.forward, tp)
+            again = selective.run if strategy.recompute == "selective" else partial(checkpoint, use_reentrant=False)
+            module.forward = _checkpointed(module.forward, tp, again)
 
 
-def _checkpointed(forward: Callable[..., Any], tp: DeviceMesh | None) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], tp: DeviceMesh | None, again: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with local_ops(tp):  # the second run happens in the backward pass, outside the root's forward
             return forward(*args, **kwargs)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(partial(run, **kwargs), *args, use_reentrant=False)
+        return again(partial(run, **kwargs), *args)
 
     return wrapped
 

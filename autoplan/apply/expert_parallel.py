@@ -31,7 +31,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from autoplan.apply._torch import StridedShard
+from autoplan.apply._torch import StridedShard, all_to_all
 from autoplan.apply.local_ops import whole
 from autoplan.plan import Plan
 from autoplan.strategy import Experts
@@ -175,8 +175,7 @@ class Dealt:
     def _way(self, rows: int, counts: torch.Tensor) -> tuple[Way, torch.Tensor]:
         """Where rows go, and how many come from each rank for each of this rank's experts."""
         group, size = self.ep.get_group(), self.ep.size()
-        received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts, group=group)
+        received = all_to_all(counts, None, None, group)
         of_each = received.view(size, self.share)
         if dist.get_backend(group) == "fake":
             sent = _evenly(rows, size)
@@ -252,9 +251,7 @@ class _Send(torch.autograd.Function):
 
 
 def _send(rows: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    found = rows.new_empty((sum(received), *rows.shape[1:]))
-    dist.all_to_all_single(found, rows.contiguous(), received, sent, group=group)
-    return found
+    return all_to_all(rows.contiguous(), received, sent, group)
 
 
 class _Nothing(torch.autograd.Function):

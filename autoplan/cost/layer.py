@@ -17,10 +17,13 @@ from dataclasses import dataclass
 
 from autoplan.cost.compute import MULTIPLIES
 from autoplan.cost.prices import LayerModel, LocalParameter, Sizes, sizes
+from autoplan.cost.selective import Kept, Selection
 from autoplan.cost.walk import Step, call_borders, changes_memory, saved_values, shared_root, stream_layout, walk
 from autoplan.graph import DTYPE_BYTES
 from autoplan.strategy import REPLICATE, Layout, Sharding
 from autoplan.units import Bytes, Seconds
+
+NOTHING = Kept()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class LayerCost:
     """What of `forward` and `backward` are matrix products."""
     attention: tuple[Seconds, Seconds] = (0.0, 0.0)
     """What of `forward` and `backward` are attention kernels."""
+    kept: Kept = NOTHING
+    """Under selective recomputation, besides the inputs."""
 
     def sizes(self, dealt: bool, shards: int) -> Sizes:
         """See `cost.step.HasParameters`."""
@@ -67,6 +72,7 @@ class _Account:
         self.model, self.sharding, self.body = model, sharding, model.body
         self.forward = self.backward = self.tp_forward = self.tp_backward = self.saved = self.temporary = 0.0
         self.products = self.attention = (0.0, 0.0)
+        self.kept, self.selection = NOTHING, Selection(model)
         self.layouts: dict[int, Layout] = {i: stream_layout(self.body.values[i], sharding.stream) for i in self.body.inputs}
         self.root = {i: i for i in self.body.inputs}
         self.counted: set[int] = set()
@@ -94,6 +100,8 @@ class _Account:
         source, target = step.op.inputs[0], step.op.outputs[0]
         before, after = step.outcome.inputs[0], step.outcome.outputs[0]
         self._send(*self.model.border(self.body.values[source], before, after), wanted)
+        if wanted:
+            self.kept = self.kept.plus(self.selection.border(step.index, before, after))
         moved = changes_memory(before, after) or step.index in self.model.doors
         self.root[target] = target if moved else self.root.get(source, source)
         if step.op.kind == "enter" and step.op.module == "" and source in self.body.inputs:
@@ -112,6 +120,7 @@ class _Account:
         elif op.kind in MULTIPLIES:
             self.products = self.products[0] + cost.forward, self.products[1] + cost.backward
         self._send(cost.tp_forward, cost.tp_backward, True)
+        self.kept = self.kept.plus(self.selection.operation(step.index, step.outcome))
         for i, layout in zip(op.inputs, step.outcome.inputs, strict=True):
             name = values[i].parameter
             if name and i not in self.synced:
@@ -142,4 +151,5 @@ class _Account:
             sum(p.numel * DTYPE_BYTES[p.dtype] for p in body.parameters if p.buffer),
             self.products,
             self.attention,
+            self.kept,
         )

@@ -156,7 +156,7 @@ class CostModel:
             cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp, mesh.ep)
         else:
             cost = self._part(regions, strategy.sharding, mesh, micro_batch)
-        dp, again = ideal_data_parallel(cost, mesh, outer=body == OUTER), strategy.recompute == "full"
+        dp, again = ideal_data_parallel(cost, mesh, outer=body == OUTER), strategy.recompute
         return layer_step(cost, dp, 3, again, 1, self.hardware, self.workload, outer=body == OUTER, pipelined=mesh.pp > 1)
 
     def _step(
@@ -166,7 +166,7 @@ class CostModel:
         if of not in self._dp:
             self._dp[of] = data_parallel(cost, mesh, self.hardware, self.workload)
         zero: Zero = strategy.zero if mesh.shards > 1 else 3
-        again = strategy.recompute == "full"
+        again = strategy.recompute
         m = self.micro_batches(mesh, micro_batch)
         dp, pipelined = self._dp[of], mesh.pp > 1
         return layer_step(cost, dp, zero, again, m, self.hardware, self.workload, outer=outer, pipelined=pipelined)

@@ -217,11 +217,11 @@ class LayerModel:
             backward,
             tp_forward + exchanged + gathered[False] + sum(self._sent(*each) for each in dealing.forward),
             exchanged + gathered[True] + sum(self._sent(*each) for each in dealing.backward),
-            op.saved_extra.at(batch) / share * (2 if op.causal else 1) + self._copied(index, outcome),
+            op.saved_extra.at(batch) / share * (2 if op.causal else 1) + self.copied(index, outcome),
             max(self._temporary(op, outcome), dealing.held),
         )
 
-    def _copied(self, index: int, outcome: Outcome) -> Bytes:
+    def copied(self, index: int, outcome: Outcome) -> Bytes:
         """What cp has kept for the backward pass beyond a part of every tensor: copies of inputs, and of heads of keys and values
         where these are fewer than devices."""
         more = sum(part * (copies - 1) for part, copies in self._parts(self.body.ops[index], outcome))
@@ -287,8 +287,11 @@ class LayerModel:
 
     def _gathers(self, index: int, backward: bool) -> Seconds:
         """Seconds of what the operation brings together over cp, forward or backward."""
-        values = (self.body.values[each.value] for each in self.gathered.get(index, ()) if each.backward == backward)
-        return sum(self._over_cp("all_gather", self.whole_bytes(value)) for value in values)
+        return sum(self._over_cp("all_gather", self.whole_bytes(self.body.values[i])) for i in self.gathers(index, backward))
+
+    def gathers(self, index: int, backward: bool) -> Iterator[int]:
+        """The values that are brought together over cp for the operation, or whose gradients are."""
+        return (each.value for each in self.gathered.get(index, ()) if each.backward == backward)
 
     def _temporary(self, op: Op, outcome: Outcome) -> Bytes:
         """What an operation holds in its forward pass; in its backward pass gradients of inputs and outputs meet, and a

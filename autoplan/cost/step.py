@@ -1,7 +1,7 @@
 """What one layer adds to a step: seconds of every micro-batch, seconds once a step, bytes.
 
-For a layer (cost.layer) with forward `F = forward + tp_forward`, recomputed forward `R = F` if the layer is recomputed,
-backward `B = backward + tp_backward + R`, and
+For a layer (cost.layer) with forward `F = forward + tp_forward`, recomputed forward `R = F` if the layer is recomputed in full
+or less if selectively (cost.selective), backward `B = backward + tp_backward + R`, and
 
     g  all_gather of its parameters over dp_shard (and cp), in the compute dtype
     r  reduce_scatter of its gradients over dp_shard, in the reduce dtype
@@ -48,7 +48,7 @@ from autoplan.cost.prices import Sizes
 from autoplan.graph import DTYPE_BYTES
 from autoplan.hardware import HardwareProfile
 from autoplan.plan import MemoryBreakdown, TimeBreakdown
-from autoplan.strategy import Mesh, Zero
+from autoplan.strategy import Mesh, Recompute, Zero
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES, Workload
 
@@ -200,13 +200,13 @@ def ideal_data_parallel(cost: HasParameters, mesh: Mesh, *, outer: bool) -> Data
 
 
 def layer_step(
-    cost: LayerCost, dp: DataParallel, zero: Zero, again: bool, micro_batches: int, hardware: HardwareProfile, load: Workload,
-    *, outer: bool, pipelined: bool,
+    cost: LayerCost, dp: DataParallel, zero: Zero, again: Recompute, micro_batches: int, hardware: HardwareProfile,
+    load: Workload, *, outer: bool, pipelined: bool,
 ) -> LayerStep:  # fmt: skip
-    """Price of a layer's share of a step of `micro_batches` micro-batches; `again`: its forward is recomputed; `outer`: nothing
-    hides its communication; `pipelined`: there are several stages."""
+    """Price of a layer's share of a step of `micro_batches` micro-batches; `again`: what of its forward is recomputed; `outer`:
+    nothing hides its communication; `pipelined`: there are several stages."""
     forward = cost.forward + cost.tp_forward
-    rerun = forward if again else 0.0
+    rerun, kept, rebuilt = _recomputed(cost, again)
     backward = cost.backward + cost.tp_backward + rerun
     under_f, under_b = (0.0, 0.0) if outer else (forward, backward)
     sent = dp.reduce + (dp.gather if zero == 3 else 0.0)  # in the backward pass
@@ -224,13 +224,13 @@ def layer_step(
         adding = memory_time(3 * held * reduce, hardware.device)
     states = (dp.numel * size, dp.trainable * size, dp.trainable * size * OPTIMIZER_STATES[load.optimizer], cost.buffers)
     unsharded = (gathered if stays else 0.0) + (dp.whole_trainable * reduce if zero == 1 else 0.0)
-    kept, raw, buffer = cost.inputs if again else cost.saved, dp.whole_trainable * compute, dp.whole_trainable * reduce
+    raw, buffer = dp.whole_trainable * compute, dp.whole_trainable * reduce
     lingers = outer and pipelined and micro_batches > 1 and zero != 1
     if outer:
         unsharded, window = unsharded + raw + (buffer if lingers else 0.0), 0.0
     else:
         window = raw + (0.0 if stays else 2 * gathered) + _positive(buffer - kept)
-    moment = window, cost.saved if again else 0.0, cost.temporary
+    moment = window, rebuilt, cost.temporary
     return LayerStep(
         cost.forward,
         cost.backward + adding,
@@ -251,6 +251,16 @@ def layer_step(
         sum(states) + unsharded,
         sum(moment),
     )
+
+
+def _recomputed(cost: LayerCost, again: Recompute) -> tuple[Seconds, Bytes, Bytes]:
+    """Seconds of what runs again; bytes that are kept until then, and that are there besides while the backward pass runs."""
+    if again == "none":
+        return 0.0, cost.saved, 0.0
+    if again == "full":
+        return cost.forward + cost.tp_forward, cost.inputs, cost.saved
+    results, spare, seconds = cost.kept
+    return seconds, cost.inputs + results, _positive(cost.saved - results + spare)
 
 
 def best_of(steps: Sequence[LayerStep]) -> LayerStep:

@@ -3,13 +3,13 @@
 With `m` micro-batches, for every virtual stage of a pipeline rank:
 
     tp            each border costs what `strategy`'s table says, forward and backward; a vocabulary-parallel loss
-                  two small all_reduces; a recomputed layer repeats the forward collectives inside it up to the last
-                  tensor that it saves (PyTorch stops there)                                                     m times
+                  two small all_reduces; a layer that is recomputed in full repeats the forward collectives inside it
+                  up to the last tensor that it saves (PyTorch stops there), one that is selectively none        m times
                   a GATHERED parameter one all_reduce of its gradient            m times, with dp_shard and zero 1: once
     cp            attention: an all_to_all of every operand forward, of every gradient backward, repeated when the layer is
-                  recomputed; the loss two small all_reduces                                                     m times
+                  recomputed in full; the loss two small all_reduces                                                     m times
     ep            where experts are dealt an all_to_all of their numbers, of the rows and of the results forward, two backward,
-                  repeated when the layer is recomputed                                                          m times
+                  repeated when the layer is recomputed in full                                                  m times
     dp_shard, cp  zero 3: two gathers and one reduction of each FSDP unit, zero 2: one and one                   m times
                   zero 1: one and one                                                                            once
     dp_replicate  one all_reduce of each unit's gradient shards                                                  once

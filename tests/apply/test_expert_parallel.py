@@ -48,6 +48,7 @@ CASES = {
         "ep x fsdp, zero 1": (Mesh(dp_shard=4, ep=2), {"micro_batch": 1, "zero": 1}),
         "ep over tp and dp_shard": (Mesh(dp_shard=2, tp=2, ep=4), {"micro_batch": 2}),
         "ep over tp, recompute": (Mesh(dp_shard=2, tp=2, ep=2), {"recompute": "full"}),
+        "ep over tp, selective": (Mesh(dp_shard=2, tp=2, ep=2), {"recompute": "selective"}),
         "ep over cp and dp_shard": (Mesh(dp_shard=2, cp=2, ep=4), {}),
         "pp, recompute, zero 1": (Mesh(pp=2, dp_shard=2, ep=2), {"micro_batch": 1, "recompute": "full", "zero": 1}),
         "dp": (Mesh(dp_replicate=2, dp_shard=2, ep=2), {"micro_batch": 1}),
@@ -57,7 +58,11 @@ CASES = {
         "ep over tp and dp_shard": (Mesh(dp_shard=2, tp=2, ep=4), {}),
     },
     "mixtral": {"ep over tp": (Mesh(dp_shard=2, tp=2, ep=4), {})},
-    "qwen3-moe": {"ep, recompute": (Mesh(dp_shard=4, ep=4), {"recompute": "full"}), "pp": (Mesh(pp=2, dp_shard=2, ep=2), {})},
+    "qwen3-moe": {
+        "ep, recompute": (Mesh(dp_shard=4, ep=4), {"recompute": "full"}),
+        "ep, selective, zero 2": (Mesh(dp_shard=4, ep=2), {"recompute": "selective", "zero": 2}),
+        "pp": (Mesh(pp=2, dp_shard=2, ep=2), {}),
+    },
 }  # fmt: skip
 
 
@@ -254,7 +259,7 @@ def test_checkpoints_clipping_and_foreach_optimizers(tmp_path):
     assert evaluated < found[0][0] + 1
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_what_is_sent(recompute):
     """In a dry run, in which nobody knows how many rows there are for whom."""
     plan = plan_of("example", Mesh(dp_shard=2, tp=2, ep=4), dtype="float32", compute="bfloat16", recompute=recompute)

@@ -29,23 +29,33 @@ MIXED = Case(Mesh(pp=2, dp_replicate=2, dp_shard=2, tp=2), 1, SEQUENCE, "full", 
 PAST = Case(Mesh(pp=2, dp_shard=2), 1, schedule="interleaved-1f1b", chunks=2)
 """An encoder-decoder sends the embedded target past the encoder: FSDP must not gather the encoder's last layer for it."""
 ZERO = Case(Mesh(dp_shard=2, tp=2), 2, SEQUENCE, "none", 1)
+SELECTIVE = {
+    "selective, tp + sp x fsdp": Case(Mesh(dp_shard=2, tp=2), 2, SEQUENCE, "selective"),
+    "selective, tp, pp": Case(Mesh(pp=2, tp=2), 2, recompute="selective", zero=1, schedule="interleaved-1f1b", chunks=2),
+    "selective, cp x fsdp": Case(Mesh(dp_shard=2, cp=2), 2, recompute="selective", zero=2),
+}
 WHAT: dict[str, dict[str, Case]] = {
     "llama": {
         name: {**CASES[2], **CASES[4]}[name] for name in ("fsdp, accumulation, recompute", "zero 1, accumulation", "tp + sp x dp")
     }
-    | {"deep": PIPELINES[4]["deep, fewer micro-batches"], "mixed": MIXED, "zero 1, tp + sp": ZERO},
+    | {"deep": PIPELINES[4]["deep, fewer micro-batches"], "mixed": MIXED, "zero 1, tp + sp": ZERO}
+    | SELECTIVE,
     "gpt": {
         name: {**CASES[2], **CASES[4]}[name]
         for name in ("dp only", "zero 2, accumulation", "tp + sp x fsdp, recompute", "cp x fsdp")
     }
-    | {name: PIPELINES[4][name] for name in ("zero 1, interleaved", "tp", "cp")},
+    | {name: PIPELINES[4][name] for name in ("zero 1, interleaved", "tp", "cp")}
+    | SELECTIVE,
     "hf_llama": {name: {**CASES[2], **CASES[4]}[name] for name in ("hsdp, zero 1, recompute", "cp x dp")}
-    | {name: PIPELINES[4][name] for name in ("zero 2, gpipe, recompute",)},
+    | {name: PIPELINES[4][name] for name in ("zero 2, gpipe, recompute",)}
+    | {"selective, cp": Case(Mesh(cp=2), 2, recompute="selective")},
     "transformer": {name: {**CASES[2], **CASES[4]}[name] for name in ("tp + sp, recompute",)}
     | {
         "tp + sp, interleaved, recompute": PIPELINES[4]["tp + sp, interleaved, recompute"],
         "past the encoder": PAST,
         "cp": Case(Mesh(cp=2), 2, recompute="full"),
+        "selective, cp": Case(Mesh(cp=2), 2, recompute="selective"),
+        "selective, tp + sp": Case(Mesh(tp=2), 2, SEQUENCE, "selective"),
     },
 }
 

@@ -21,6 +21,7 @@ CASES: tuple[tuple[str, Mesh, dict[str, Any]], ...] = (
     ("example", Mesh(dp_shard=4, ep=2), {"micro_batch": 1, "recompute": "full"}),
     ("example", Mesh(dp_shard=2, tp=2, ep=4), {"micro_batch": 1, "recompute": "full", "zero": 2}),
     ("example", Mesh(dp_shard=2, cp=2, ep=4), {"micro_batch": 2, "zero": 1}),
+    ("example", Mesh(dp_shard=2, tp=2, ep=2), {"micro_batch": 1, "recompute": "selective"}),
     ("mixtral", Mesh(dp_shard=4, ep=2), {"micro_batch": 1, "recompute": "full"}),
     ("mixtral", Mesh(pp=2, dp_shard=2, ep=2), {"micro_batch": 1, "recompute": "full"}),
     ("qwen3-moe", Mesh(dp_replicate=2, dp_shard=4, ep=4), {"micro_batch": 1, "recompute": "full"}),
@@ -52,7 +53,7 @@ def test_experts_send_what_the_plan_says(name: str, mesh: Mesh, options: dict[st
         assert memory.measured <= memory.predicted
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_experts_that_are_given_sorted_rows(recompute: Recompute) -> None:
     model = str(ROOT / "tests/models/moe.py")
     wishes: dict[str, Any] = {"hardware": "cpu-gloo", "global_batch": 8, "model_kwargs": {**TINY, "layers": 4, "dense": 1}}
