@@ -13,7 +13,7 @@ from typing import Literal
 class LayerWish:
     """What a layer must do; None: it is free."""
 
-    recompute: Literal["none", "full"] | None = None
+    recompute: Literal["none", "selective", "full"] | None = None
     zero: Literal[1, 2, 3] | None = None
     """Means nothing where nothing is sharded."""
 

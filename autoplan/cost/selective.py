@@ -48,7 +48,7 @@ def keeps(op: Op) -> bool:
 
 def runs_again(op: Op) -> bool:
     """Whether it runs again: an operation that nobody knows may."""
-    return op.kind not in _KINDS and not op.name.endswith("grouped_mm")
+    return op.kind not in (*_KINDS, "enter", "exit", "call") and not op.name.endswith("grouped_mm")
 
 
 class Selection:
@@ -61,6 +61,17 @@ class Selection:
         self._saved = {body.values[i].storage for op in body.ops for i in op.saved}
         self._of_kept = _of_kept(body)
 
+    def repeats(self, index: int) -> bool:
+        """Whether an operation runs again."""
+        return runs_again(self.model.body.ops[index]) and index <= self._last
+
+    def plain(self, index: int) -> bool:
+        """Whether nothing is kept of an operation, nor sent by it."""
+        model, op = self.model, self.model.body.ops[index]
+        if op.kind in ("enter", "exit"):
+            return model.tp == 1
+        return not keeps(op) and not model.gathered and not model.dealt and op.kind != "cross_entropy"
+
     def operation(self, index: int, outcome: Outcome) -> Kept:
         """Of running operation `index` as `outcome` says."""
         model, op, values = self.model, self.model.body.ops[index], self.model.body.values
@@ -69,7 +80,7 @@ class Selection:
             if group > 1:
                 received += size / (group if kind == "all_to_all" else 1)
         cost = model.op(index, outcome)
-        again = cost.forward if runs_again(op) and index <= self._last else 0.0
+        again = cost.forward if self.repeats(index) else 0.0
         results = spare = 0.0
         if keeps(op):
             made = {values[i].storage: layout for i, layout in zip(op.outputs, outcome.outputs, strict=True)}

@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from autoplan.workload import OPTIMIZER_STATES
 T = TypeVar("T")
 Make = Callable[[int, Mesh, int, Layout], T]
 """Something of a class of layers, on a mesh, for a micro-batch and a stream layout."""
-ALL_RECOMPUTES: tuple[Recompute, ...] = ("none", "full")
+ALL_RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 
 
 class Outer(NamedTuple):

@@ -14,6 +14,7 @@ import numpy as np
 
 from autoplan.cost.layer import LayerCost
 from autoplan.cost.prices import LayerModel, LocalParameter, Sizes, sizes
+from autoplan.cost.selective import Kept
 from autoplan.graph import DTYPE_BYTES
 from autoplan.search.dominance import Floats
 from autoplan.search.lattice import Lattice
@@ -22,10 +23,10 @@ from autoplan.units import Bytes, Seconds
 
 
 class Corner:
-    """See the module. `prices`: as `search.shardings.Ways.prices` has them, by level [choices, 5]."""
+    """See the module. `prices` and `kept`: as `search.shardings.Ways` has them, by level [choices, 5] and [choices, 3]."""
 
-    def __init__(self, model: LayerModel, lattice: Lattice, prices: Sequence[Floats]) -> None:
-        self.model, self.lattice, self.prices = model, lattice, prices
+    def __init__(self, model: LayerModel, lattice: Lattice, prices: Sequence[Floats], kept: Sequence[Floats]) -> None:
+        self.model, self.lattice, self.prices, self.kept = model, lattice, prices, kept
 
     @cached_property
     def seconds(self) -> Seconds | None:
@@ -43,10 +44,11 @@ class Corner:
     def cost(self) -> LayerCost:
         """Its forward pass is the fastest alone, and so are both together. To be asked where there is a way through."""
         assert self.seconds is not None
-        forward, saved, temporary, _ = self._least
+        forward, saved, temporary, _, results, rebuilt, again = self._least
         both = max(self.seconds, forward)
         buffers = sum(p.numel * DTYPE_BYTES[p.dtype] for p in self.lattice.body.parameters if p.buffer)
-        return LayerCost(forward, both - forward, 0.0, 0.0, saved, self._inputs, temporary, (), buffers)
+        kept = Kept(results, rebuilt + results - saved, again)
+        return LayerCost(forward, both - forward, 0.0, 0.0, saved, self._inputs, temporary, (), buffers, kept=kept)
 
     def sizes(self, dealt: bool, shards: int) -> Sizes:
         """See `cost.step.HasParameters`; FSDP cuts them as evenly as they go."""
@@ -75,11 +77,14 @@ class Corner:
 
     @cached_property
     def _least(self) -> tuple[float, ...]:
-        """The least (seconds of the forward pass, saved bytes, largest temporary, trained parameters)."""
-        costs, samples = np.zeros((4, 1)), self.model.samples
-        for level, price in zip(self.lattice.levels, self.prices, strict=True):
-            added = price[:, (0, 2, 4, 3)].T[:, level.choice]
-            added[1] += level.saved[:, 0] * samples + level.saved[:, 1]
+        """The least (seconds of the forward pass, saved bytes, largest temporary, trained parameters; under selective
+        recomputation results that are kept, what is there besides in the backward pass, seconds of what runs again)."""
+        costs, samples = np.zeros((7, 1)), self.model.samples
+        for level, price, kept in zip(self.lattice.levels, self.prices, self.kept, strict=True):
+            results, spare, again = kept.T
+            rows = np.stack((*price[:, (0, 2, 4, 3)].T, results, price[:, 2] + spare - results, again))
+            added = rows[:, level.choice]
+            added[(1, 5), :] += level.saved[:, 0] * samples + level.saved[:, 1]
             arriving = costs if level.straight else costs[:, level.source]
             costs = arriving + added
             costs[2] = np.maximum(arriving[2], added[2])

@@ -13,7 +13,8 @@ from autoplan.strategy import REPLICATE, Mesh, Strategy
 
 
 def named(graph: Graph, solution: Solution, mesh: Mesh) -> tuple[tuple[tuple[str, Strategy], ...], str, tuple[LayerRun, ...]]:
-    """(strategies by name, the outer one's name, runs). Of equal layers in a stage the first ones are recomputed."""
+    """(strategies by name, the outer one's name, runs). Of equal layers in a stage the first ones are recomputed, those
+    that are so in full before others."""
     strategies: dict[str, Strategy] = {}
     several = len(graph.bodies) > 1
 
@@ -37,8 +38,11 @@ def named(graph: Graph, solution: Solution, mesh: Mesh) -> tuple[tuple[tuple[str
     return tuple(strategies.items()), outer, tuple(runs)
 
 
+_ORDER = ("full", "selective", "none")
+
+
 def _queue(columns: Sequence[tuple[str, Column, int]]) -> list[str]:
-    ordered = sorted(columns, key=lambda item: (item[1].recompute != "full", item[1].costs))
+    ordered = sorted(columns, key=lambda item: (_ORDER.index(item[1].recompute), item[1].costs))
     return [name for name, _, number in ordered for _ in range(number)]
 
 
@@ -56,8 +60,8 @@ def _name(graph: Graph, g: int, strategy: Strategy, mesh: Mesh, several: bool, t
         parts.append("layers")
     if mesh.tp > 1:
         parts.append(f"tp{mesh.tp}" + ("-sp" if strategy.sharding.stream != REPLICATE else ""))
-    if strategy.recompute == "full":
-        parts.append("recompute")
+    if strategy.recompute != "none":
+        parts.append({"selective": "selective", "full": "recompute"}[strategy.recompute])
     if g != OUTER and mesh.shards > 1 and strategy.zero < 3:
         parts.append(f"zero{strategy.zero}")
     base = name = "-".join(parts)

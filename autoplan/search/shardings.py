@@ -6,12 +6,14 @@ future, so only those are kept that are not beaten in all of
     (forward seconds, backward seconds, saved bytes, parameters, largest temporary)
 
 which is a dynamic program over the lattice's levels: exact, and independent of how many layers are equal. All labels of a
-level are one array; they are compared where several transitions lead to one state.
+level are one array; they are compared where several transitions lead to one state. Selective recomputation is tried with
+these shardings; that one which is beaten in all five would keep less is not looked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -21,10 +23,12 @@ from numpy.typing import NDArray
 
 from autoplan.cost.layer import LayerCost
 from autoplan.cost.prices import LayerModel, LocalParameter, Sizes, sizes
+from autoplan.cost.selective import Kept
 from autoplan.cost.walk import borders_of, call_borders, changes_memory
 from autoplan.graph import DTYPE_BYTES
 from autoplan.search.corner import Corner
 from autoplan.search.dominance import Bools, Floats, Ints, unbeaten
+from autoplan.search.keeping import kept_by_choice
 from autoplan.search.lattice import Choice, Lattice
 from autoplan.strategy import REPLICATE, Border, Layout, Sharding, shard
 from autoplan.units import Bytes, Seconds
@@ -108,7 +112,12 @@ class Ways:
     @cached_property
     def corner(self) -> Corner:
         """No sharding is better in any cost."""
-        return Corner(self.model, self.lattice, self.prices)
+        return Corner(self.model, self.lattice, self.prices, self.kept)
+
+    @cached_property
+    def kept(self) -> list[Floats]:
+        """See `search.keeping`."""
+        return kept_by_choice(self.model, self.lattice, self.prices)
 
     @cached_property
     def unbeaten(self) -> Unbeaten:
@@ -151,7 +160,7 @@ class Ways:
             decisions[number] = chosen[number][at]
             parents_of = before[number]
             at = at if parents_of is None else parents_of[at]
-        return Unbeaten(self.model, self.lattice, costs[:, ends], decisions)
+        return Unbeaten(self, costs[:, ends], decisions)
 
 
 def _kept(costs: Floats, counts: Ints, merged: Bools) -> Ints:
@@ -169,8 +178,8 @@ def _kept(costs: Floats, counts: Ints, merged: Bools) -> Ints:
 class Unbeaten:
     """The unbeaten shardings of a layer as arrays, one entry each. A `Sharding` is written when it is asked for."""
 
-    def __init__(self, model: LayerModel, lattice: Lattice, costs: Floats, decisions: Decisions) -> None:
-        self.model, self.lattice, self.decisions = model, lattice, decisions
+    def __init__(self, ways: Ways, costs: Floats, decisions: Decisions) -> None:
+        self.model, self.lattice, self.decisions, self._ways = ways.model, ways.lattice, decisions, ways
         self.number = costs.shape[1]
         self.forward, self.backward, self.saved, _, self.temporary = costs
         self._written: dict[int, Sharding] = {}
@@ -183,7 +192,15 @@ class Unbeaten:
         inputs = np.array([self._inputs(i) for i in first])[which]
         zero = np.zeros(self.number)
         numbers: list[Any] = [self.forward, self.backward, zero, zero, self.saved, inputs, self.temporary, (), buffers]
-        return LayerCost(*numbers)
+        return replace(LayerCost(*numbers), kept=self._kept)
+
+    @property
+    def _kept(self) -> Kept:
+        total: Any = np.zeros((self.number, 3))
+        for kept, decided in zip(self._ways.kept, self.decisions, strict=True):
+            if kept.any():
+                total += kept[decided]
+        return Kept._make(total.T)
 
     @cached_property
     def held(self) -> tuple[list[tuple[LocalParameter, ...]], Ints]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from autoplan.errors import UsageError
 from autoplan.graph import Op, Value
 from autoplan.plan import Prediction
 from autoplan.search.columns import Tables
-from autoplan.strategy import REPLICATE, UNSHARDED, Mesh, Sharding, Strategy, Within, shard
+from autoplan.strategy import REPLICATE, UNSHARDED, Mesh, Recompute, Sharding, Strategy, Within, shard
 from autoplan.workload import Workload
 from tests.bodies import mlp_block, model
 from tests.hardware import machine
@@ -32,7 +33,7 @@ def predict(
 
 
 dp_meshes = st.builds(Mesh, dp_replicate=st.sampled_from([1, 2, 4]), dp_shard=st.sampled_from([1, 2, 4, 8]))
-strategies = st.builds(Strategy, st.just(UNSHARDED), st.sampled_from(["none", "full"]), st.booleans())
+strategies = st.builds(Strategy, st.just(UNSHARDED), st.sampled_from(get_args(Recompute)), st.booleans())
 
 
 @given(dp_meshes, strategies, st.sampled_from([1, 2]))
@@ -80,10 +81,10 @@ def test_state_memory_falls_with_dp_shard(strategy: Strategy, micro_batch: int) 
 
 def test_recompute_trades_activations_for_time() -> None:
     mesh = Mesh(dp_shard=8)
-    kept, again = predict(mesh, 4, strategy=Strategy()), predict(mesh, 4, strategy=Strategy(recompute="full"))
-    assert again.memory.activations < kept.memory.activations
-    assert again.step_time > kept.step_time
-    assert again.time.recompute > 0
+    kept, some, again = (predict(mesh, 4, strategy=Strategy(recompute=how)) for how in get_args(Recompute))
+    assert again.memory.activations < some.memory.activations < kept.memory.activations
+    assert again.step_time > some.step_time > kept.step_time
+    assert again.time.recompute > some.time.recompute > 0
     assert kept.memory.recompute == 0
 
 

@@ -11,9 +11,10 @@ from autoplan.cost.prices import LayerModel
 from autoplan.cost.rules import Outcome, conversions, outcomes
 from autoplan.cost.walk import borders_of, stream_layout
 from autoplan.graph import Body
-from autoplan.search.shardings import pareto_shardings
+from autoplan.search.lattice import Lattice
+from autoplan.search.shardings import Ways, pareto_shardings
 from autoplan.strategy import GATHERED, PARTIAL, REPLICATE, Border, Layout, Sharding, shard
-from tests.bodies import mlp_block
+from tests.bodies import expert_block, mlp_block
 from tests.hardware import machine
 
 
@@ -84,6 +85,23 @@ def test_equals_brute_force(stream: Layout, sizes: dict[str, int]) -> None:
         assert any(beats(other, cost) for other in found), "a sharding that nothing found beats"
     for cost in found:
         assert not any(beats(other, cost) and not beats(cost, other) for other in everything), "a found sharding that is beaten"
+
+
+@pytest.mark.parametrize("stream", [REPLICATE, shard(1)], ids=str)
+@pytest.mark.parametrize("body", [mlp_block(), expert_block()], ids=["dense", "experts"])
+def test_recomputed_selectively_a_sharding_costs_what_its_layer_does(body: Body, stream: Layout) -> None:
+    model = layer(body)
+    ways = Ways(model, Lattice(model, stream))
+    found = ways.unbeaten
+    assert found.number > 1
+    least = ways.corner.cost
+    for i in range(found.number):
+        cost = layer_cost(model, found.sharding(i))
+        assert [float(numbers[i]) for numbers in found.cost.kept] == pytest.approx(list(cost.kept), rel=1e-12)
+        assert least.kept.results <= cost.kept.results * (1 + 1e-12)
+        assert least.kept.again <= cost.kept.again * (1 + 1e-12)
+        bound, there = (each.saved - each.kept.results + each.kept.spare for each in (least, cost))
+        assert bound <= there * (1 + 1e-12)
 
 
 def fastest(model: LayerModel, stream: Layout) -> Sharding:
