@@ -1,10 +1,10 @@
 """Files and command lines that someone damaged: autoplan ends with 0, 1 or 2, in a sentence, and writes whole files or none.
 
-python -m benchmarks.fuzz [--files 5000] [--lines 500] [--seed 0]      exit code 1 when one does not
+python -m benchmarks.fuzz [--files 5000] [--lines 500] [--seed 0] [--only KIND]      exit code 1 when one does not
 
 Half of the files are plans; the others hardware profiles, configurations of other trainers, and models' config.json. Everything
-runs in this process, each case for at most LIMIT seconds: what takes longer is told, and is no miss, as a damaged number may ask
-for a model of a million layers.
+runs in this process, each case for at most LIMIT seconds of the processor. What takes longer is shown, and is no miss: a damaged
+number may ask for what takes long.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Outcome:
     """What came of all cases."""
 
     codes: Counter[tuple[str, int]] = field(default_factory=Counter)
-    slow: int = 0
+    slow: list[str] = field(default_factory=list)
     misses: list[str] = field(default_factory=list)
 
     def run(self, name: str, command: Sequence[str], source: str = "") -> None:
@@ -106,13 +106,14 @@ class Outcome:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), limited():
             code = cli.main(list(command))
         told = said.getvalue()
-        if (code == 3 and "_SlowError" in told) or (code == 3 and "MemoryError" in told):
-            self.slow += 1
+        case = f"autoplan {' '.join(map(ascii, command))}\n{told[-600:]}\n{source[:3000]}"
+        if "_SlowError" in told or (code == 3 and "MemoryError" in told):
+            self.slow.append(case)
             return
         self.codes[name, code] += 1
         problem = complaint(code, told)
         if problem:
-            self.misses.append(f"{problem}: autoplan {' '.join(map(ascii, command))}\n{told[-600:]}\n{source[:3000]}")
+            self.misses.append(f"{problem}: {case}")
 
 
 def complaint(code: int, told: str) -> str:
@@ -144,13 +145,13 @@ def limited() -> Iterator[None]:
     def ring(*_: object) -> None:
         raise _SlowError
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(LIMIT)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def kinds(plans: Sequence[Plan]) -> tuple[Kind, ...]:
@@ -182,26 +183,36 @@ def kinds(plans: Sequence[Plan]) -> tuple[Kind, ...]:
     )
 
 
+LINES = "command line"
 SHARES = {"plan": 0.5, "hardware": 0.24, "torchtitan-toml": 0.06, "megatron": 0.06, "accelerate": 0.04, "model config": 0.1}
 
 
 def fuzz(
-    plans: Sequence[Plan], files: int, lines: int, seed: int = 0, each: int = 1, tell: Callable[[str], None] = lambda _: None
+    plans: Sequence[Plan],
+    files: int,
+    lines: int,
+    seed: int = 0,
+    each: int = 1,
+    only: str = "",
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """So many damaged files, each read by some commands, and command lines, in the folder that this process is in."""
-    chance, outcome = random.Random(seed), Outcome()
+    outcome = Outcome()
     Path("whole.yaml").write_text(dump_plan(plans[0]), encoding="utf-8")
     for kind in kinds(plans):
-        started = time.monotonic()
+        if only not in ("", kind.name):
+            continue
+        chance, started = random.Random(f"{seed} {kind.name}"), time.monotonic()
         for _ in range(round(files * SHARES[kind.name])):
             text = damaged(chance.choice(kind.whole), chance)
             Path(kind.file).write_text(text, encoding="utf-8")
             for command in chance.sample(kind.commands, min(each, len(kind.commands))):
                 outcome.run(kind.name, command, text)
         tell(f"{kind.name}: {time.monotonic() - started:.0f} s")
-    for _ in range(lines):
+    chance = random.Random(f"{seed} {LINES}")
+    for _ in range(lines if only in ("", LINES) else 0):
         first = chance.choice(COMMANDS if chance.random() < 0.8 else WORDS)
-        outcome.run("command line", [first, *(chance.choice(WORDS) for _ in range(chance.randrange(6)))])
+        outcome.run(LINES, [first, *(chance.choice(WORDS) for _ in range(chance.randrange(6)))])
     return outcome
 
 
@@ -229,6 +240,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, number in (("files", 5000), ("lines", 500), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=number)
+    parser.add_argument("--only", default="", choices=(*SHARES, LINES), metavar="KIND", help=", ".join((*SHARES, LINES)))
     asked = parser.parse_args()
     from tests.report.plans import llama, piped
 
@@ -236,14 +248,14 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     with tempfile.TemporaryDirectory() as folder, captured_once():
         os.chdir(folder)
-        outcome = fuzz(plans, asked.files, asked.lines, asked.seed, tell=partial(print, flush=True))
+        outcome = fuzz(plans, asked.files, asked.lines, asked.seed, only=asked.only, tell=partial(print, flush=True))
         os.chdir(ROOT)
     for (name, code), number in sorted(outcome.codes.items()):
         print(f"{name}: {number} ended with {code}")
-    print(f"{outcome.slow} took longer than {LIMIT} s or more than {MEMORY / 2**30:.0f} GiB")
+    print(f"{len(outcome.slow)} took longer than {LIMIT} s or more than {MEMORY / 2**30:.0f} GiB")
     print(f"{len(outcome.misses)} misses in {sum(outcome.codes.values())} cases")
-    for miss in outcome.misses[:10]:
-        print(f"\n{miss}")
+    for case in (*outcome.misses[:10], *outcome.slow[:10]):
+        print(f"\n{case}")
     return 1 if outcome.misses else 0
 
 

@@ -26,6 +26,9 @@ from autoplan.errors import UsageError
 LONGEST = 4096
 """Tokens of a sequence when the user asks for none: long contexts are for the user to ask for."""
 
+MOST = 5000
+"""Layers or experts of a configuration: several times as many as any model has."""
+
 _TASKS = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MASKED_LM", "IMAGE_CLASSIFICATION")
 """Tasks whose model is taken, in this order, when the configuration names none that has a loss."""
 
@@ -107,10 +110,13 @@ def build(config: Any, title: str) -> nn.Module:
     cls = model_class(config, title)
     try:
         for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
+            _check_numbers(part, title)
             part.use_cache = False
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         return cls(config)
+    except UsageError:
+        raise
     except Exception as error:
         if "meta" in str(error) and isinstance(error, RuntimeError | TypeError):
             raise  # a value was asked for on meta: the caller tries another way
@@ -118,6 +124,16 @@ def build(config: Any, title: str) -> nn.Module:
             f"transformers makes no {cls.__name__} of {title}: {said(error)}.",
             "Correct the configuration, or install what it needs.",
         ) from error
+
+
+def _check_numbers(config: Any, title: str) -> None:
+    """Layers and experts are built one by one: a number with a zero too many would take hours."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, int) and value > MOST and ("layer" in name or "experts" in name):
+            raise UsageError(
+                f"{title} asks for {value:,} in '{name}', and autoplan reads models of up to {MOST}.",
+                "Correct the configuration.",
+            )
 
 
 def example_inputs(config: Any, title: str, seq_len: int | None, batch_size: int) -> dict[str, Any]:

@@ -46,13 +46,19 @@ def plan(
             autocompletion=arguments.hardware_completions,
         ),
     ] = None,
-    global_batch: Annotated[int | None, typer.Option(min=1, help="Samples of one optimizer step, over all devices.")] = None,
-    pp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh; 1: no pipeline.")] = None,
-    dp_replicate: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
-    dp_shard: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
-    cp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh; 1: sequences stay whole.")] = None,
-    ep: Annotated[int | None, typer.Option(min=1, help="Fix over how many GPUs experts are dealt; 1: none are.")] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="Fix this axis of the mesh.")] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Samples of one optimizer step, over all devices.")
+    ] = None,
+    pp: Annotated[int | None, typer.Option(min=1, metavar="N", help="Fix this axis of the mesh; 1: no pipeline.")] = None,
+    dp_replicate: Annotated[int | None, typer.Option(min=1, metavar="N", help="Fix this axis of the mesh.")] = None,
+    dp_shard: Annotated[int | None, typer.Option(min=1, metavar="N", help="Fix this axis of the mesh.")] = None,
+    cp: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Fix this axis of the mesh; 1: sequences stay whole.")
+    ] = None,
+    ep: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Fix over how many GPUs experts are dealt; 1: none are.")
+    ] = None,
+    tp: Annotated[int | None, typer.Option(min=1, metavar="N", help="Fix this axis of the mesh.")] = None,
     expert_imbalance: Annotated[
         float | None,
         typer.Option(min=1, metavar="FACTOR", help="Tokens of the device with most, over the mean, where experts are dealt."),
@@ -68,7 +74,7 @@ def plan(
     memory_headroom: Annotated[
         str, typer.Option(metavar="SHARE", help="Share of each device's memory to keep free: 10%.")
     ] = "0%",
-    gap: Annotated[float, typer.Option(help="Distance from the optimum at which to stop.")] = 1e-4,
+    gap: Annotated[float, typer.Option(metavar="SHARE", help="Distance from the optimum at which to stop.")] = 1e-4,
     time_limit: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Stop then with the best so far.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.yaml"),
     report: Annotated[Path, typer.Option("--report", help="Where the HTML report goes.")] = Path("report.html"),

@@ -28,7 +28,7 @@ def estimate(
         ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Default: the model that the plan names.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="With --from, where the file does not say it.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --from, where the file does not say it.")] = None,
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -37,9 +37,12 @@ def estimate(
             autocompletion=arguments.hardware_completions,
         ),
     ] = None,
-    global_batch: Annotated[int | None, typer.Option(min=1, help="With --from: samples of a step, before the file's.")] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --from: samples of a step, before the file's.")
+    ] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="With --from: samples of a data-parallel group at a time, before the file's.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --from: samples of a data-parallel group at a time, before the file's."),
     ] = None,
     settings: Settings = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the priced plan to this file.")] = None,

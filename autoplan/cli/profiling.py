@@ -30,7 +30,9 @@ def profile(
     budget: Annotated[str, typer.Option(metavar="TIME", help="About how long it may take.")] = "60s",
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes to start here: as many as a plan will use. Default: all GPUs, or one a core."),
+        typer.Option(
+            min=1, metavar="N", help="Processes to start here: as many as a plan will use. Default: all GPUs, or one a core."
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Number format; may be repeated, the first is measured in full.")

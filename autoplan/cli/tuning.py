@@ -26,16 +26,19 @@ if TYPE_CHECKING:
 )
 def tune(
     model: Model,
-    top: Annotated[int, typer.Option(min=1, help="So many plans, each on another mesh.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="So many steps of each, after a warm-up.")] = 20,
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="So many plans, each on another mesh.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="So many steps of each, after a warm-up.")] = 20,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Without torchrun: processes to start here. Default: all GPUs, or one a core.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Without torchrun: processes to start here. Default: all GPUs, or one a core."),
     ] = None,
     hardware: Annotated[
         str,
         typer.Option(metavar="NAME|FILE", help="The profile that predicts.", autocompletion=arguments.hardware_completions),
     ] = "auto",
-    global_batch: Annotated[int | None, typer.Option(min=1, help="Samples of one optimizer step, over all devices.")] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Samples of one optimizer step, over all devices.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the fastest plan goes.")] = Path("plan.yaml"),
     settings: Settings = None,
     as_json: Json = False,

@@ -28,7 +28,9 @@ def verify(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Default: the model that the plan names.")] = None,
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, help="Train three steps on so many processes here too, as many as the plan has devices."),
+        typer.Option(
+            min=1, metavar="N", help="Train three steps on so many processes here too, as many as the plan has devices."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -95,6 +95,11 @@ def test_other_heads(tmp_path: Path, task: str) -> None:
         ({"model_type": "sam"}, "", "no model of that kind that computes a loss"),
         ({**ZOO["llava"].sizes["tiny"].args[1]}, "?seq_len=4", "4 tokens on one picture"),
         ({**TINY, "pad_token_id": 10**6}, "", "transformers makes no LlamaForCausalLM"),
+        (
+            {**TINY, "num_hidden_layers": 10**6},
+            "",
+            "asks for 1,000,000 in 'num_hidden_layers', and autoplan reads models of up to",
+        ),
         ({"model_type": "t5", "decoder_start_token_id": None, **T5}, "", r"raised while it ran: .*modeling_t5\.py:"),
         ({"model_type": "qwen2_vl"}, "", "No inputs could be made up"),
     ],
