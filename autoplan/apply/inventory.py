@@ -12,7 +12,7 @@ from autoplan.apply.outside import LAYER
 from autoplan.apply.program import Program, Wire
 from autoplan.apply.stages import holders, numbers
 from autoplan.apply.zero import level
-from autoplan.strategy import Layout, Strategy
+from autoplan.strategy import Layout, Recompute, Strategy
 from autoplan.units import Bytes
 
 
@@ -46,7 +46,7 @@ class Unit:
     strategy: str
     """Its name in the plan."""
     reshard_after_forward: bool
-    recomputed: bool
+    recomputed: Recompute
     parameters: tuple[Held, ...]
 
 
@@ -107,7 +107,7 @@ def _units(parallel: ParallelModel, program: Program | None, stages: tuple[int, 
     for (layer, stage), parameters in held.items():
         strategy: Strategy = plan.by_name[strategy_of.get(layer, plan.outer)]
         kept = level(strategy.zero, plan.mesh.shards) < 3
-        recomputed = bool(layer) and strategy.recompute == "full"
+        recomputed = strategy.recompute if layer else "none"
         start = len(layer) + 1 if layer else 0
         own = tuple(replace(one, name=one.name[start:]) for one in parameters)
         found.append(Unit(layer, stage, strategy_of.get(layer, plan.outer), not kept, recomputed, own))

@@ -93,9 +93,13 @@ def summary(plan: Plan, found: Sequence[Inventory]) -> RenderableType:
     if plan.pipeline is not None:
         parts.append(titled(f"Split: {plan.pipeline.schedule} on {plan.mesh.pp} pipeline ranks", _split(plan, found)))
         parts.append(titled("Crosses, of each micro-batch", _crossings(found[0])))
-    again = [_names(group) for group in groups if group[0].recomputed]
+    again = [_again(group) for group in groups if group[0].recomputed != "none"]
     parts.append(titled("Recomputed in the backward pass", Text("\n".join(again) or "nothing")))
     return Group(*parts)
+
+
+def _again(group: list[Unit]) -> str:
+    return _names(group) + (", selectively" if group[0].recomputed == "selective" else "")
 
 
 def _shapes(unit: Unit) -> tuple[Any, ...]:

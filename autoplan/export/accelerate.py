@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoplan.export.exported import Exported, choices, header, no_experts, no_pipeline, nodes, ring
+from autoplan.export.exported import Exported, choices, header, in_full, no_experts, no_pipeline, nodes, ring
 from autoplan.plan import Plan
 
 Flat = dict[str, str | int | bool]
@@ -12,6 +12,7 @@ def config(plan: Plan) -> Exported:
     """DDP where nothing is sharded, else FSDP2."""
     made, mesh, load = choices(plan), plan.mesh, plan.workload
     lost = [*made.lost, *no_pipeline(plan, "accelerate"), *ring(plan, "accelerate"), *no_experts(plan, "accelerate")]
+    lost += in_full(made, "accelerate")
     processes = mesh.dp * mesh.cp * mesh.tp
     ddp = mesh.shards == 1 and mesh.tp == 1
     top: Flat = {

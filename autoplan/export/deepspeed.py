@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from autoplan.export.exported import Choices, Exported, choices, clean, no_context
+from autoplan.export.exported import Choices, Exported, choices, clean, in_full, no_context
 from autoplan.plan import Plan
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -60,5 +60,6 @@ def _told(plan: Plan, made: Choices, lost: list[str]) -> None:
             f"the pipeline: build a deepspeed.pipe.PipelineModule with num_stages={plan.mesh.pp} (layers by stage: {sizes}); "
             f"it runs 1f1b, and the plan {plan.pipeline.schedule}"
         )
+    lost += in_full(made, "gradient checkpointing")
     if made.recompute:
         lost.append("recomputation is called in the model: model.gradient_checkpointing_enable()")

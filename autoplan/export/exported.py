@@ -1,8 +1,8 @@
 """What an export is, and what every one of them asks of a plan.
 
 A trainer's configuration is coarser than a plan: one recomputation, one level of ZeRO and one sharding for all layers. Where
-the plan mixes, the export recomputes all layers, so that what it writes fits, and takes the level and the sharding of most
-layers; `lost` says so, and whether that needs more memory.
+the plan mixes, the export recomputes all layers, in full where the plan does so in some, so that what it writes fits, and takes
+the level and the sharding of most layers; `lost` says so, and whether that needs more memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Choices:
     zero: int
     """0 where nothing is sharded over `dp_shard` and `cp`."""
     recompute: bool
-    """In every layer."""
+    """In every layer, in some way."""
+    selective: bool
+    """In that way: none is recomputed in full."""
     sequence_parallel: bool
     sharding: Sharding
     """Of most layers."""
@@ -47,16 +49,19 @@ def choices(plan: Plan) -> Choices:
     """One value for all layers."""
     lost: list[str] = []
     zero, shardings = _zero(plan, lost), [strategy.sharding for _, strategy in plan.layers()]
-    full, layers = recomputed(plan), len(shardings)
-    if 0 < full < layers:
-        lost.append(f"the plan recomputes {full} of {layers} layers; here all are, which costs time and saves memory")
+    again, layers = [strategy.recompute for _, strategy in plan.layers() if strategy.recompute != "none"], len(shardings)
+    some = again.count("selective")
+    if 0 < len(again) < layers or 0 < some < len(again):
+        parts = f", {some} of them selectively" if some else ""
+        how = "all are in full" if 0 < some < len(again) else "all are"
+        lost.append(f"the plan recomputes {len(again)} of {layers} layers{parts}; here {how}, which costs time and saves memory")
     main = max(dict.fromkeys(shardings), key=shardings.count) if shardings else plan.outer_strategy.sharding
     others = sum(sharding != main for sharding in shardings)
     if others:
         lost.append(f"{others} of {layers} layers are split over tp in another way than the rest; here all are alike")
     if plan.mesh.tp > 1 and not by_the_book(main):
         lost.append("the plan's split over tp is not the usual column-then-row one, which is what is used here")
-    return Choices(zero, full > 0, sequence_parallel(main), main, tuple(lost))
+    return Choices(zero, bool(again), bool(again) and some == len(again), sequence_parallel(main), main, tuple(lost))
 
 
 def _zero(plan: Plan, lost: list[str]) -> int:
@@ -71,9 +76,11 @@ def _zero(plan: Plan, lost: list[str]) -> int:
     return main
 
 
-def recomputed(plan: Plan) -> int:
-    """How many layers run their forward pass again."""
-    return sum(strategy.recompute == "full" for _, strategy in plan.layers())
+def in_full(made: Choices, target: str) -> list[str]:
+    """What a trainer loses that recomputes whole layers alone."""
+    if not made.selective:
+        return []
+    return [f"selective recomputation: {target} recomputes layers as a whole, which costs time and saves memory"]
 
 
 def sequence_parallel(sharding: Sharding) -> bool:

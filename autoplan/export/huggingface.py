@@ -11,6 +11,7 @@ from autoplan.export.exported import (
     by_the_book,
     choices,
     header,
+    in_full,
     no_context,
     no_experts,
     no_pipeline,
@@ -24,7 +25,7 @@ STYLES = {0: "colwise", 1: "rowwise"}
 def snippet(plan: Plan) -> Exported:
     """Two objects to paste into a training script."""
     made, mesh, load = choices(plan), plan.mesh, plan.workload
-    lost = list(made.lost)
+    lost = [*made.lost, *in_full(made, "transformers")]
     tp_plan = _tp_plan(plan, made, lost)
     piped = mesh.pp if mesh.dp == 1 else 1
     distributed: dict[str, object] = {

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from autoplan.export.exported import Choices, Exported, by_the_book, choices, header, no_context, no_experts, no_pipeline, nodes
+from autoplan.export.exported import (
+    Choices,
+    Exported,
+    by_the_book,
+    choices,
+    header,
+    in_full,
+    no_context,
+    no_experts,
+    no_pipeline,
+    nodes,
+)
 from autoplan.plan import Plan
 
 _NAME = "Lightning's ModelParallelStrategy"
@@ -16,6 +27,7 @@ def snippet(plan: Plan) -> Exported:
     """FSDP2 and tensor parallelism on Lightning's own mesh; DDP where nothing is sharded."""
     made, mesh = choices(plan), plan.mesh
     lost = [*made.lost, *no_pipeline(plan, _NAME), *no_context(plan, _NAME), *no_experts(plan, _NAME)]
+    lost += in_full(made, "this code")
     ddp = mesh.tp == 1 and mesh.dp_shard == 1
     styles = _styles(plan, made, lost)
     _told(plan, made, ddp, lost)

@@ -100,7 +100,9 @@ def _data_parallel(plan: Plan, made: Choices, lost: list[str]) -> Flags:
 
 def _recompute(plan: Plan, lost: list[str]) -> Flags:
     """Megatron recomputes the first layers of every virtual stage, as many in each of them."""
-    recompute = {name: strategy.recompute == "full" for name, strategy in plan.layers()}
+    recompute = {name: strategy.recompute != "none" for name, strategy in plan.layers()}
+    if any(strategy.recompute == "selective" for _, strategy in plan.layers()):
+        lost.append("selective recomputation: Megatron's keeps more (it recomputes attention alone), so layers are in full")
     stages = [[recompute[name] for name in names] for names in plan.stages]
     most = max(sum(stage) for stage in stages)
     if not most:

@@ -24,11 +24,12 @@ def registry(plan: Plan) -> Exported:
         fields += f"        {CUT}=[\n{stages}        ],\n"
     values = {**_training(plan), **({"disable_cuda_graphs": True} if plan.pipeline else {})}  # they do not go together
     training = "".join(f"    config.training.{name} = {value!r}\n" for name, value in values.items())
-    recompute = "FullAC.Config()" if made.recompute else "None"
+    policy = "SelectiveAC" if made.selective else "FullAC"
+    recompute = f"{policy}.Config()" if made.recompute else "None"
     text = (
         f"{header(plan, lost)}"
         "from torchtitan.config import ParallelismConfig\n"
-        f"{'from torchtitan.distributed.activation_checkpoint import FullAC' + chr(10) if made.recompute else ''}"
+        f"{f'from torchtitan.distributed.activation_checkpoint import {policy}' + chr(10) if made.recompute else ''}"
         "from torchtitan.trainer import Trainer\n\n\n"
         "def planned(config: Trainer.Config) -> Trainer.Config:\n"
         '    """Call it with the config of your model, such as `llama3_8b()`, in your config_registry.py."""\n'
@@ -55,12 +56,18 @@ def toml(plan: Plan) -> Exported:
     sections: dict[str, dict[str, object]] = {
         "training": _training(plan),
         "parallelism": parallelism,
-        "activation_checkpoint": {"mode": "full" if made.recompute else "none"},
+        "activation_checkpoint": _recompute(made),
     }
     body = "\n".join(
         f"[{name}]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in values.items()) for name, values in sections.items()
     )
     return Exported(text=f"{header(plan, lost)}\n{body}", lost=lost, filename="autoplan.toml")
+
+
+def _recompute(made: Choices) -> dict[str, object]:
+    if made.selective:
+        return {"mode": "selective", "selective_ac_option": "op"}
+    return {"mode": "full" if made.recompute else "none"}
 
 
 def _toml(value: object) -> str:
@@ -123,6 +130,8 @@ def _lost(plan: Plan, made: Choices) -> tuple[str, ...]:
     lost, load = [*made.lost, *ring(plan, "torchtitan")], plan.workload
     if not _folds(plan):
         lost += no_experts(plan, f"torchtitan, whose ep is a multiple of cp x tp ({plan.mesh.cp * plan.mesh.tp}),")
+    if made.selective:
+        lost.append("which results are kept: torchtitan has a list of its own, and up to 0.2 every second product runs again")
     if made.zero == 1 and plan.pipeline is None:  # torch's pipelines gather and reduce once a step, see autoplan.importing
         lost.append(
             "ZeRO-1 (gather once a step, reduce once a step): torchtitan's nearest keeps parameters gathered until the backward "

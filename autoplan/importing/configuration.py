@@ -13,7 +13,7 @@ from typing import Any
 from autoplan.errors import UsageError
 from autoplan.files.document import did_you_mean
 from autoplan.schedule import ScheduleKind
-from autoplan.strategy import Mesh, Zero
+from autoplan.strategy import Mesh, Recompute, Zero
 
 _LARGEST = 10**7
 """No count of a training run is larger: what is beyond is a slip."""
@@ -52,6 +52,8 @@ class Configuration:
     """The n-th, 2n-th ... layer; 0: none."""
     recompute_first: int | None = None
     """So many at the beginning of every virtual stage instead."""
+    recompute: Recompute = "full"
+    """How those are."""
     layers: int | None = None
     tokens: int | None = None
     """Of one sample."""

@@ -90,7 +90,7 @@ class _Builder:
         for first, last in edges_of(cut, len(graph.blocks)):
             again = set(self._again(first, last))
             each = [
-                (graph.blocks[i].body, Strategy(shardings[graph.blocks[i].body], "full" if i in again else "none", zero))
+                (graph.blocks[i].body, Strategy(shardings[graph.blocks[i].body], told.recompute if i in again else "none", zero))
                 for i in range(first, last)
             ]
             stages.append(self._assigned(each))

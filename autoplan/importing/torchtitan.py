@@ -13,7 +13,7 @@ from typing import Any
 from autoplan.errors import UsageError
 from autoplan.importing.configuration import Configuration, Section
 from autoplan.schedule import ScheduleKind
-from autoplan.strategy import Zero
+from autoplan.strategy import Recompute, Zero
 
 SCHEDULES: dict[str, ScheduleKind] = {"1f1b": "1f1b", "gpipe": "gpipe", "interleaved1f1b": "interleaved-1f1b"}
 NEAREST: dict[str, ScheduleKind] = {
@@ -41,7 +41,7 @@ def configuration(path: Path, document: dict[str, Any]) -> Configuration:
     lost = [*parallel.unknown(_KNOWN), *_beside(top, parallel, training)]
     pp, tp = parallel.count("pipeline_parallel_degree"), parallel.count("tensor_parallel_degree")
     local = training.count("local_batch_size", 8)
-    every = _recompute(top.section("activation_checkpoint"), lost)
+    every, recompute = _recompute(top.section("activation_checkpoint"), lost)
     cut = _cut(parallel, pp, lost) if pp > 1 else {}
     cp = parallel.count("context_parallel_degree")
     if cp > 1:
@@ -68,6 +68,7 @@ def configuration(path: Path, document: dict[str, Any]) -> Configuration:
         local_batch=local,
         global_batch=whole if whole > 0 else None,
         recompute_every=every,
+        recompute=recompute,
         tokens=training.count("seq_len", 2048),
         workload=_workload(top, training, lost),
         lost=tuple(lost),
@@ -122,18 +123,23 @@ def _by_hand(parallel: Section, pp: int, single: bool) -> tuple[int, ...]:
     return tuple(map(len, names))
 
 
-def _recompute(section: Section, lost: list[str]) -> int:
+def _recompute(section: Section, lost: list[str]) -> tuple[int, Recompute]:
+    """Which layers (see `Configuration.recompute_every`), and how."""
     mode = section.word("mode", "selective", ("none", "full", "selective", "memory_budget"))
     if mode in ("none", "full"):
-        return int(mode == "full")
+        return int(mode == "full"), "full"
     option = str(section.values.get("selective_ac_option", "2" if mode == "selective" else ""))
     if mode == "selective" and option.isdecimal() and int(option[:9]) > 0:
-        return int(option[:9])
+        return int(option[:9]), "full"
     if mode == "selective" and option != "op":
         raise section.wrong("selective_ac_option", '"op" or a whole number from 1 on')
-    what = "recomputation of single operations" if mode == "selective" else "recomputation by a memory budget"
-    lost.append(f"{what}: that of every second layer is priced, which costs about as much time and memory")
-    return 2
+    if mode == "selective":
+        lost.append("every second product, which runs again there: here all are kept, which takes more memory and less time")
+        return 1, "selective"
+    lost.append(
+        "recomputation by a memory budget: that of every second layer is priced, which costs about as much time and memory"
+    )
+    return 2, "full"
 
 
 def _workload(top: Section, training: Section, lost: list[str]) -> dict[str, str]:

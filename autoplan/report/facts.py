@@ -126,11 +126,14 @@ def _answer(plan: Plan) -> str:
 
 def recompute_clause(plan: Plan) -> str:
     """How much of the model runs its forward twice."""
-    layers = list(plan.layers())
-    full = sum(strategy.recompute == "full" for _, strategy in layers)
-    if full == 0:
+    used = [strategy.recompute for _, strategy in plan.layers()]
+    full, some = used.count("full"), used.count("selective")
+    parts = [(full, "recomputation"), (some, "selective recomputation")]
+    clauses = [f"{what} in {'all' if n == len(used) else f'{n}'}" for n, what in parts if n]
+    if not clauses:
         return "no recomputation"
-    return f"recomputation in {'all ' if full == len(layers) else f'{full} of '}{words.plural(len(layers), 'layer')}"
+    of = "" if len(used) in (full, some) else "of "
+    return f"{' and '.join(clauses)} {of}{words.plural(len(used), 'layer')}"
 
 
 def _headroom(plan: Plan) -> str:

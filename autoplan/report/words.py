@@ -15,7 +15,7 @@ from autoplan.units import BYTE, FLOP, SECOND, show
 TIME_WORDS = {
     "forward": ("Forward", "the layers' forward pass"),
     "backward": ("Backward", "the layers' backward pass"),
-    "recompute": ("Recompute", "forward passes run again to save memory"),
+    "recompute": ("Recompute", "forward passes, or parts of them, run again to save memory"),
     "tp_communication": ("Communication inside layers", "collectives of tp, cp and ep, never hidden"),
     "dp_communication": ("Data-parallel communication", "gathers and reductions that computation does not hide"),
     "pp_communication": ("Pipeline communication", "activations on their way to the next stage, where it waits for them"),
@@ -31,7 +31,7 @@ MEMORY_WORDS = {
     "buffers": ("Buffers", "whole on every device"),
     "activations": ("Activations", "saved for the backward pass of the micro-batches in flight"),
     "pipeline": ("Pipeline buffers", "for what the neighbouring stages send"),
-    "recompute": ("Recomputed layer", "what one layer keeps while its forward runs again"),
+    "recompute": ("Recomputed layer", "what one layer holds besides while its forward runs again"),
     "unsharded": ("Gathered parameters", "whole parameters and gradients of the layers in flight"),
     "temporary": ("Temporary", "the largest tensors inside one operation"),
 }

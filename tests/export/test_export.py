@@ -22,7 +22,7 @@ from autoplan.errors import UsageError
 from autoplan.export.exported import by_the_book, choices, wildcard
 from autoplan.export.targets import TARGETS, export
 from autoplan.plan import Plan
-from autoplan.strategy import PARTIAL, Border, Mesh, Sharding, Strategy, shard
+from autoplan.strategy import PARTIAL, Border, Mesh, Recompute, Sharding, Strategy, shard
 from tests.report.plans import EVIL, hostile, llama, piped, single
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -206,11 +206,31 @@ def test_a_mixture_takes_what_most_layers_have() -> None:
         strategies=(("tp+sp", replace(plan.by_name["tp+sp"], zero=1)), *plan.strategies[1:]),
     )
     made = choices(mixed)
-    assert (made.zero, made.recompute) == (1, True)
+    assert (made.zero, made.recompute, made.selective) == (1, True, False)
     assert [sentence.partition(";")[0] for sentence in made.lost] == [
         "12 of 32 layers are ZeRO-3",
         "the plan recomputes 12 of 32 layers",
     ]
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_selective_recomputation_is_exported_or_said_to_be_lost(to: str) -> None:
+    plan = llama()
+    layers = {run.strategy for run in plan.runs}
+    alike = tuple((name, replace(s, recompute="selective") if name in layers else s) for name, s in plan.strategies)
+    made = export(replace(plan, strategies=alike), to)
+    assert any("selective recomputation" in sentence or "kept" in sentence for sentence in made.lost)
+    if to == "torchtitan":
+        assert "config.activation_checkpoint = SelectiveAC.Config()" in made.text
+    elif to == "torchtitan-toml":
+        assert tomllib.loads(made.text)["activation_checkpoint"] == {"mode": "selective", "selective_ac_option": "op"}
+    mixed = replace(plan, strategies=tuple((n, replace(s, recompute=w)) for (n, s), w in zip(alike, _WAYS, strict=False)))
+    assert choices(mixed).recompute
+    assert not choices(mixed).selective
+    assert any("selectively; here all are in full" in sentence for sentence in choices(mixed).lost)
+
+
+_WAYS: tuple[Recompute, ...] = ("selective", "full", "none")
 
 
 def test_the_book() -> None:

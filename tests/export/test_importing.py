@@ -90,6 +90,12 @@ def test_torchtitan_has_its_own_defaults(tmp_path: Path) -> None:
     assert told.recompute_every == 2, "selective recomputation of every second layer"
 
 
+def test_torchtitans_recomputation_of_operations_is_the_selective_one(tmp_path: Path) -> None:
+    told = written(tmp_path / "j.toml", '[activation_checkpoint]\nmode = "selective"\nselective_ac_option = "op"\n')
+    assert (told.recompute_every, told.recompute) == (1, "selective")
+    assert any("every second product" in sentence for sentence in told.lost)
+
+
 def test_a_call_of_megatron_is_read_as_it_is_written(tmp_path: Path) -> None:
     text = (
         "torchrun --nproc_per_node 8 --nnodes=4 pretrain_gpt.py \\\n  --tensor-model-parallel-size 4 --sequence-parallel \\\n"
