@@ -295,3 +295,9 @@ def _check_pipeline(plan: Plan, layers: list[str]) -> None:
         )
     if pipeline.schedule == "interleaved-1f1b" and plan.micro_batches % mesh.pp:
         raise UsageError(f"pipeline: interleaved-1f1b needs micro-batches ({plan.micro_batches}) in multiples of pp {mesh.pp}.")
+    told = plan.prediction.stages
+    if told and (len(told) != mesh.pp or any({len(s.forward), len(s.backward)} != {pipeline.chunks} for s in told)):
+        raise UsageError(
+            f"prediction.stages does not have times of {pipeline.chunks} chunks of layers for each of {mesh.pp} ranks.",
+            "Price the plan anew: autoplan estimate.",
+        )

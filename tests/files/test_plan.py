@@ -19,6 +19,7 @@ from autoplan.strategy import GATHERED, Border, shard
 from autoplan.workload import Workload
 from tests.bodies import model
 from tests.hardware import machine
+from tests.report.plans import piped
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,15 @@ def test_layers_placed_twice_are_refused(path: Path) -> None:
     path.write_text(text.replace("layers:\n", "layers:\n- layers.3: " + yaml.safe_load(text)["outer"] + "\n", 1))
     with pytest.raises(UsageError, match=r"'layers\.3' is placed twice"):
         load_plan(path)
+
+
+def test_times_of_stages_fit_the_pipeline(tmp_path: Path) -> None:
+    """The picture of the pipeline is made of them."""
+    text = dump_plan(piped("interleaved-1f1b", chunks=2))
+    once = text.index("\n    - 10 ms")
+    (tmp_path / "plan.yaml").write_text(text[:once] + text[once:].replace("\n    - 10 ms", "", 1))
+    with pytest.raises(UsageError, match="2 chunks of layers for each of 4 ranks"):
+        load_plan(tmp_path / "plan.yaml")
 
 
 @pytest.mark.parametrize(
