@@ -1,9 +1,11 @@
 """Processor seconds and memory of planning after capture, each case in a process of its own, the solver's import included.
 
-python -m benchmarks.planning_speed [-o FILE.md]      exit code 1 when a case is not proven or takes over its limits
+python -m benchmarks.planning_speed [-o FILE.md] [--autoparallel FOLDER]     exit code 1 when a case is not proven or takes over
+                                                                            its limits
 
 A case that is not done after LIMIT processor seconds is ended and told as a miss. The page that -o writes has beside it what
-other planners take for their own cases, as they or we have measured it before: `PLANNERS`.
+other planners take for their own cases, as they or we have measured it before: `PLANNERS`. With a checkout of AutoParallel its
+case is run at the end (`benchmarks.autoparallel_case`; minutes), so that both are from one run.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
@@ -75,7 +78,7 @@ PLANNERS = (
         "Llama-3 8B, 32 layers, 8,192 tokens, 2 sequences a data-parallel rank, on a mesh (32, 8) that the user chose",
         "287.4 (27.9 capture, 91.9 strategies and program, 70.1 CBC, 91.3 apply); 4.3 GB",
         "shardings of every operation on one mesh; no memory limit, pipeline or recomputation",
-        "meta-pytorch/autoparallel at a54c2529 with torch 2.13 and PuLP's CBC 2.10.3, measured on 2 cores of an AMD EPYC, not in "
+        "meta-pytorch/autoparallel at a54c252 with torch 2.13 and PuLP's CBC 2.10.3, measured on 2 cores of an AMD EPYC, not in "
         "this run",
     ),
     Planner(
@@ -180,14 +183,32 @@ def table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(rows: list[tuple[Case, dict[str, Any]]]) -> str:
+def beside_autoparallel(folder: Path) -> Planner:
+    """AutoParallel's own case, now."""
+    command = [sys.executable, "-m", "benchmarks.autoparallel_case", str(folder)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    if out.returncode:
+        raise RuntimeError(out.stderr)
+    found: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
+    head = subprocess.run(
+        ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    parts = ", ".join(f"{seconds} {phase}" for phase, seconds in found.items() if phase not in ("all", "GB"))
+    return replace(
+        PLANNERS[0],
+        cpu_seconds=f"{found['all']} ({parts}); {found['GB']} GB",
+        source=f"meta-pytorch/autoparallel at {head or 'no commit'} with torch {version('torch')} and PuLP's CBC, in this run",
+    )
+
+
+def page(rows: list[tuple[Case, dict[str, Any]]], planners: Sequence[Planner]) -> str:
     """docs/planning-speed.md."""
     ours = {case.why: row for case, row in rows if case.why}
     lines = [
         "| planner | its case | CPU s | what it searches | autoplan, the same model and devices, CPU s | source |",
         "|---|---|---|---|---|---|",
     ]
-    for planner in PLANNERS:
+    for planner in planners:
         told = f"{ours[planner.name]['cpu_s']} (every mesh, under memory, proven)" if planner.name in ours else "not run"
         lines.append(f"| {planner.name} | {planner.case} | {planner.cpu_seconds} | {planner.space} | {told} | {planner.source} |")
     versions = ", ".join(f"{name} {version(name)}" for name in ("numpy", "pulp", "highspy"))
@@ -212,7 +233,7 @@ processor seconds.
 
 {planners}
 
-Other planners' numbers stand as they were measured; machines differ, so they are orders of magnitude.
+Other planners' numbers that are not of this run stand as they were measured; machines differ, so they are orders of magnitude.
 """
 
 
@@ -220,6 +241,7 @@ def main() -> int:
     """Runs every case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", type=Path)
+    parser.add_argument("--autoparallel", type=Path, metavar="FOLDER", help="a checkout of meta-pytorch/autoparallel")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--graph", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -236,8 +258,11 @@ def main() -> int:
             rows.append((case, run_alone(i, graph)))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows), end="")
+    planners = [beside_autoparallel(asked.autoparallel), *PLANNERS[1:]] if asked.autoparallel else PLANNERS
+    for planner in planners:
+        print(f"{planner.name}: {planner.cpu_seconds}: {planner.source}", file=sys.stderr)
     if asked.o:
-        asked.o.write_text(page(rows), encoding="utf-8")
+        asked.o.write_text(page(rows, planners), encoding="utf-8")
     return int(any(missed(case, row) for case, row in rows))
 
 

@@ -12,7 +12,7 @@ For a layer (a `Body`) whose operations `o` run with the layouts that `cost.walk
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from autoplan.cost.compute import MULTIPLIES
@@ -55,14 +55,20 @@ class LayerCost:
 
 
 def layer_cost(model: LayerModel, sharding: Sharding, only: Callable[[Step], bool] | None = None) -> LayerCost:
-    """Price of a layer, or `only` of some of its steps: the embedding apart from the head, what is run again.
+    """Price of a layer, or `only` of some of its steps: what is run again.
 
     Raises `UsageError` when the sharding is not legal for it.
     """
-    account = _Account(model, sharding)
+    return layer_costs(model, sharding, [only])[0]
+
+
+def layer_costs(model: LayerModel, sharding: Sharding, parts: Sequence[Callable[[Step], bool] | None]) -> list[LayerCost]:
+    """`layer_cost` of several sets of steps, followed together: all, the embedding, the head."""
+    accounts = [_Account(model, sharding) for _ in parts]
     for step in walk(model, sharding):
-        account.take(step, only is None or only(step))
-    return account.total(everything=only is None)
+        for account, only in zip(accounts, parts, strict=True):
+            account.take(step, only is None or only(step))
+    return [account.total(everything=only is None) for account, only in zip(accounts, parts, strict=True)]
 
 
 class _Account:

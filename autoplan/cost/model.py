@@ -64,7 +64,7 @@ class CostModel:
         hardware.device.peak_of(workload.compute_dtype)  # a profile without this dtype is the user's error, told early
         self._models: dict[tuple[int, int, int, int, int], LayerModel] = {}
         self._costs: dict[tuple[int, int, int, int, int, Sharding], LayerCost] = {}
-        self._parts: dict[tuple[tuple[int, ...], int, int, int, Sharding], LayerCost] = {}
+        self._parts: dict[tuple[int, int, int, int, Sharding], dict[tuple[int, ...], LayerCost]] = {}
         self._dp: dict[Hashable, DataParallel] = {}
         self._passed: dict[tuple[int, float], Bytes] = {}
         self.outer = OuterParts(graph)
@@ -95,6 +95,7 @@ class CostModel:
                 ep=ep,
                 dealt=dealt,
                 imbalance=self.workload.expert_imbalance,
+                plain=self.layer_model(body, tp, micro_batch, cp) if dealt else None,
             )
         return self._models[key]
 
@@ -113,9 +114,14 @@ class CostModel:
 
     def layer_cost(self, body: int, sharding: Sharding, tp: int, micro_batch: int, cp: int = 1, ep: int = 1) -> LayerCost:
         """Cost of one layer for one micro-batch. Raises `UsageError` when the sharding is not legal for it."""
-        key = (body, tp, micro_batch, cp, ep, sharding)
+        key = (body, tp, micro_batch, cp, ep if self.mixtures.dealt.get(body) else 1, sharding)
         if key not in self._costs:
-            self._costs[key] = layer_cost(self.layer_model(body, tp, micro_batch, cp, ep), sharding)
+            model = self.layer_model(body, tp, micro_batch, cp, ep)
+            if body == OUTER:
+                self._parts[key[1:]] = self.outer.costs(model, sharding)
+                self._costs[key] = next(iter(self._parts[key[1:]].values()))
+            else:
+                self._costs[key] = layer_cost(model, sharding)
         return self._costs[key]
 
     def micro_batches(self, mesh: Mesh, micro_batch: int) -> int:
@@ -142,11 +148,8 @@ class CostModel:
         return self._step(key, cost, strategy, mesh, micro_batch, outer=True)
 
     def _part(self, regions: tuple[int, ...], sharding: Sharding, mesh: Mesh, micro_batch: int) -> LayerCost:
-        key = (regions, mesh.tp, micro_batch, mesh.cp, sharding)
-        if key not in self._parts:
-            model = self.layer_model(OUTER, mesh.tp, micro_batch, mesh.cp)
-            self._parts[key] = self.outer.cost(model, sharding, regions)
-        return self._parts[key]
+        self.layer_cost(OUTER, sharding, mesh.tp, micro_batch, mesh.cp)
+        return self._parts[mesh.tp, micro_batch, mesh.cp, 1, sharding][regions]
 
     def ideal_step(
         self, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int, regions: tuple[int, ...] | None = None

@@ -2,7 +2,7 @@
 
 The outer body calls `L` blocks one after another. Region `r` is what runs between the calls of block `r - 1` and block `r`,
 the call of block `r` included; region `L` is what follows the last one. A stage that has the blocks `i ... j - 1` runs the
-regions `i ... j - 1`, and the last stage region `L` as well (`OuterParts.cost`).
+regions `i ... j - 1`, and the last stage region `L` as well (`OuterParts.costs`).
 
 A tensor crosses the cut before block `i` when a region below `i` makes it and a region from `i` on uses it (`crossing`): the
 stream of activations, an encoder's output that every decoder layer reads. It is sent from stage to stage. What is computed
@@ -11,11 +11,12 @@ from the batch alone (masks, positions) is computed on every stage and crosses n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import cached_property
 
-from autoplan.cost.layer import LayerCost, layer_cost
+from autoplan.cost.layer import LayerCost, layer_costs
 from autoplan.cost.prices import LayerModel
+from autoplan.cost.walk import Step
 from autoplan.graph import Graph, Value
 from autoplan.strategy import Sharding
 
@@ -51,10 +52,22 @@ class OuterParts:
         end = last + (last == len(self.order))
         return tuple(region for region in self.busy if first <= region < end)
 
-    def cost(self, model: LayerModel, sharding: Sharding, regions: Sequence[int]) -> LayerCost:
-        """One micro-batch of some regions under a sharding of the outer body. Raises `UsageError` where it is not legal."""
-        wanted = frozenset(regions)
-        return layer_cost(model, sharding, lambda step: self.regions[step.index] in wanted)
+    @cached_property
+    def parts(self) -> tuple[tuple[int, ...], ...]:
+        """Every set of busy regions that one stage may have; the first is all of them."""
+        busy = self.busy
+        found = [busy[i:j] for i in range(len(busy)) for j in range(i + 1, len(busy) + 1)]
+        return tuple(sorted(found, key=len, reverse=True))
+
+    def costs(self, model: LayerModel, sharding: Sharding) -> dict[tuple[int, ...], LayerCost]:
+        """One micro-batch of every one of the `parts` under a sharding of the outer body. Raises `UsageError` where it is not
+        legal."""
+
+        def within(regions: frozenset[int]) -> Callable[[Step], bool]:
+            return lambda step: self.regions[step.index] in regions
+
+        found = layer_costs(model, sharding, [None, *(within(frozenset(part)) for part in self.parts[1:])])
+        return dict(zip(self.parts or ((),), found, strict=True))
 
     @cached_property
     def crossing(self) -> tuple[tuple[Value, ...], ...]:

@@ -120,6 +120,7 @@ class LayerModel:
         ep: int = 1,
         dealt: Sequence[Dealt] = (),
         imbalance: float = 1.0,
+        plain: LayerModel | None = None,
     ) -> None:
         self.body, self.bodies, self.blocks = body, bodies, blocks
         self.tp, self.cp, self.hardware, self.dtype = tp, cp, hardware, dtype
@@ -131,6 +132,8 @@ class LayerModel:
         self.doors = frozenset(index for each in self.dealt for index in each.doors)
         """Borders (by index) at which rows of experts change hands."""
         self._inside = frozenset(i for each in self.dealt for i in each.inside)
+        self._plain = plain if self.dealt else None
+        """The same where nothing is dealt: it has the prices of what has nothing to do with experts."""
         self._op_costs: dict[tuple[int, tuple[Layout, ...], tuple[Layout, ...]], OpCost] = {}
         self._border_costs: dict[tuple[int, Layout, Layout], tuple[Seconds, Seconds]] = {}
 
@@ -180,10 +183,23 @@ class LayerModel:
 
     def op(self, index: int, outcome: Outcome) -> OpCost:
         """Price of running operation `index` as `outcome` says."""
+        if self._plain is not None and index not in self._touched:
+            return self._plain.op(index, outcome)
         key = (index, outcome.inputs, outcome.outputs)
         if key not in self._op_costs:
             self._op_costs[key] = self._price(index, outcome)
         return self._op_costs[key]
+
+    @cached_property
+    def _touched(self) -> frozenset[int]:
+        """Operations that work on rows or weights of experts which are dealt, and those at which rows change hands."""
+        values, ends = self.body.values, {index for each in self.dealt for index in (each.first, each.last)}
+
+        def dealt(i: int) -> bool:
+            weight = values[values[i].storage].parameter
+            return i in self._inside or (weight is not None and self.holder(weight) is not None)
+
+        return frozenset(n for n, op in enumerate(self.body.ops) if n in ends or any(map(dealt, op.inputs + op.outputs)))
 
     def _price(self, index: int, outcome: Outcome) -> OpCost:
         op = self.body.ops[index]

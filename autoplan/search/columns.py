@@ -245,7 +245,7 @@ class Tables:
             return ()
         parts = {
             regions: best_of([self.costs.ideal_step(g, strategy, mesh, micro_batch, regions) for strategy in strategies])
-            for regions in self.parts
+            for regions in self.costs.outer.parts
         }
         return (Outer(strategies[0], parts),)
 
@@ -319,14 +319,8 @@ class Tables:
             yield Strategy(sharding, "none", zero)
 
     def _outer(self, strategy: Strategy, mesh: Mesh, micro_batch: int) -> Outer:
-        parts = {regions: self.costs.outer_step(regions, strategy, mesh, micro_batch) for regions in self.parts}
+        parts = {regions: self.costs.outer_step(regions, strategy, mesh, micro_batch) for regions in self.costs.outer.parts}
         return Outer(strategy, parts)
-
-    @cached_property
-    def parts(self) -> tuple[tuple[int, ...], ...]:
-        """Every set of busy regions of the outer body that one stage may have."""
-        busy = self.costs.outer.busy
-        return tuple(busy[i:j] for i in range(len(busy)) for j in range(i + 1, len(busy) + 1))
 
 
 def _best_arranged(mesh: Mesh) -> Mesh:

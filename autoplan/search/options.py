@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import floor, inf
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from autoplan.search.dominance import Bools, Floats, unbeaten
 from autoplan.strategy import Recompute, Sharding, Strategy, Zero
 from autoplan.units import Bytes, Seconds
 
+_FEW = 6
+"""Columns that are looked at one by one."""
 _ANY = 2**31
 """Layers that cost nothing: as many as anyone wants."""
 
@@ -76,7 +78,7 @@ class Columns(tuple[Column, ...]):
     def seen(self, slots: float, in_flight: int) -> Options:
         """On a stage with so many micro-batches in flight, in a step of `slots`."""
         if (slots, in_flight) not in self._seen:
-            self._seen[slots, in_flight] = Options.seen(self, self.costs, slots, in_flight)
+            self._seen[slots, in_flight] = Options.of(self, slots, in_flight)
         return self._seen[slots, in_flight]
 
     @cached_property
@@ -94,6 +96,12 @@ class Option(NamedTuple):
     left: Bytes
     ending: Bytes
     column: Column
+
+
+def _seen(costs: Iterable[Any], slots: float, in_flight: int) -> tuple[Any, ...]:
+    """The numbers of an `Option`, from those of `Costs`: of one column, or of all as arrays."""
+    slot, once, state, kept, peak, ending = costs
+    return slot + once / slots, state + in_flight * kept, peak, state + (in_flight - 1) * kept, ending
 
 
 class Vertex(NamedTuple):
@@ -120,14 +128,10 @@ class Options(Sequence[Option]):
     @staticmethod
     def of(columns: Sequence[Column], slots: float, in_flight: int) -> Options:
         """Of all columns of a layer, on a stage with so many micro-batches in flight."""
-        return Options.seen(columns, np.array([column.costs for column in columns]).T, slots, in_flight)
-
-    @staticmethod
-    def seen(columns: Sequence[Column], costs: Floats, slots: float, in_flight: int) -> Options:
-        """`of`, with the columns' costs as an array."""
-        slot, once, state, kept, peak, ending = costs
-        seconds, held, left = slot + once / slots, state + in_flight * kept, state + (in_flight - 1) * kept
-        return Options(columns, np.stack((seconds, held, peak, left, ending)))
+        if len(columns) <= _FEW:
+            return FewOptions([Option._make((*_seen(column.costs, slots, in_flight), column)) for column in columns])
+        costs = columns.costs if isinstance(columns, Columns) else np.array([column.costs for column in columns]).T
+        return Options(columns, np.stack(_seen(costs, slots, in_flight)))
 
     @cached_property
     def _options(self) -> list[Option]:
@@ -179,17 +183,21 @@ class Options(Sequence[Option]):
             bounds.append((limit - self.ending) / self.left)
         elif self.ending > limit:
             return 0
-        bounds += [(seconds - slope * room) / level for slope, level in self._edges if level > 0]
+        bounds += [(seconds - slope * room) / level for slope, level in self.edges if level > 0]
         found = min(bounds)
         return floor(found * (1 + 1e-12) + 1e-9) if found < inf else _ANY
 
     @cached_property
-    def _edges(self) -> list[tuple[float, Seconds]]:
+    def edges(self) -> list[tuple[float, Seconds]]:
         """Of n layers in `room` bytes the fastest mix takes the most of  level n + slope room  over these."""
         hull = self.hull
         slopes = [(b.seconds - a.seconds) / (b.bytes - a.bytes) for a, b in pairwise(hull)]
         edges = [(slope, a.seconds - slope * a.bytes) for slope, a in zip(slopes, hull, strict=False)]
         return [*edges, (0.0, hull[-1].seconds)]
+
+    def least(self, price: float) -> Seconds:
+        """Of one layer at least, where a byte has a price in seconds."""
+        return min(corner.seconds + price * corner.bytes for corner in self.hull)
 
     def at(self, size: Bytes) -> Seconds:
         """Seconds of the fastest mix that takes `size` bytes a layer; infinite when none does."""
@@ -201,6 +209,33 @@ class Options(Sequence[Option]):
         i = bisect_right(hull, size, key=_bytes)
         a, b = hull[i - 1], hull[i]
         return a.seconds + (b.seconds - a.seconds) * (size - a.bytes) / (b.bytes - a.bytes)
+
+
+class FewOptions(Options):
+    """The same in plain numbers: of so few an array costs more than it saves."""
+
+    def __init__(self, options: Sequence[Option]) -> None:
+        self._all = options
+        self.peak = min(option.peak for option in options)
+        self.left = min(option.left for option in options)
+        self.ending = min(option.ending for option in options)
+
+    @cached_property
+    def _options(self) -> list[Option]:
+        kept: list[Option] = []
+        for option in sorted(self._all, key=lambda each: each[:-1]):
+            if not any(all(a <= b for a, b in zip(other[:-1], option[:-1], strict=True)) for other in kept):
+                kept.append(option)
+        return kept
+
+    @cached_property
+    def hull(self) -> tuple[Vertex, ...]:
+        return tuple(_hull(_falling(sorted((option.bytes, option.seconds) for option in self._all))))
+
+    @cached_property
+    def stairs(self) -> tuple[list[Bytes], list[Bytes]]:
+        steps = list(_falling(sorted((option.peak, option.bytes) for option in self._all)))
+        return [peak for peak, _ in steps], [size for _, size in steps]
 
 
 class Group(NamedTuple):
@@ -223,6 +258,15 @@ def _records(numbers: Floats) -> Bools:
     found = np.ones(len(numbers), dtype=bool)
     np.less(least[1:], least[:-1], out=found[1:])
     return found
+
+
+def _falling(pairs: Iterable[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """Those whose second number is less than those of all before."""
+    least = inf
+    for pair in pairs:
+        if pair[1] < least:
+            least = pair[1]
+            yield pair
 
 
 def _hull(points: Iterable[tuple[Bytes, Seconds]]) -> list[Vertex]:

@@ -198,10 +198,21 @@ class Staging:
             return False
         slowest = room / self.many if self.many else inf
         if not self._alike:
-            return farthest(self.ranks, self.layers, self.relaxed, slowest, self.least) >= self.layers
+            together = self._together(slowest)
+            return together and farthest(self.ranks, self.layers, self.relaxed, slowest, self.least) >= self.layers
         if not self._reaches(lambda s: self._quickly(s, slowest)):
             return False
         return self.chunks == 1 or self._reaches(lambda s: self._most(s, slowest))
+
+    def _together(self, slowest: Seconds) -> bool:
+        """Whether there would be room if the ranks had their time and their memory in common, whatever a byte is worth."""
+        in_flight = min(min(self.flight(s)) for s in (0, self.ranks - 1))
+        columns, classes = self.priced.columns, self.tables.classes
+        layers = [(n, self._layer_options(g, in_flight)) for g, n in classes.items() if g in columns]
+        room = sum(limit - min(options.peak for _, options in layers) for limit in self.limits)
+        time = self.ranks * slowest - (self._fastest_outer(self.outer) if self.outer else 0.0)
+        prices = {-slope for _, options in layers for slope, _ in options.edges}
+        return all(sum(n * options.least(price) for n, options in layers) <= time + price * room for price in prices)
 
     def _reaches(self, most: Callable[[int], int]) -> bool:
         """Whether the ranks have room for all layers, when each has at most `most` and all are alike.

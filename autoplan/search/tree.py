@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from heapq import heappop, heappush
 from math import inf
 from time import monotonic
@@ -334,7 +335,7 @@ class Tree:
         """A step that can be had: the aim, or that of a plan by hand that keeps the wishes."""
         return (min(self._by_hand, self.aim) if self.top == 1 else self.aim) * (1 + 1e-9)
 
-    @property
+    @cached_property
     def _by_hand(self) -> Seconds:
         kept = [b for b in self.baselines or () if self._keeps(b)]
         return min((b.step_time for b in kept if b.step_time is not None), default=inf)

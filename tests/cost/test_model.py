@@ -100,7 +100,7 @@ def test_without_tensor_parallelism_nothing_is_sent_over_tp() -> None:
     assert predict(Mesh()).time.dp_communication == 0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from([2, 4, 8]), st.sampled_from([REPLICATE, shard(1)]))
 def test_every_sharding_the_search_finds_costs_no_more_compute(tp: int, stream: object) -> None:
     tables = Tables(CostModel(GRAPH, machine(), Workload(global_batch=64)))

@@ -79,7 +79,7 @@ positive = st.floats(1e-9, 1e15)
 line = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=30)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_profile_round_trips(load, data):
     draw = data.draw
@@ -198,7 +198,7 @@ def test_a_hostile_file_is_a_usage_error(load, text):
         load(text)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, len(FILE)), st.text(max_size=8), st.integers(0, 12))
 def test_no_edit_brings_a_traceback(load, at, text, cut):
     with suppress(UsageError):

@@ -28,7 +28,6 @@ def every_cut(stages: int, layers: int, least: int) -> list[tuple[int, ...]]:
     return [edges for edges in cuts if all(j - i >= least for i, j in pairwise(edges))]
 
 
-@settings(deadline=None)
 @given(rows, st.data())
 def test_the_bottleneck_of_equal_stages_is_found(layers: list[float], data: st.DataObject) -> None:
     stages = data.draw(st.integers(1, len(layers)))
@@ -37,7 +36,7 @@ def test_the_bottleneck_of_equal_stages_is_found(layers: list[float], data: st.D
     assert slowest * (1 - 1.1e-5) <= least_bottleneck(stages, len(layers), value, 0.0, inf) <= slowest * (1 + 1e-12)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows, st.data())
 def test_equals_brute_force(layers: list[float], data: st.DataObject) -> None:
     stages = data.draw(st.integers(1, min(4, len(layers))))

@@ -11,7 +11,7 @@ from autoplan.search.dominance import unbeaten
 rows = st.lists(st.tuples(*[st.integers(0, 4)] * 4), min_size=1, max_size=300)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows, st.integers(1, 3))
 def test_what_is_left_beats_everything_else_and_nothing_else(costs: list[tuple[int, ...]], kinds: int) -> None:
     groups = np.arange(len(costs)) % kinds

@@ -56,7 +56,7 @@ def cheapest(groups: list[Group], limit: float) -> float:
     return best
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems, st.booleans())
 def test_equals_brute_force(problem: tuple[list[tuple[int, list[Column]]], int], by_solver: bool) -> None:
     classes, limit = problem
@@ -73,7 +73,7 @@ def test_equals_brute_force(problem: tuple[list[tuple[int, list[Column]]], int],
         assert memory(found.counts) <= limit * MIB
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems)
 def test_bounds_hold(problem: tuple[list[tuple[int, list[Column]]], int]) -> None:
     classes, limit = problem
@@ -89,7 +89,6 @@ def test_bounds_hold(problem: tuple[list[tuple[int, list[Column]]], int]) -> Non
         assert least_bytes(groups) <= limit * MIB
 
 
-@settings(deadline=None)
 @given(st.lists(st.builds(column, *[st.floats(0.1, 9)] * 6), min_size=1, max_size=12), st.floats(1, 20), st.integers(1, 9))
 def test_unbeaten_columns_lose_nothing(options: list[Column], slots: float, in_flight: int) -> None:
     kept = [options[i] for i in unbeaten(np.array([column.costs for column in options]).T)]
@@ -99,7 +98,6 @@ def test_unbeaten_columns_lose_nothing(options: list[Column], slots: float, in_f
     assert [o[:5] for o in everything] == [o[:5] for o in few]
 
 
-@settings(deadline=None)
 @given(st.lists(columns, min_size=1, max_size=8), st.integers(1, 6), st.floats(0, 400))
 def test_a_point_of_the_hull_is_the_relaxed_mix(options: list[Column], number: int, limit: float) -> None:
     group = Group(0, 0, number, Options.of(options, 1.0, 1))
