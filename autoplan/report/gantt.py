@@ -51,7 +51,7 @@ def _box(shot: Shot, chunks: int, titled: bool) -> str:
     place = f'x="{_percent(shot.start)}" width="{_percent(width)}" height="{ROW}"'
     box = f"<rect {place}>{_title(shot, chunks)}</rect>" if titled else f"<rect {place}/>"
     text = str(shot.micro_batch)
-    zoom = next((zoom for zoom in ZOOMS if width * WIDTH * zoom >= 5.9 * len(text) + 2), None)
+    zoom = next((zoom for zoom in ZOOMS if width * WIDTH * zoom >= 6.5 * len(text) + 2), None)
     if zoom is None:
         return box
     return f'{box}<text class="z{zoom}" x="{_percent(shot.start + width / 2)}" y="17">{text}</text>'
