@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from autoplan import cli
+from autoplan.cli.app import JOURNEY
 from autoplan.errors import NothingFits
 from tests.report.plans import llama, single
 
@@ -311,3 +312,18 @@ def test_help_and_version_load_neither_torch_nor_the_solver() -> None:
         done = subprocess.run([sys.executable, "-c", program, flag], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert "autoplan" in done.stdout
+
+
+def test_help_lists_commands_as_they_are_met_and_flags_without_types(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert tuple(re.findall(r"^. ([a-z]+)  +\S", text, re.MULTILINE)) == JOURNEY
+    assert "bool" not in text
+    assert cli.main(["plan", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "bool" not in text
+    assert "int range" not in text
+    assert max(map(len, text.splitlines())) <= 80
