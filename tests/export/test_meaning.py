@@ -27,11 +27,19 @@ from autoplan.export.exported import nodes
 from autoplan.export.targets import TARGETS, export
 from autoplan.files.plan import dump_plan, load_plan
 from autoplan.plan import Plan
-from autoplan.strategy import Mesh
+from autoplan.strategy import Mesh, Recompute
 from tests.export.test_export import at_zero, keywords
 from tests.report.plans import llama, piped, single
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+def at(recompute: Recompute) -> Plan:
+    """Every layer recomputes so much."""
+    plan = llama()
+    return replace(plan, strategies=tuple((name, replace(each, recompute=recompute)) for name, each in plan.strategies))
+
+
 PLANS: dict[str, Plan] = {
     "llama": llama(),
     "piped": piped(),
@@ -40,6 +48,7 @@ PLANS: dict[str, Plan] = {
     "single": single(),
     "ddp": replace(llama(), mesh=Mesh(dp_replicate=8)),
     "hsdp": replace(at_zero(1), mesh=Mesh(dp_replicate=2, dp_shard=2, tp=2)),
+    "selective": at("selective"),
     "twelve": replace(llama(), mesh=Mesh(dp_shard=4, tp=3)),
     **{path.stem: load_plan(path) for path in sorted((ROOT / "reports").glob("*.yaml"))},
 }
@@ -83,7 +92,7 @@ def _torchtitan(plan: Plan, text: str, monkeypatch: pytest.MonkeyPatch) -> Told:
         "torchtitan": {},
         "torchtitan.config": {"ParallelismConfig": SimpleNamespace},
         "torchtitan.distributed": {},
-        "torchtitan.distributed.activation_checkpoint": {"FullAC": kinds},
+        "torchtitan.distributed.activation_checkpoint": {"FullAC": kinds, "SelectiveAC": kinds},
         "torchtitan.trainer": {"Trainer": kinds},
     }.items():
         stand_in(monkeypatch, module, names)
