@@ -42,8 +42,8 @@ class Drawn:
 
 
 def random_model(dice: random.Random) -> LoadedModel:
-    """One of the four examples in a random small shape."""
-    name = dice.choice(("gpt", "llama", "hf_llama", "transformer"))
+    """One of the examples in a random small shape."""
+    name = dice.choice(("gpt", "llama", "hf_llama", "transformer", "moe"))
     heads = dice.choice((2, 4, 6))
     sizes: dict[str, Any] = {
         "layers": dice.randint(1, 3) if name == "transformer" else dice.randint(2, 7),
@@ -53,7 +53,9 @@ def random_model(dice: random.Random) -> LoadedModel:
         "vocab": dice.choice((50, 64, 96)),
         "seq_len": dice.choice((8, 12, 15, 16)),
     }
-    if name.endswith("llama"):
+    if name == "moe":
+        sizes |= {"kv_heads": heads, "experts": dice.choice((2, 4, 8)), "chosen": 2}
+    elif name.endswith("llama"):
         sizes["kv_heads"] = dice.choice([k for k in (1, 2, 3, heads) if heads % k == 0])
         sizes["size"] = "1B" if name == "hf_llama" else "125M"
     else:
@@ -76,7 +78,7 @@ def drawn(n: int, seed: int) -> Iterator[Drawn]:
         torch.manual_seed(0)
         known = tables(loaded, dice)
         for _ in range(A_MODEL):
-            found = draw(known, dice, dice.choice(WORLDS))
+            found = draw(known, dice, dice.choice(WORLDS), every_axis=True)
             if found is not None and made < n:
                 made += 1
                 yield Drawn(f"{loaded.spec} {found[0]}", found[1], checked(found[1], loaded, known))

@@ -14,7 +14,7 @@ import pytest
 from autoplan.plan import Plan, Solve
 from autoplan.search.columns import Tables
 from autoplan.search.planner import written
-from autoplan.search.space import meshes, micro_batches, schedules
+from autoplan.search.space import meshes, micro_batches, schedules, uncut, undealt
 from autoplan.search.stages import Solution, Staging
 from tests.apply.ranks import run
 from tests.test_parity import MODELS, on_rank, tables
@@ -24,10 +24,11 @@ pytestmark = pytest.mark.gloo
 WORLD, DRAWS = 4, 4
 
 
-def draw(known: Tables, dice: random.Random, world: int = WORLD) -> tuple[str, Plan] | None:
-    """A plan and what it is; None when the dice fall outside the space."""
+def draw(known: Tables, dice: random.Random, world: int = WORLD, *, every_axis: bool = False) -> tuple[str, Plan] | None:
+    """A plan and what it is; None when the dice fall outside the space. With `every_axis` cp and ep are among the axes."""
     costs = known.costs
-    mesh = dice.choice(list(meshes(world, {})))
+    more = (uncut(world, {}, costs.context)[0], undealt(world, {}, costs.mixtures)[0]) if every_axis else ()
+    mesh = dice.choice(list(meshes(world, {}, *more)))
     sizes = micro_batches(mesh, costs.workload)
     if not sizes or mesh.pp > len(known.graph.blocks):
         return None
@@ -46,7 +47,7 @@ def draw(known: Tables, dice: random.Random, world: int = WORLD) -> tuple[str, P
         return None
     given = Solve(status="given", gap=0.0, bound=0.0, solver="", candidates=0)
     plan = written(costs, priced, solution, given, [], [], limit)
-    recomputed = sum(strategy.recompute == "full" for _, strategy in plan.layers())
+    recomputed = sum(strategy.recompute != "none" for _, strategy in plan.layers())
     title = f"{mesh}, micro-batch {micro_batch}, {kind} x {chunks}, {stream}, {recomputed} recomputed, cut {solution.cut.starts}"
     return title, replace(plan, tied=known.graph.tied)
 

@@ -122,7 +122,7 @@ def uniform(priced: Priced, zero: Zero, recompute: Recompute) -> tuple[Priced, O
         usual = [column for column in columns if distance(column) == nearest]
         return min(usual, key=lambda c: (c.costs.slot_seconds + c.costs.once_seconds, c.costs))
 
-    columns = {g: Columns((fastest(found),)) for g, found in priced.columns.items()}
+    columns = {g: Columns.of((fastest(found),)) for g, found in priced.columns.items()}
     outers = [(o, Column.of(o.strategy, next(iter(o.parts.values())))) for o in priced.outers]
     chosen = fastest([column for _, column in outers]) if outers else None
     return replace(priced, columns=columns), next((o for o, column in outers if column is chosen), None)

@@ -231,12 +231,15 @@ class Tables:
     def _rough_columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Columns:
         corner, load, outer = self.ways(g, mesh.within, micro_batch, stream).corner, self.costs.workload, g == OUTER
         if corner.seconds is None:
-            return Columns()
+            return Columns.of(())
         dp = ideal_data_parallel(corner, mesh, outer=outer)
         price = partial(layer_step, micro_batches=1, hardware=self.costs.hardware, load=load, outer=outer, pipelined=False)
-        return Columns(
-            Column.of(Strategy(Sharding(stream=stream), again, zero), price(corner.cost, dp, zero, again))
-            for again, zero in self._ways_to_run(g, (3,))
+        ways = self._ways_to_run(g, (3,))
+        return Columns.of(
+            [
+                Column.of(Strategy(Sharding(stream=stream), again, zero), price(corner.cost, dp, zero, again))
+                for again, zero in ways
+            ]
         )
 
     def _ideal_outer(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> tuple[Outer, ...]:
@@ -276,7 +279,7 @@ class Tables:
         """Of all shardings, each with these recomputations and ZeRO levels, those that no other equals or beats."""
         hardware, load = self.costs.hardware, self.costs.workload
         if not ways:
-            return Columns()
+            return Columns.of(())
         blocks = []
         for again, zero in ways:
             # with a pipeline OUTER is none of these classes
@@ -286,11 +289,13 @@ class Tables:
         every = np.concatenate(blocks, axis=1)
         candidates = np.flatnonzero(np.tile(legal, len(ways)))
         kept = candidates[unbeaten(every[:, candidates])]
-        return Columns(
-            Column(Costs._make(costs), again, zero, partial(found.sharding, i % found.number), price)
-            for i, costs in zip(kept.tolist(), every[:, kept].T.tolist(), strict=True)
-            for again, zero in [ways[i // found.number]]
-        )
+
+        def column(number: int) -> Column:
+            i = int(kept[number])
+            again, zero = ways[i // found.number]
+            return Column(Costs._make(every[:, i].tolist()), again, zero, partial(found.sharding, i % found.number), price)
+
+        return Columns(every[:, kept], column)
 
     def _placeable(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Iterator[Sharding]:
         """What FSDP can cut."""

@@ -6,7 +6,7 @@ number per state and cost, where the Pareto set carries along every label that n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import inf
 
@@ -23,10 +23,12 @@ from autoplan.units import Bytes, Seconds
 
 
 class Corner:
-    """See the module. `prices` and `kept`: as `search.shardings.Ways` has them, by level [choices, 5] and [choices, 3]."""
+    """See the module. `prices` and `kept()`: as `search.shardings.Ways` has them, by level [choices, 5] and [choices, 3]."""
 
-    def __init__(self, model: LayerModel, lattice: Lattice, prices: Sequence[Floats], kept: Sequence[Floats]) -> None:
-        self.model, self.lattice, self.prices, self.kept = model, lattice, prices, kept
+    def __init__(
+        self, model: LayerModel, lattice: Lattice, prices: Sequence[Floats], kept: Callable[[], Sequence[Floats]]
+    ) -> None:
+        self.model, self.lattice, self.prices, self._kept = model, lattice, prices, kept
 
     @cached_property
     def seconds(self) -> Seconds | None:
@@ -80,7 +82,7 @@ class Corner:
         """The least (seconds of the forward pass, saved bytes, largest temporary, trained parameters; under selective
         recomputation results that are kept, what is there besides in the backward pass, seconds of what runs again)."""
         costs, samples = np.zeros((7, 1)), self.model.samples
-        for level, price, kept in zip(self.lattice.levels, self.prices, self.kept, strict=True):
+        for level, price, kept in zip(self.lattice.levels, self.prices, self._kept(), strict=True):
             results, spare, again = kept.T
             rows = np.stack((*price[:, (0, 2, 4, 3)].T, results, price[:, 2] + spare - results, again))
             added = rows[:, level.choice]

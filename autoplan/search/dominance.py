@@ -32,7 +32,8 @@ def unbeaten(costs: Floats, rounding: Floats | None = None, groups: Ints | None 
         block = np.arange(start, min(start + _BLOCK, number))
         near = kept[group[kept] == group[start]]
         if len(near):
-            block = block[~_beats(ordered, limits, group, near, block).any(axis=0)]
+            # those that are kept come first in order, so that they are no dearer in the first row
+            block = block[~_beats(ordered[1:], limits[1:], group, near, block).any(axis=0)]
         inside = _beats(ordered, limits, group, block, block)
         inside &= ~inside.T | np.tri(len(block), k=-1, dtype=bool).T  # of two that equal each other the first stays
         kept = np.concatenate((kept, block[~inside.any(axis=0)]))
@@ -41,7 +42,8 @@ def unbeaten(costs: Floats, rounding: Floats | None = None, groups: Ints | None 
 
 def _beats(costs: Floats, limits: Floats, group: Ints, by: Ints, columns: Ints) -> Bools:
     """[by, columns]: whether one equals or beats the other."""
-    found: Bools = group[by][:, None] == group[columns][None, :]
+    one = len(by) == 0 or len(columns) == 0 or group[by[0]] == group[by[-1]] == group[columns[0]] == group[columns[-1]]
+    found: Bools = np.ones((len(by), len(columns)), dtype=bool) if one else group[by][:, None] == group[columns][None, :]
     for row in range(len(costs)):
         found &= costs[row][by][:, None] <= limits[row][columns][None, :]
     return found

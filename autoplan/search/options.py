@@ -67,13 +67,32 @@ class Column:
         return self.price(self.strategy)
 
 
-class Columns(tuple[Column, ...]):
-    """All columns of a class of layers, and what stages see of them."""
+class Columns(Sequence[Column]):
+    """All columns of a class of layers, and what stages see of them. `costs`: `Column.costs` as an array, one column each; most
+    columns are never asked for, and made when they are."""
 
-    @cached_property
-    def costs(self) -> Floats:
-        """`Column.costs` as an array, one column each."""
-        return np.array([column.costs for column in self]).T
+    def __init__(self, costs: Floats, make: Callable[[int], Column]) -> None:
+        self.costs, self._make = costs, make
+        self._made: dict[int, Column] = {}
+
+    @staticmethod
+    def of(columns: Sequence[Column]) -> Columns:
+        """Of some that are made."""
+        return Columns(np.array([column.costs for column in columns]).reshape(-1, len(Costs._fields)).T, columns.__getitem__)
+
+    def __len__(self) -> int:
+        return int(self.costs.shape[1])
+
+    @overload
+    def __getitem__(self, index: int) -> Column: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Column]: ...
+    def __getitem__(self, index: int | slice) -> Column | Sequence[Column]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index not in self._made:
+            self._made[index] = self._make(index)
+        return self._made[index]
 
     def seen(self, slots: float, in_flight: int) -> Options:
         """On a stage with so many micro-batches in flight, in a step of `slots`."""

@@ -112,7 +112,7 @@ class Ways:
     @cached_property
     def corner(self) -> Corner:
         """No sharding is better in any cost."""
-        return Corner(self.model, self.lattice, self.prices, self.kept)
+        return Corner(self.model, self.lattice, self.prices, lambda: self.kept)
 
     @cached_property
     def kept(self) -> list[Floats]:

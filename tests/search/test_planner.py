@@ -42,7 +42,7 @@ class ThinTables(Tables):
         found = super().priced(mesh, micro_batch, stream)
         if found is None:
             return None
-        columns = {g: Columns(thin(c, 3)) for g, c in found.columns.items()}
+        columns = {g: Columns.of(thin(c, 3)) for g, c in found.columns.items()}
         return replace(found, columns=columns, outers=tuple(thin(found.outers, 2)))
 
 
