@@ -54,6 +54,26 @@ KEPT = frozenset(
 """Operations whose results selective recomputation keeps: products of matrices, attention, what is received from others."""
 
 
+REDUCTIONS = frozenset((_sent.all_reduce.default, _sent.reduce_scatter_tensor.default))
+"""Of these, collectives that add up."""
+JOIN = _aten.cat.default
+
+
+def blank(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Makes a tensor like this one, whatever is in it; holds no memory until then."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    make = partial(torch.empty_strided, local.shape, local.stride(), dtype=local.dtype, device=local.device)
+    if not isinstance(tensor, DTensor):
+        return make
+    mesh, placements, shape, stride = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()
+
+    def spread() -> torch.Tensor:
+        with torch.no_grad():
+            return DTensor.from_local(make(), mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    return spread
+
+
 def memory_of(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory, as long as one of them lives."""
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
@@ -203,7 +223,9 @@ class Any1F1B(AnyCount, Schedule1F1B):
 
 
 __all__ = [
+    "JOIN",
     "KEPT",
+    "REDUCTIONS",
     "Any1F1B",
     "AnyGPipe",
     "HashStore",
@@ -214,6 +236,7 @@ __all__ = [
     "TorchDispatchMode",
     "all_to_all",
     "beside",
+    "blank",
     "call_module",
     "flattened",
     "memory_of",

@@ -8,7 +8,8 @@ On DTensors an operation is seen as a whole, with the collectives that DTensor p
 `torch.utils.checkpoint.create_selective_checkpoint_contexts` does the same, and is what torchtitan uses. It ends in an error,
 or in wrong gradients, where a model writes into a result in place, as `F.linear` itself may with a bias; and where attention's
 kernel that drops out doesn't run again, the dropouts after it draw other numbers than they had. Here an operation whose result
-was written into runs again, and random numbers go on where they had gone on.
+was written into runs again, and random numbers go on where they had gone on. A product's partial sums that only pass into a
+reduction, whose result is kept, are not kept (`_Result.hollow`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from autoplan.apply._torch import KEPT, TorchDispatchMode, memory_of, tree_leaves, tree_map_only, written
+from autoplan.apply._torch import JOIN, KEPT, REDUCTIONS, TorchDispatchMode, blank, memory_of, tree_leaves, tree_map_only, written
 
 
 def run(function: Callable[..., Any], *args: Any) -> Any:
@@ -30,7 +31,7 @@ def run(function: Callable[..., Any], *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False, context_fn=_IN_COMPILED_CODE)
     forward, again = contexts()
     result = checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (forward, again))
-    forward.spoil(result)  # nobody hears what will be written into it
+    forward.end(result)
     return result
 
 
@@ -48,16 +49,24 @@ class _Result:
 
     def __init__(self, result: Any, randomness: Callable[[], None] | None) -> None:
         self.intact = True
+        self.read = self.reduced = False
+        """By an operation; by a collective that adds it up."""
         self._result = tree_map_only(torch.Tensor, torch.Tensor.detach, result)  # no part of the graph, which it would keep
         self._randomness = randomness
+        self._make: Any = None
 
     def spoil(self) -> None:
         self.intact, self._result = False, None
 
+    def hollow(self) -> None:
+        """Nothing but a reduction has use for it, whose result is kept: what is handed out in its place has no values."""
+        if isinstance(self._result, torch.Tensor):
+            self._make, self._result = blank(self._result), None
+
     def again(self) -> Any:
         if self._randomness is not None:
             self._randomness()
-        return self._result
+        return self._result if self._make is None else self._make()
 
 
 Results = dict[Any, deque[_Result]]
@@ -71,6 +80,7 @@ class Keeping(TorchDispatchMode):
         super().__init__()
         self._results = results
         self._by_memory: dict[int, _Result] = {}
+        self._joined: tuple[int, _Result] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -80,9 +90,37 @@ class Keeping(TorchDispatchMode):
             self._results[func].append(kept)
             for tensor in _tensors(result):
                 self._by_memory[memory_of(tensor)] = kept
-        elif self._by_memory:
-            self.spoil(list(written(func, args, kwargs)))
+        if self._by_memory:
+            self._heed(func, args, kwargs, result)
         return result
+
+    def _heed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """What becomes of what is kept."""
+        if func.namespace == "prim":  # asks of tensors, but for their values
+            return
+        self.spoil(list(written(func, args, kwargs)))
+        made = {memory_of(tensor) for tensor in _tensors(result)}
+        given = {memory_of(tensor) for tensor in _tensors((args, kwargs))} - made  # else it is a view
+        if self._joined is not None:
+            memory, kept = self._joined
+            self._joined = None
+            self._taken(kept, func in REDUCTIONS and memory in given)
+        for memory in given & self._by_memory.keys():
+            if func is JOIN:  # the parts that a reduction scatters, one after another; it comes at once
+                self._joined = next(iter(made)), self._by_memory[memory]
+            else:
+                self._taken(self._by_memory[memory], func in REDUCTIONS)
+
+    def _taken(self, kept: _Result, to_reduce: bool) -> None:
+        kept.reduced, kept.read = kept.reduced or to_reduce, kept.read or not to_reduce
+
+    def end(self, returned: Any) -> None:
+        """The layer has run. Nobody hears what will be written into what it returns."""
+        self.spoil(returned)
+        for kept in self._by_memory.values():
+            if kept.reduced and not kept.read and self._joined is None:
+                kept.hollow()
+        self._by_memory.clear()
 
     def spoil(self, tensors: Any) -> None:
         """Something is, or may be, written into these: what was kept in the same memory is no longer."""

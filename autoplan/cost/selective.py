@@ -6,9 +6,10 @@ Kept are the layer's inputs, as under full recomputation, and of every operation
     borders     what a collective brings over tp: whole after an all_gather or all_reduce, its part after a reduce_scatter
     cp, ep      what attention and modules of experts receive from others, and what is brought together over cp
 
-whether or not the backward pass needs it. Everything else runs again, up to the last operation that saves something: there
-PyTorch stops. What is kept and is also saved is one memory while the backward pass runs; `Kept.spare` is what may be none:
-results that nothing saves, and those that a border moves before they are saved (an all_gather's are cut and joined again).
+whether or not the backward pass needs it; of a product's partial sums, which a border reduces at once, the border's result alone.
+Everything else runs again, up to the last operation that saves something: there PyTorch stops. What is kept and is also saved is
+one memory while the backward pass runs; `Kept.spare` is what may be none: results that nothing saves, and those that a border
+moves before they are saved (an all_gather's are cut and joined again).
 
 All of this adds up operation by operation, for the search.
 """
@@ -60,6 +61,7 @@ class Selection:
         self._last = saving[-1] if saving else -1
         self._saved = {body.values[i].storage for op in body.ops for i in op.saved}
         self._of_kept = _of_kept(body)
+        self._passed_on = _passed_on(body)
 
     def repeats(self, index: int) -> bool:
         """Whether an operation runs again."""
@@ -109,9 +111,31 @@ class Selection:
         value = model.body.values[op.inputs[0]]
         kind, needed = BORDER_COLLECTIVES[source.kind, target.kind][0], value.storage in self._saved
         results = model.local_bytes(value, target) if kind else 0.0
+        if source.kind == "partial" and index in self._passed_on:  # counted with the product, as kept and as not needed
+            results -= model.local_bytes(value, source)
+            return Kept(results, 0.0 if needed else results)
         moved = needed and index in self._of_kept and (kind or target.sharded)
         left = model.local_bytes(value, source) if moved else 0.0
         return Kept(results, left + (0.0 if needed and kind != "all_gather" else results))
+
+
+def _passed_on(body: Body) -> frozenset[int]:
+    """Borders (by index) to which a product's result passes, through views and other such borders, with no other reader."""
+    readers: dict[int, list[int]] = {}
+    for index, op in enumerate(body.ops):
+        for i in op.inputs:
+            readers.setdefault(i, []).append(index)
+    found: set[int] = set()
+    for op in body.ops:
+        at = op.outputs[0] if op.kind in ("linear", "matmul") else None
+        while at is not None and at not in body.outputs and len(readers.get(at, ())) == 1:
+            (index,) = readers[at]
+            reader = body.ops[index]
+            if reader.kind in ("enter", "exit"):
+                found.add(index)
+            views = [i for i in reader.outputs if body.values[i].storage == body.values[at].storage]
+            at = views[0] if len(reader.outputs) == len(views) == 1 and reader.kind in ("enter", "exit", "view", "dims") else None
+    return frozenset(found)
 
 
 def _of_kept(body: Body) -> frozenset[int]:

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from autoplan.apply import selective
-from autoplan.apply._torch import KEPT, TorchDispatchMode
-from autoplan.strategy import REPLICATE, Mesh
+from autoplan.apply._torch import KEPT, TorchDispatchMode, memory_of, tree_leaves
+from autoplan.strategy import REPLICATE, Layout, Mesh
+from autoplan.verify.dry import one_rank
 from tests import test_parity
 from tests.apply.models import GPTBlock
 from tests.apply.ranks import run
@@ -134,6 +136,32 @@ def test_a_second_backward_pass_runs_everything_again() -> None:
     y = selective.run(layer, x).sum()
     first = torch.autograd.grad(y, x, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(y, x)[0])
+
+
+@pytest.mark.parametrize("stream", [REPLICATE, SEQUENCE], ids=str)
+def test_partial_sums_are_not_kept_beside_what_they_come_to(stream: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer keeps what its cost says, to the byte but for attention's statistics."""
+    plan = test_parity.plan_of("llama", Case(Mesh(tp=2), 8, stream, "selective"))
+    kept: list[float] = []
+    end = selective.Keeping.end
+
+    def counted(mode: selective.Keeping, returned: Any) -> None:
+        end(mode, returned)
+        results = [result._result for queue in mode._results.values() for result in queue if result._make is None]
+        memories = {
+            memory_of(t): local(t).untyped_storage().nbytes() for t in tree_leaves(results) if isinstance(t, torch.Tensor)
+        }
+        kept.append(sum(memories.values()))
+
+    monkeypatch.setattr(selective.Keeping, "end", counted)
+    one_rank(plan, test_parity.load("llama"), 0)
+    costs = test_parity.tables("llama", False).costs
+    said = costs.layer_cost(0, next(plan.layers())[1].sharding, 2, 8).kept.results
+    assert said == pytest.approx(kept[0], rel=0.03)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 CASES: dict[str, Case] = {
