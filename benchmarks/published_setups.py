@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -66,6 +66,13 @@ def fastest(runs: Iterable[Run]) -> list[Run]:
     return list(best.values())
 
 
+def spread(runs: Sequence[Run], most: int) -> Iterator[Run]:
+    """Of every source at most so many, evenly from its first to its last."""
+    for source in dict.fromkeys(run.source for run in runs):
+        own = [run for run in runs if run.source == source]
+        yield from (own[i * len(own) // min(most, len(own))] for i in range(min(most, len(own))))
+
+
 def configuration(run: Run) -> tuple[Configuration, Mesh]:
     """What ran, in autoplan's words. Raises `Refused` for what it has none for."""
     if run.recompute not in LAYERS:
@@ -106,7 +113,7 @@ def beside(run: Run) -> Beside:
     return Beside(run, theirs, ours)
 
 
-def page(found: Sequence[Beside], refused: Counter[str]) -> str:
+def page(found: Sequence[Beside], refused: Counter[str], most: int) -> str:
     """docs/published-setups.md."""
     lines = [
         "| source | run | GPUs | batch | its configuration | measured | priced | the plan | priced | speed-up |",
@@ -132,6 +139,7 @@ def page(found: Sequence[Beside], refused: Counter[str]) -> str:
     counts = "\n".join(f"- {number}: {reason}" for reason, number in refused.most_common()) or "- none"
     return PAGE.format(
         number=len(found),
+        most=most,
         fit=sum(each.fits for each in found),
         misses="none is slower" if not misses else f"{misses} are slower",
         table="\n".join(lines),
@@ -149,7 +157,7 @@ PAGE = """# Plans beside published setups
 
 Written by `python -m benchmarks.published_setups -o docs/published-setups.md`. Of every model, number of GPUs and global batch in
 `benchmarks/published/` the configuration that was measured fastest, priced by autoplan's cost model as `autoplan plan --beside`
-prices it, and the plan that autoplan proposes for the same model, GPUs and batch. Both are priced with the kernels of PyTorch
+prices it, and the plan that autoplan proposes for the same model, GPUs and batch; at most {most} of a source (`--most`). Both are priced with the kernels of PyTorch
 today, and without the constants of the framework that ran them, so that "priced" is not a prediction of what was "measured" with
 the software of its time ([accuracy](accuracy.md) is); the speed-up is that of the plan over the configuration, both as priced.
 
@@ -168,10 +176,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=Path, nargs="*", default=sorted(PUBLISHED.glob("*.csv")))
     parser.add_argument("-o", type=Path)
-    parser.add_argument("--most", type=int, help="at most so many setups of a source")
+    parser.add_argument("--most", type=int, default=8, help="at most so many setups of a source")
     asked = parser.parse_args(arguments)
     refused: Counter[str] = Counter()
-    runs, found, seen = [], [], Counter[str]()
+    runs, found = [], []
     for path in asked.rows:
         for row in read(path):
             try:
@@ -182,17 +190,14 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             if run.gpus >= FEWEST:
                 runs.append(run)
-    for run in fastest(runs):
-        seen[run.source] += 1
-        if asked.most and seen[run.source] > asked.most:
-            continue
+    for run in spread(fastest(runs), asked.most):
         try:
             found.append(beside(run))
         except Refused as error:
             refused[str(error)] += 1
             continue
         print(f"{run.id}: {found[-1].theirs.prediction.step_time / found[-1].ours.prediction.step_time:.2f}", file=sys.stderr)
-    text = page(found, refused)
+    text = page(found, refused, asked.most)
     print(text)
     if asked.o:
         asked.o.write_text(text, encoding="utf-8")
