@@ -155,11 +155,12 @@ def _told(plan: Plan) -> str:
 
 PAGE = """# Plans beside published setups
 
-Written by `python -m benchmarks.published_setups -o docs/published-setups.md`. Of every model, number of GPUs and global batch in
-`benchmarks/published/` the configuration that was measured fastest, priced by autoplan's cost model as `autoplan plan --beside`
-prices it, and the plan that autoplan proposes for the same model, GPUs and batch; at most {most} of a source (`--most`). Both are priced with the kernels of PyTorch
-today, and without the constants of the framework that ran them, so that "priced" is not a prediction of what was "measured" with
-the software of its time ([accuracy](accuracy.md) is); the speed-up is that of the plan over the configuration, both as priced.
+Written by `python -m benchmarks.published_setups -o docs/published-setups.md`. Of every model, number of GPUs and
+global batch in `benchmarks/published/` the configuration that was measured fastest, at most {most} of a source
+(`--most`), priced by autoplan's cost model as `autoplan plan --beside` prices it; and the plan that autoplan proposes
+for the same model, GPUs and batch. Both are priced with the kernels of PyTorch today, and without the constants of
+the framework that ran them, so that "priced" is not a prediction of what was "measured" with the software of its time
+([accuracy](accuracy.md) is); the speed-up is that of the plan over the configuration, both as priced.
 
 Of {number} setups {misses}; {fit} of the published configurations fit into memory by our model.
 
