@@ -52,7 +52,7 @@ def choices(plan: Plan) -> Choices:
     again, layers = [strategy.recompute for _, strategy in plan.layers() if strategy.recompute != "none"], len(shardings)
     some = again.count("selective")
     if 0 < len(again) < layers or 0 < some < len(again):
-        parts = f", {some} of them selectively" if some else ""
+        parts = "" if not some else " selectively" if some == len(again) else f", {some} of them selectively"
         how = "all are in full" if 0 < some < len(again) else "all are"
         lost.append(f"the plan recomputes {len(again)} of {layers} layers{parts}; here {how}, which costs time and saves memory")
     main = max(dict.fromkeys(shardings), key=shardings.count) if shardings else plan.outer_strategy.sharding
