@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 from autoplan.cost.collectives import collective_time
@@ -196,13 +196,7 @@ class CostModel:
         """Bytes for what passes between stages, by pipeline rank: of every virtual stage but the last what it has sent, until
         its backward pass; and one buffer each for what comes next from either side (`apply._torch.LeanStage`)."""
         size, m = self.passed(mesh, micro_batch, stream), self.micro_batches(mesh, micro_batch)
-        last = mesh.pp * cut.chunks - 1
-        held = [0] * mesh.pp
-        for rank in range(mesh.pp if mesh.pp > 1 else 0):
-            for chunk, flight in enumerate(in_flight_by_chunk(cut.schedule, rank, mesh.pp, m, cut.chunks)):
-                stage = chunk * mesh.pp + rank
-                held[rank] += (stage > 0) + (flight + 1) * (stage < last)
-        return tuple(size * number for number in held)
+        return tuple(size * number for number in _passing(cut.schedule, mesh.pp, m, cut.chunks))
 
     def predict(
         self, mesh: Mesh, micro_batch: int, outer: Strategy, layers: Sequence[tuple[int, Strategy]], cut: Cut = Cut()
@@ -279,3 +273,15 @@ def _cut(plan: Plan) -> Cut:
     places = {name: i for i, (name, _) in enumerate(plan.layers())}
     starts = tuple(places[name] for name in plan.pipeline.split_before)
     return Cut(plan.pipeline.schedule, plan.pipeline.chunks, starts)
+
+
+@lru_cache(maxsize=65536)
+def _passing(schedule: ScheduleKind, pp: int, micro_batches: int, chunks: int) -> tuple[int, ...]:
+    """How many buffers `CostModel.passing` counts on every pipeline rank."""
+    last = pp * chunks - 1
+    held = [0] * pp
+    for rank in range(pp if pp > 1 else 0):
+        for chunk, flight in enumerate(in_flight_by_chunk(schedule, rank, pp, micro_batches, chunks)):
+            stage = chunk * pp + rank
+            held[rank] += (stage > 0) + (flight + 1) * (stage < last)
+    return tuple(held)

@@ -63,8 +63,7 @@ class Staging:
         )
         self.passing = costs.passing(mesh, priced.micro_batch, priced.stream, Cut(schedule, chunks))
         self.limits = [limit - size for size in self.passing]
-        self.order = [block.body for block in tables.graph.blocks]
-        self.layers = len(self.order)
+        self.layers = len(tables.graph.blocks)
         self.least = self.chunks if self.layers else 0  # a model may have no layer that repeats
         self._groups: dict[Hashable, list[Group]] = {}
         self._relaxed: dict[Hashable, Seconds] = {}
@@ -220,14 +219,16 @@ class Staging:
         Between the first and the last, of an earlier one more is in flight and passes, so that `most` never falls from one to the
         next.
         """
-        ends = [most(s) for s in {0, self.ranks - 1}]
-        left, number = self.layers - sum(ends), self.ranks - 2
-        if number < 1 or min(ends) < self.least:
-            return left <= 0 and min(ends) >= self.least
-        low, high = most(1), most(number)
-        if low < self.least or high * number < left:
+        number, last = self.ranks - 2, most(self.ranks - 1)
+        high = most(number)  # of the ranks before the last the one with most room
+        if last < self.least or high < self.least or high * (number + 1) + last < self.layers:
             return False
-        return low * number >= left or _sum(most, 1, number) >= left
+        first = most(0)
+        left = self.layers - first - last
+        if number < 1 or first < self.least:
+            return left <= 0 and first >= self.least
+        low = most(1)
+        return low >= self.least and (low * number >= left or _sum(most, 1, number) >= left)
 
     def _quickly(self, s: int, slowest: Seconds) -> int:
         """How many layers at most stage `s` can have, no slower than that by `_quick`."""

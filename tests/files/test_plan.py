@@ -131,7 +131,7 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
         load_plan(tmp_path)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_files_load_or_are_refused(path: Path, plan: Plan, data: st.DataObject) -> None:
     """Any edit gives a plan or a `UsageError`, never another exception."""
