@@ -19,7 +19,7 @@ PLAN_FILE = HERE.parent / "docs" / "plan-file.md"
 
 CASES = {
     "transformer-4": ["examples/transformer.py", "--gpus", "4"],
-    "llama-8b-8": ["examples/llama.py", "--gpus", "8"],
+    "llama-8b-8": ["examples/llama.py", "--gpus", "8", "--beside", "reports/torchtitan-8b.toml"],
     "llama-70b-64": ["examples/llama.py", "--set", "size=70B", "--gpus", "64"],
     "llama-70b-64-pipeline": ["examples/llama.py", "--set", "size=70B", "--gpus", "64", "--pp", "4", "--tp", "8"],
     "moe-8x7b-16": ["examples/moe.py", "--gpus", "16"],

@@ -57,7 +57,7 @@ Tell = Callable[[Progress], None]
 
 DIVE = 0.03
 """A staging that may be faster than what is known by more than this is solved at once: a good plan early prunes the rest."""
-RUNNERS_UP = 8
+RUNNERS_UP = 4
 """Other meshes that are solved after the proof, so that a reader sees what they would cost."""
 ATTEMPTS = 24
 """Meshes that are tried for these."""
