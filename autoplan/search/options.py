@@ -117,7 +117,7 @@ class Option(NamedTuple):
     column: Column
 
 
-def _seen(costs: Iterable[Any], slots: float, in_flight: int) -> tuple[Any, ...]:
+def _on_stage(costs: Iterable[Any], slots: float, in_flight: int) -> tuple[Any, ...]:
     """The numbers of an `Option`, from those of `Costs`: of one column, or of all as arrays."""
     slot, once, state, kept, peak, ending = costs
     return slot + once / slots, state + in_flight * kept, peak, state + (in_flight - 1) * kept, ending
@@ -148,9 +148,9 @@ class Options(Sequence[Option]):
     def of(columns: Sequence[Column], slots: float, in_flight: int) -> Options:
         """Of all columns of a layer, on a stage with so many micro-batches in flight."""
         if len(columns) <= _FEW:
-            return FewOptions([Option._make((*_seen(column.costs, slots, in_flight), column)) for column in columns])
+            return FewOptions([Option._make((*_on_stage(column.costs, slots, in_flight), column)) for column in columns])
         costs = columns.costs if isinstance(columns, Columns) else np.array([column.costs for column in columns]).T
-        return Options(columns, np.stack(_seen(costs, slots, in_flight)))
+        return Options(columns, np.stack(_on_stage(costs, slots, in_flight)))
 
     @cached_property
     def _options(self) -> list[Option]:

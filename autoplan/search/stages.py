@@ -219,14 +219,12 @@ class Staging:
         Between the first and the last, of an earlier one more is in flight and passes, so that `most` never falls from one to the
         next.
         """
-        number, last = self.ranks - 2, most(self.ranks - 1)
-        high = most(number)  # of the ranks before the last the one with most room
-        if last < self.least or high < self.least or high * (number + 1) + last < self.layers:
+        ends = most(self.ranks - 1), most(0)
+        left, number = self.layers - sum(ends), self.ranks - 2
+        if min(ends) < self.least or number < 1:
+            return min(ends) >= self.least and left <= 0
+        if most(number) * number < left:
             return False
-        first = most(0)
-        left = self.layers - first - last
-        if number < 1 or first < self.least:
-            return left <= 0 and first >= self.least
         low = most(1)
         return low >= self.least and (low * number >= left or _sum(most, 1, number) >= left)
 
