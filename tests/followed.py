@@ -112,11 +112,14 @@ def make(target: str) -> None:
 def helps(module: str, arguments: list[str]) -> None:
     """`python -m module --help` has all flags of the command; files that it reads are there."""
     said, code = io.StringIO(), None
+    known = sys.modules.pop(module, None)  # else runpy warns of running it twice
     with mock.patch.object(sys, "argv", [module, "--help"]), contextlib.redirect_stdout(said):
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as end:
             code = end.code
+    if known is not None:
+        sys.modules[module] = known
     assert code == 0, f"{module} --help ended with {code}"
     for word in arguments:
         if word.startswith("-"):
