@@ -10,9 +10,9 @@ work (`order`); the times then follow from the order, by the earliest start that
 (`timeline`). For equal stages, `v = 1` and `p2p = 0` this gives the textbook (m + p - 1)(f + b) for gpipe and 1f1b; with
 `v` chunks of f / v and b / v, interleaving waits only (p - 1)(f + b) / v. No formula is known to us for unequal stages.
 
-Once warm, a schedule repeats itself every `p` micro-batches, so `pipeline_seconds` runs a timeline of at most `WARM p`
-micro-batches and continues it with its last slope, or the busiest stage's work if that is more: thousands of micro-batches
-cost no more than a few dozen.
+Once warm, a schedule repeats itself every `2 p` micro-batches at most, so `pipeline_seconds` runs a timeline of less than
+`(WARM + 2) p` micro-batches and continues it with its last slope, or the busiest stage's work if that is more: thousands of
+micro-batches cost no more than a few dozen.
 
 The search needs a price that is a sum. With `u_s` seconds of stage `s` for one micro-batch (all its chunks, both passes) and
 `h` seconds of p2p,
@@ -241,7 +241,8 @@ def pipeline_seconds(
     stages = len(forward) // chunks
     if stages == 1 and chunks == 1:
         return micro_batches * (forward[0] + backward[0])
-    warm = WARM * stages + micro_batches % stages
+    period = 2 * stages  # of one micro-batch to the next, hops and unequal stages may hold each other up by turns
+    warm = WARM * stages + micro_batches % period
 
     def seconds(m: int) -> Seconds:
         return (
@@ -254,7 +255,7 @@ def pipeline_seconds(
         return seconds(micro_batches)
     late = seconds(warm)
     busiest = max(sum(forward[s::stages]) + sum(backward[s::stages]) for s in range(stages))
-    each = max((late - seconds(warm - stages)) / stages, busiest)  # nearly equal stages take long to find their pace
+    each = max((late - seconds(warm - period)) / period, busiest)  # nearly equal stages take long to find their pace
     return late + (micro_batches - warm) * each
 
 

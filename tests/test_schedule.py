@@ -1,7 +1,7 @@
 from itertools import pairwise, product
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from autoplan.errors import UsageError
@@ -89,6 +89,7 @@ def test_more_work_never_ends_sooner(pipeline, more):
     assert timeline(kind, forward, backward, m, p2p, chunks).seconds <= timeline(kind, slower, backward, m, p2p, chunks).seconds
 
 
+@example(3, 33, [(1.0, 0.5), *[(1.0, 1.0)] * 5], 0.25)
 @given(stage_counts, st.integers(1, 60), st.lists(st.tuples(seconds, seconds), min_size=6, max_size=6), st.floats(0.0, 0.5))
 def test_the_shortcut_for_many_micro_batches_is_the_timeline(p, m, times, p2p):
     f, b = tuple(x for x, _ in times[:p]), tuple(y for _, y in times[:p])
