@@ -1,5 +1,5 @@
 """Every legal plan of a small space: all meshes, micro-batches, schedules, sequence-parallel or not, ZeRO levels, all layers
-recomputed or none. Each layer takes the fastest sharding of its kind, as in the plans that people write by hand."""
+recomputed alike. Each layer takes the fastest sharding of its kind, as in the plans that people write by hand."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from torch.nn import init
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Tensors in Python containers (arguments, outputs); torch keeps its pytree private although everybody uses it.
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 
 def replace_call(module: nn.Module, call: Callable[..., Any]) -> None:
@@ -246,6 +246,5 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_map_only",
-    "tree_unflatten",
     "written",
 ]

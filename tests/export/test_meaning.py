@@ -25,9 +25,10 @@ from transformers import TrainingArguments
 from autoplan import cli
 from autoplan.export.exported import nodes
 from autoplan.export.targets import TARGETS, export
-from autoplan.files.plan import dump_plan, load_plan
+from autoplan.files.plan import dump_plan
 from autoplan.plan import Plan
 from autoplan.strategy import Mesh, Recompute
+from tests.export import test_importing as importing
 from tests.export.test_export import at_zero, keywords
 from tests.report.plans import llama, piped, single
 
@@ -41,16 +42,11 @@ def at(recompute: Recompute) -> Plan:
 
 
 PLANS: dict[str, Plan] = {
-    "llama": llama(),
-    "piped": piped(),
-    "interleaved": piped("interleaved-1f1b", chunks=2),
-    "gpipe": piped("gpipe", 2, batch=8),
-    "single": single(),
+    **importing.PLANS,
     "ddp": replace(llama(), mesh=Mesh(dp_replicate=8)),
     "hsdp": replace(at_zero(1), mesh=Mesh(dp_replicate=2, dp_shard=2, tp=2)),
     "selective": at("selective"),
     "twelve": replace(llama(), mesh=Mesh(dp_shard=4, tp=3)),
-    **{path.stem: load_plan(path) for path in sorted((ROOT / "reports").glob("*.yaml"))},
 }
 WORDS = {"pp": "pipeline", "cp": "sequences", "ep": "experts"}
 """Of the sentence that says that an axis is not there."""
