@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autoplan.capture.failures import line_of, said
-from autoplan.capture.private import FakeTensorMode
+from autoplan.capture.private import FakeTensorMode, fake_of
 from autoplan.errors import UsageError
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full)
@@ -121,10 +121,7 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:
-    kind = dtype if tensor.dtype.is_floating_point else tensor.dtype
-    with mode:
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device="cpu")
-    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    return fake_of(tensor, mode, dtype if tensor.dtype.is_floating_point else tensor.dtype)
 
 
 @contextmanager

@@ -111,6 +111,27 @@ def test_fake_tensors_have_no_address() -> None:
         tensor.data_ptr()
 
 
+@pytest.mark.parametrize("shape", [(24,), (2, -1), (3, 2, 2, 2)])
+def test_views_are_as_torch_says(shape: tuple[int, ...]) -> None:
+    real, mode = torch.empty(3, 8), private.fake_mode()
+    with mode:
+        fake = private.fake_of(real, mode, real.dtype)
+        seen, other = fake.view(shape), fake.t()
+    assert isinstance(seen, private.FakeTensor)
+    assert (seen.shape, seen.stride()) == (real.view(shape).shape, real.view(shape).stride())
+    assert private.storage_key(seen) == private.storage_key(fake)
+    with mode, pytest.raises(RuntimeError, match="view"):
+        other.view(24)
+
+
+def test_a_fake_parameter_is_a_parameter() -> None:
+    mode = private.fake_mode()
+    tensor = private.fake_of(nn.Parameter(torch.empty(2, 3), requires_grad=False), mode, torch.bfloat16)
+    assert isinstance(tensor, nn.Parameter)
+    assert (tensor.shape, tensor.dtype, tensor.device.type, tensor.requires_grad) == ((2, 3), torch.bfloat16, "cpu", False)
+    assert not isinstance(private.fake_of(torch.empty(2), mode, torch.float32), nn.Parameter)
+
+
 def test_failures_of_fake_tensors_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     with private.fake_mode():
         one, other = torch.empty(3), torch.empty(4)
