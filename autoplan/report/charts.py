@@ -17,9 +17,15 @@ BAR_WIDTH = 1000
 BAR_HEIGHT = 44
 
 _WIDTH, _HEIGHT = 600, 380
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 30, 46
-_LETTER, _LINE = 10.0, 20.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 16, 30, 46
+_LETTER, _LINE = 10.6, 20.0
 """Of a label as a phone shows it, where letters are largest beside the picture."""
+_GAP = 11
+"""From the middle of a mark to its label."""
+_SHIFTS = tuple(sign * n * _LINE for n in range(5) for sign in ((-1, 1) if n else (1,)))
+"""Lines that a label may stand away from its mark, the nearest first."""
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +97,11 @@ def scatter(points: Sequence[Point], label: str, x_name: str, y_name: str, limit
     out.append(f'<line class="edge" x1="{edge:.1f}" x2="{edge:.1f}" y1="{_TOP}" y2="{floor_y}"/>')
     out.append(f'<text class="tick" x="{edge - 5:.1f}" y="{_TOP + 12}" text-anchor="end">{escape(limit_text)}</text>')
     out.append(f'<text class="name" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end">{escape(x_name)}</text>')
-    out.append(f'<text class="name" x="{_LEFT - 44}" y="{_TOP - 10}">{escape(y_name)}</text>')
-    out += [_mark(point, *at(point.x, point.y)) for point in points]
-    taken = [(edge - 5 - _LETTER * len(limit_text), _TOP + 12.0, _LETTER * len(limit_text))]
-    out += _labels([(point, *at(point.x, point.y)) for point in points if point.label], edge, taken)
+    out.append(f'<text class="name" x="8" y="{_TOP - 10}">{escape(y_name)}</text>')
+    places = [(point, *at(point.x, point.y)) for point in points]
+    out += [_mark(*place) for place in places]
+    said = (edge - 5 - _LETTER * len(limit_text), _TOP - 3.0, edge, _TOP + 16.0)
+    out += _labels(places, edge, said)
     return f'<svg class="scatter" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(out)}</svg>'
 
 
@@ -109,27 +116,50 @@ def _mark(point: Point, x: float, y: float) -> str:
     return f'<g class="m-{escape(point.kind)}">{shapes[point.kind]}<title>{escape(point.title)}</title></g>'
 
 
-def _labels(marks: Sequence[tuple[Point, float, float]], edge: float, taken: list[tuple[float, float, float]]) -> list[str]:
-    """Labels beside their marks, on the side where they cross neither the limit nor the frame, and not on one another or on
-    what is `taken`: (left, line, width)."""
-    out = []
-    for point, x, y in marks:
-        width = _LETTER * len(point.label)
-        right = x + 11 + width <= (edge if x < edge else _WIDTH - 4)
-        left = x + 11 if right else x - 11 - width
-        lines = [s for s in (5, 5 - _LINE, 5 + _LINE, 5 - 2 * _LINE, 5 + 2 * _LINE) if _TOP < y + s < _HEIGHT - _BOTTOM - 3]
-        shift = next((s for s in lines if not _hits(taken, left, y + s, width)), 5)
-        taken.append((left, y + shift, width))
-        anchor = "start" if right else "end"
-        place = f'x="{x + 11 if right else x - 11:.1f}" y="{y + shift:.1f}" text-anchor="{anchor}"'
-        out.append(f'<text class="label" {place}>{escape(point.label)}</text>')
+def _labels(places: Sequence[tuple[Point, float, float]], edge: float, said: Box) -> list[str]:
+    """Labels that do not reach over the limit or the frame and lie on no other one, and if there is room on no mark. First those
+    that fit beside their marks, then the others, nearby, with a line to theirs; one without a place is left out (it stands in
+    the table)."""
+    out, words = [], [said]
+    marks = [(x - 7, y - 7, x + 7, y + 7) for point, x, y in places if point.kind in ("chosen", "slower", "baseline")]
+    left = [place for place in reversed(places) if place[0].label]
+    for shifts, taken in ((_SHIFTS[:1], marks), (_SHIFTS, marks), (_SHIFTS, [])):
+        for point, x, y in tuple(left):
+            found = _place(point, x, y, edge, shifts, (*words, *taken))
+            if found is not None:
+                words.append(found[0])
+                out.append(_label(point, x, y, *found[1:]))
+                left.remove((point, x, y))
     return out
 
 
-def _hits(taken: Sequence[tuple[float, float, float]], left: float, y: float, width: float) -> bool:
-    return any(
-        abs(y - other_y) < _LINE and left < other + other_width and other < left + width for other, other_y, other_width in taken
-    )
+def _label(point: Point, x: float, y: float, side: int, shift: float) -> str:
+    start, anchor = x + side * _GAP, "start" if side > 0 else "end"
+    lead = f'<path class="lead" d="M{x:.1f} {y:.1f}L{start - 3 * side:.1f} {y + shift:.1f}"/>' if shift else ""
+    place = f'x="{start:.1f}" y="{y + shift + 5:.1f}" text-anchor="{anchor}"'
+    return f'{lead}<text class="label" {place}>{escape(point.label)}</text>'
+
+
+def _place(
+    point: Point, x: float, y: float, edge: float, shifts: Sequence[float], taken: Sequence[Box]
+) -> tuple[Box, int, float] | None:
+    """The first free (box, side of the mark, shift from the mark's line) of a label."""
+    width = _LETTER * len(point.label)
+    for shift in shifts:
+        top = y + shift - _LINE / 2
+        if not _TOP - 4 <= top <= _HEIGHT - _BOTTOM - _LINE:
+            continue
+        for side in (1, -1):
+            left = x + _GAP if side > 0 else x - _GAP - width
+            box = (left, top, left + width, top + _LINE)
+            crosses = x < edge < box[2]
+            if left >= _LEFT and box[2] <= _WIDTH - 4 and not crosses and not any(_meet(box, other) for other in taken):
+                return box, side, shift
+    return None
+
+
+def _meet(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def matrix(style: str, parts: int) -> str:

@@ -149,10 +149,20 @@ def proof(plan: Plan) -> str:
     covers = f"over {words.plural(solve.candidates, 'combination')} of mesh and micro-batch"
     if solve.status == "optimal":
         within = "" if solve.gap <= 1e-9 else f" within {words.percent(solve.gap)}"
-        return f"Proved optimal for the cost model{within}, {covers}."
+        return f"Proved optimal for the cost model{within}, {covers}.{_beaten(plan)}"
     if solve.status == "feasible":
-        return f"Best found; the best possible is at most {words.percent(solve.gap)} less, {covers}."
+        return f"Best found; the best possible is at most {words.percent(solve.gap)} less, {covers}.{_beaten(plan)}"
     return "Given by hand and priced; nothing was searched."
+
+
+def _beaten(plan: Plan) -> str:
+    """Why a baseline can be faster than the best plan: the flags kept its mesh out of the search."""
+    allowed = {candidate.mesh for candidate in plan.candidates}
+    outside = [b for b in plan.baselines if b.step_time is not None and b.mesh not in allowed]
+    best = min(outside, key=lambda b: b.step_time or 0.0, default=None)
+    if best is None or (best.step_time or 0.0) >= plan.solve.bound:
+        return ""
+    return f" {words.clean(best.name)} would be faster: its mesh, {best.mesh}, is outside of what was asked for."
 
 
 def _best_speedup(plan: Plan) -> tuple[str, str]:

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -246,9 +246,12 @@ def scatter(plan: Plan) -> str:
     if len(points) < 2:
         return ""
     limit = plan.memory_limit / _GIB
+    unit = "seconds"
+    if max(point.y for point in points) < 1:
+        unit, points = "milliseconds", [replace(point, y=point.y * 1e3) for point in points]
     label = "Step time against memory of the plan, its rivals and the baselines"
     return charts.scatter(
-        points, label, "memory of a device, GiB", "seconds a step", limit, f"limit {facts.headline(plan).limit}"
+        points, label, "memory of a device, GiB", f"{unit} a step", limit, f"limit {facts.headline(plan).limit}"
     )
 
 

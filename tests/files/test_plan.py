@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from autoplan.errors import UsageError
 from autoplan.files.plan import document, dump_plan, load_plan, plan_json, save_plan
-from autoplan.files.shorthand import parse_border, ranges, unfold
+from autoplan.files.shorthand import border_text, parse_border, ranges, unfold
 from autoplan.plan import Plan
 from autoplan.search.planner import search
-from autoplan.strategy import GATHERED, Border, shard
+from autoplan.strategy import GATHERED, PARTIAL, Border, shard
 from autoplan.workload import Workload
 from tests.bodies import model
 from tests.hardware import machine
@@ -177,3 +177,14 @@ def test_ranges_text() -> None:
 def test_border_text() -> None:
     assert parse_border(". in 0: Shard(1) -> Replicate|Partial") == Border("", "in", "0", shard(1), GATHERED)
     assert parse_border("attn.qkv out 0,1: Partial -> Shard(2, blocks=3)").target == shard(2, 3)
+
+
+STRANGE = ["a, b", "layers, 2.0", "layers, 2.1", "x.3-5", " y ", "50%.0", "%2C", "</script> in 0: Partial -> Shard(0)", "a\nb"]
+
+
+def test_a_name_may_hold_anything() -> None:
+    """PyTorch allows every character but the dot in the name of a module."""
+    assert sorted(unfold(ranges(tuple(STRANGE)))) == sorted(STRANGE)
+    for name in STRANGE:
+        border = Border(name, "in", "0", PARTIAL, shard(0))
+        assert parse_border(border_text(border)) == border

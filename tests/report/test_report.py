@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 from dataclasses import replace
@@ -13,10 +14,10 @@ import pytest
 from rich.console import Console, RenderableType
 
 from autoplan.plan import Plan
-from autoplan.report import facts, layers, words
-from autoplan.report.page import page
+from autoplan.report import charts, facts, layers, words
+from autoplan.report.page import page, scatter
 from autoplan.report.terminal import summary
-from autoplan.strategy import GATHERED, PARTIAL, Sharding, shard
+from autoplan.strategy import GATHERED, PARTIAL, Mesh, Sharding, shard
 
 from .plans import EVIL, hostile, llama, piped, single
 
@@ -195,3 +196,33 @@ def test_a_bias_tells_conv1d_from_linear() -> None:
 def test_a_plan_over_its_limit_says_so() -> None:
     plan: Plan = hostile()
     assert facts.headline(plan).headroom == "10.3 GiB over the limit"
+
+
+def test_labels_of_the_scatter_keep_apart() -> None:
+    """Even where every mark is at one place, and beside the limit; the chosen plan is always named."""
+    for x in (0.5, 40.0, 79.0, 81.0):
+        points = [charts.Point(x, 8.0 + 0.01 * n, "baseline", "", f"written by hand {n}") for n in range(12)]
+        drawn = charts.scatter([*points, charts.Point(x, 8.0, "chosen", "", "this plan")], "", "", "", 80.0, "limit 80 GiB")
+        found = re.findall(r'class="label" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]*)<', drawn)
+        assert "this plan" in {text for *_, text in found}
+        boxes = [(float(a) - 150 * (anchor == "end"), float(y), anchor) for a, y, anchor, _ in found]
+        for one, other in itertools.combinations(boxes, 2):
+            assert one[2] != other[2] or abs(one[1] - other[1]) >= 19
+
+
+def test_short_steps_are_drawn_in_milliseconds() -> None:
+    plan = llama()
+    fast = replace(
+        plan, candidates=tuple(replace(c, step_time=c.step_time and c.step_time / 1e3) for c in plan.candidates), baselines=()
+    )
+    assert "seconds a step" in scatter(plan)
+    assert "milliseconds a step" not in scatter(plan)
+    assert "milliseconds a step" in scatter(fast)
+
+
+def test_a_faster_baseline_outside_of_the_search_is_explained() -> None:
+    plan = llama()
+    assert "outside of what was asked for" not in facts.proof(plan)
+    rival = replace(plan.baselines[0], name="DDP", mesh=Mesh(cp=8), step_time=plan.solve.bound / 2)
+    told = facts.proof(replace(plan, baselines=(rival,)))
+    assert told.endswith("DDP would be faster: its mesh, cp 8, is outside of what was asked for.")
