@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from autoplan import cli
+from autoplan.cli import talk
 from autoplan.cli.app import JOURNEY
 from autoplan.errors import NothingFits
 from tests.report.plans import llama, single
@@ -244,6 +245,20 @@ def test_quiet_says_nothing_but_errors(api: FakeApi, capsys: pytest.CaptureFixtu
     assert "--force" in capsys.readouterr().err
     assert cli.main(["plan", "model.py", "--gpus", "8", "--force"]) == 0
     assert "wrote" in capsys.readouterr().err, "the next run is not quiet"
+
+
+def test_errors_break_between_words_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "no plan fits " + "because of memory " * 12
+    talk.fail("error", said)
+    assert capsys.readouterr().err == f"error: {said}\n"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    talk.fail("error", said)
+    lines = capsys.readouterr().err.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert " ".join(line.strip() for line in lines) == f"error: {said}".strip()
 
 
 def test_verbose_says_more(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,11 +129,13 @@ def plan(
     if wanted == "cost":
         talk.say("cost", _cost(found, price))
     talk.say("wrote", f"{output} and {report}")
+    from autoplan.report.words import percent
+
     for path, other in zip(others, rest, strict=False):
         with outputs.atomically(path) as other_file:
             api.save_plan(other, other_file)
         slower = other.prediction.step_time / found.prediction.step_time - 1
-        talk.say("wrote", f"{path}: {other.mesh}, {show(other.prediction.step_time, SECOND)} a step, {slower:.1%} slower")
+        talk.say("wrote", f"{path}: {other.mesh}, {show(other.prediction.step_time, SECOND)} a step, {percent(slower)} slower")
     if open_page:
         outputs.open_in_browser(report)
     if found.solve.stopped == "interrupted":

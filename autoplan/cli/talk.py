@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -28,8 +31,17 @@ def fail(kind: str, message: str) -> None:
     """An error, a hint, or a warning that what was asked for is not all there: said however quiet the run is."""
     from autoplan.report.words import clean
 
-    lines = [clean(line) for line in message.splitlines()] or [""]
-    typer.echo(f"{kind}: " + "\n  ".join(lines), err=True)
+    first, *more = [clean(line) for line in message.splitlines()] or [""]
+    lines = [f"{kind}: {first}", *(f"  {line}" for line in more)]
+    if sys.stderr.isatty():
+        lines = [_wrapped(line) for line in lines]
+    typer.echo("\n".join(lines), err=True)
+
+
+def _wrapped(line: str) -> str:
+    """Broken between words, as the tables on stdout are; a file or a pipe gets whole lines."""
+    width = max(shutil.get_terminal_size().columns, 20)
+    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def say(kind: str, message: str) -> None:

@@ -20,7 +20,7 @@ def repriced(written: Plan, priced: Plan) -> RenderableType:
     verdict = (
         "as the plan says"
         if abs(change) < 1e-6
-        else f"the plan says {words.seconds(said)}: {abs(change):.2%} "
+        else f"the plan says {words.seconds(said)}: {words.percent(abs(change))} "
         + ("slower than that" if change > 0 else "faster than that")
     )
     line = Text(f"{words.seconds(now)} a step, {verdict}.", style="bold")
@@ -60,7 +60,7 @@ def answer(plan: Plan, fixed: Mapping[str, int], other: Plan | None, reason: str
     if slower < 1e-6:
         return Text(f"Why not {wish}? The plan has it already, or costs the same without: {other.mesh}.")
     took = words.seconds(other.prediction.step_time)
-    line = f"Why not {wish}? Its best plan, {other.mesh}, takes {took} a step: {slower:.1%} slower."
+    line = f"Why not {wish}? Its best plan, {other.mesh}, takes {took} a step: {words.percent(slower)} slower."
     return Group(Text(line, style="bold"), *_sections({"the plan": plan, f"with {wish}": other}))
 
 

@@ -24,6 +24,8 @@ class RunRow:
     sharding: str
     experts: str
     """Where they are dealt over ep."""
+    dealt: str
+    """The same in short: "1 of 8"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ def _run(plan: Plan, label: str, names: tuple[str, ...], name: str) -> RunRow:
         reshard=reshard_words(plan, strategy),
         sharding=words.sharding_words(strategy.sharding) if plan.mesh.tp > 1 else "-",
         experts=words.experts_words(strategy.sharding.experts, plan.mesh.ep),
+        dealt="; ".join(f"{each.number // plan.mesh.ep} of {each.number}" for each in strategy.sharding.experts) or "-",
     )
 
 

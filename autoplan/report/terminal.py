@@ -73,7 +73,7 @@ def _layers(plan: Plan) -> Table:
     split = [*([("<", "over tp")] if plan.mesh.tp > 1 or not dealt else []), *([("<", "experts")] if dealt else [])]
     rows = table(("<", "layers"), (">", "number"), ("<", "strategy"), ("<", "recompute"), *split, ("<", "FSDP"))
     for row in layers.runs(plan):
-        over = [*([row.sharding] if plan.mesh.tp > 1 or not dealt else []), *([row.experts] if dealt else [])]
+        over = [*([row.sharding] if plan.mesh.tp > 1 or not dealt else []), *([row.dealt] if dealt else [])]
         _add(rows, row.layers, len(row.names) or "", row.strategy, row.recompute, *over, row.reshard)
     return rows
 

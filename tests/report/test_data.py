@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
@@ -19,6 +20,7 @@ from autoplan.report import versus
 from autoplan.report.notebook import card
 from autoplan.report.page import comparison
 from autoplan.report.rows import csv_text, frame, rows
+from autoplan.report.tables import table
 from autoplan.report.terminal import plain_text, summary
 from autoplan.report.trace import trace_json
 from autoplan.workload import Workload
@@ -137,3 +139,14 @@ def test_text_for_a_file_has_no_colours_and_no_loose_ends() -> None:
     text = plain_text(piped())
     assert "\x1b" not in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_a_long_name_breaks_where_it_has_parts() -> None:
+    rows = table(("<", "layer"), ("<", "strategy"), ("<", "what"))
+    rows.add_row(Text("transformer.encoder.layers.0-5"), Text("layers-tp8-recompute-zero1"), Text("x" * 30))
+    out = io.StringIO()
+    Console(file=out, width=60).print(rows)
+    lines = [line.split() for line in out.getvalue().splitlines()[2:]]
+    assert [line[0] for line in lines] == ["transformer.", "encoder.layers.", "0-5"], "a range holds together"
+    assert [line[1] for line in lines[:2]] == ["layers-tp8-", "recompute-zero1"]
+    assert lines[0][2] + lines[1][2] == "x" * 30, "a word without parts is folded"
