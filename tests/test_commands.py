@@ -33,6 +33,16 @@ def test_estimate_says_what_the_plan_says(planned: Path, capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out) == again
 
 
+def test_explain_as_json(planned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", str(planned), "tp=2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["asked"], told["plan"]["mesh"]["tp"], told["reason"]) == ({"tp": 2}, 2, "")
+    assert main(["explain", str(planned), "tp=3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["plan"] is None
+    assert told["reason"]
+
+
 def test_explain_answers_in_numbers_or_with_the_reason(planned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", str(planned), "tp=2"]) == 0
     assert "% slower" in " ".join(capsys.readouterr().out.split())

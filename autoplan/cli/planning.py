@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -151,11 +152,12 @@ def _cost(plan: Plan, price: float | None) -> str:
 
 @app.command(
     epilog="Examples:\n\nautoplan explain plan.yaml tp=2\n\nautoplan explain plan.yaml dp_shard=4 tp=2\n\n"
-    "autoplan explain plan.yaml tp=3"
+    "autoplan explain plan.yaml tp=3 --json"
 )
 def explain(
     plan_file: PlanFile,
     wishes: Annotated[list[str], typer.Argument(metavar="AXIS=SIZE...", help="Axes of the mesh: tp=2 dp_shard=4.")],
+    as_json: Json = False,
 ) -> None:
     """Answer "why not tp=2?": the best plan with that wish beside the given one, or why there is none."""
     from autoplan import api
@@ -167,4 +169,8 @@ def explain(
             raise UsageError(f"'{axis}={size}' is no size of an axis.", "Write a whole number: tp=2.")
     plan = api.load_plan(plan_file)
     told = api.explain(plan, fixed)
+    if as_json:
+        other = told.plan and json.loads(api.plan_json(told.plan))
+        typer.echo(json.dumps({"asked": told.fixed, "plan": other, "reason": told.reason}, indent=2))
+        return
     talk.show(answer(plan, told.fixed, told.plan, told.reason))

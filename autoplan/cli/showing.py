@@ -80,7 +80,9 @@ def report(
         Format | None,
         typer.Option(
             "--format",
-            help="A page; text; the candidates as a table; the whole plan; the predicted step for ui.perfetto.dev.",
+            metavar="FORMAT",
+            help="html, a page; terminal, text; csv, the candidates; json, the whole plan; or trace, the predicted step for "
+            "ui.perfetto.dev.",
         ),
     ] = None,
     force: Force = False,
