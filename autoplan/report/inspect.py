@@ -68,6 +68,10 @@ def summary(graph: Graph) -> RenderableType:
     for names, body in kinds(graph):
         parts.append(titled(f"One layer of {words.fold(names)}, one sample", _ops(body)))
     parts.append(titled("Outside the layers, one sample", _ops(graph.outer)))
+    if any(op.kind == "opaque" for body in (*graph.bodies, graph.outer) for op in body.ops):
+        parts.append(
+            Text("\nopaque: no rule says how it may be split, so each device of a tp group does all of it.", style="dim")
+        )
     parts += [Text(f"warning: {words.clean(warning)}", style="yellow") for warning in graph.warnings]
     return Group(*parts)
 

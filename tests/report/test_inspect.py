@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 from rich.console import Console, RenderableType
 
@@ -65,6 +66,14 @@ def test_inspect_in_the_terminal() -> None:
     assert "256 FLOP" in text
     assert "enter" not in text
     assert "careful [bold]" in text
+    assert "opaque" not in text
+
+
+def test_inspect_says_what_opaque_means() -> None:
+    strange = replace(body("w"), ops=(Op("opaque", "topk", "w", (0, 1), (2,)),))
+    text = plain(inspect.summary(replace(graph(), bodies=(strange,))))
+    assert "topk (opaque)" in text
+    assert "opaque: no rule says how it may be split" in text
 
 
 def test_hardware_as_data_and_tables() -> None:
