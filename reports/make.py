@@ -6,15 +6,18 @@ Run from the root of the repository, so that the plans name their models as a re
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import sys
 import tempfile
 from pathlib import Path
 
 from autoplan import cli
+from autoplan.report import sure
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+ACCURACY = HERE.parent / "docs" / "accuracy.md"
 PLAN_FILE = HERE.parent / "docs" / "plan-file.md"
 
 CASES = {
@@ -56,6 +59,23 @@ NOTES = {
     "  bound: true": "a proven lower bound, not a prediction",
 }
 """Start of a line -> what docs/plan-file.md says of it, where it first occurs."""
+
+PUBLISHED = {
+    "nanotron": ("h100 h200", "dense", "Llama, 1B to 70B, on 8 to 512 H100, with nanotron, above 10 % MFU"),
+    "llm-foundry": ("h100 h200", "dense", "MPT, 125M to 70B, on 8 to 512 H100, with LLM Foundry"),
+    "torchtitan, bf16": ("h100 h200", "dense", "Llama 3.1 on H100 and A100, with torchtitan"),
+    "megatron-2021": ("a100", "dense", "GPT on A100, with Megatron-LM in 2021"),
+    "megatron-2022": ("a100", "dense", "GPT on A100, with Megatron-LM in 2022"),
+    "vtrain": ("a100", "dense", "GPT on 64 to 512 A100, with Megatron-DeepSpeed"),
+    "torchtitan-a100": ("a100", "dense", "Llama on A100, with torchtitan"),
+    "megatron-2020-v100": ("v100", "dense", "GPT on V100, with Megatron-LM in 2020"),
+    "simumax": ("b200 b300 gb200 gb300", "dense", "short models on one node of B200, with Megatron-LM (SimuMax)"),
+    "megatron-bridge": ("b200 b300 gb200 gb300", "dense", "Blackwell and Hopper, most in 8 bits, with Megatron-Bridge"),
+    "llmq": ("4090 5090 6000 l40s", "dense", "cards for workstations, with llm.q"),
+    "experts, H100": ("h100 h200", "experts", "mixtures of experts on H100, with Megatron-Bridge"),
+    "experts, bf16": ("b200 b300 gb200 gb300", "experts", "mixtures of experts in bfloat16, on Blackwell"),
+}
+"""Source in docs/accuracy.md -> devices of profiles that it is near to, kind of model, what was run."""
 
 SHOWN = "Against plans written by hand"
 """The README shows the output up to this section."""
@@ -101,8 +121,25 @@ def refresh(document: Path, after: str, fence: str, content: str) -> None:
     document.write_text(text[:start] + content + text[end:], encoding="utf-8")
 
 
+def errors(accuracy: str) -> str:
+    """The table that the page shows of how far predictions are off: the held-out rows of docs/accuracy.md."""
+    table = accuracy[accuracy.index("| source | half |") :].partition("\n\n")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    titles = lines[0]
+    held_out = {cells[0]: dict(zip(titles, cells, strict=True)) for cells in lines if cells[1] == "held out"}
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("devices", "model", "runs", "number", "half", "most", "memory"))
+    for source, (devices, model, runs) in PUBLISHED.items():
+        row = held_out[source]
+        numbers = (row[title].rstrip("%") for title in ("rows", "median", "P95", "memory"))
+        writer.writerow((devices, model, runs, *numbers))
+    return out.getvalue()
+
+
 def main() -> None:
-    """Make every report, the README's output, and the annotated plan."""
+    """Make the table of errors, every report, the README's output, and the annotated plan."""
+    sure.ERRORS.write_text(errors(ACCURACY.read_text(encoding="utf-8")), encoding="utf-8")
     for name, asked in CASES.items():
         printed = make(asked, HERE / f"{name}.yaml", HERE / f"{name}.html")
         if name == "llama-8b-8":

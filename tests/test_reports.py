@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from autoplan.api import load_plan, report
+from autoplan.report import sure
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "reports"))
@@ -26,6 +27,11 @@ def test_a_sample_plan_is_made_again_byte_for_byte(name: str, tmp_path: Path, mo
         readme = make.README.read_text(encoding="utf-8")
         start, end = make.shown(readme, "autoplan plan examples/llama.py --gpus 8", "text")
         assert make.excerpt(printed) == readme[start:end], AGAIN
+
+
+def test_the_errors_that_pages_show_are_those_of_the_accuracy_table() -> None:
+    accuracy = make.ACCURACY.read_text(encoding="utf-8")
+    assert sure.ERRORS.read_text(encoding="utf-8") == make.errors(accuracy), AGAIN
 
 
 @pytest.mark.parametrize("name", make.CASES)

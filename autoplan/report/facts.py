@@ -295,6 +295,7 @@ def hardware(plan: Plan) -> tuple[Fact, ...]:
         Fact("Devices", words.count(plan.mesh.size)),
         Fact("Memory limit", f"{words.size(plan.memory_limit)} of each device"),
         Fact("Hidden communication", f"{words.seconds(plan.prediction.hidden_communication)} a step runs under computation"),
+        Fact("Sources", f"autoplan hardware {words.clean(plan.hardware)} tells the source of each number"),
         Fact("Profile fingerprint", words.clean(plan.hardware_fingerprint)),
         Fact("Graph fingerprint", words.clean(plan.graph)),
         Fact("Solver", f"{words.clean(plan.solve.solver)}; lower bound {words.seconds(plan.solve.bound)}"),

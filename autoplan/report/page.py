@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from autoplan.plan import Plan
-from autoplan.report import charts, facts, gantt, layers, pipeline, versus, words
+from autoplan.report import charts, facts, gantt, layers, pipeline, sure, versus, words
 from autoplan.units import BYTE
 
 MAX_CANDIDATES = 300
@@ -107,6 +107,7 @@ def page(plan: Plan) -> str:
         baselines=facts.baselines(plan),
         workload=facts.workload(plan),
         hardware=facts.hardware(plan),
+        errors=sure.errors(plan),
         warnings=facts.warnings(plan),
         commands=facts.commands(plan),
         **_trusted(),

@@ -14,10 +14,11 @@ import pytest
 from rich.console import Console, RenderableType
 
 from autoplan.plan import Plan
-from autoplan.report import charts, facts, layers, words
+from autoplan.report import charts, facts, layers, sure, words
 from autoplan.report.page import page, scatter
 from autoplan.report.terminal import summary
 from autoplan.strategy import GATHERED, PARTIAL, Mesh, Sharding, shard
+from autoplan.units import SECOND, parse
 
 from .plans import EVIL, hostile, llama, piped, single
 
@@ -226,3 +227,18 @@ def test_a_faster_baseline_outside_of_the_search_is_explained() -> None:
     rival = replace(plan.baselines[0], name="DDP", mesh=Mesh(cp=8), step_time=plan.solve.bound / 2)
     told = facts.proof(replace(plan, baselines=(rival,)))
     assert told.endswith("DDP would be faster: its mesh, cp 8, is outside of what was asked for.")
+
+
+def test_how_sure_is_told_by_runs_on_such_devices() -> None:
+    plan = replace(llama(), hardware="h100-sxm-8x")
+    rows = sure.errors(plan)
+    assert [row.number for row in rows] == sorted((row.number for row in rows), reverse=True)
+    assert all("H100" in row.runs for row in rows)
+    fastest, slowest = rows[0].step.split(" to ")
+    assert parse(fastest, SECOND) < plan.prediction.step_time < parse(slowest, SECOND)
+    dealt = sure.errors(replace(plan, mesh=Mesh(dp_shard=8, ep=8)))
+    assert dealt
+    assert all("experts" in row.runs for row in dealt)
+    other = replace(plan, hardware="my-cluster")
+    assert sure.errors(other) == ()
+    assert "No published runs on such devices" in page(other)
