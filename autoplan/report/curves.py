@@ -70,9 +70,10 @@ def _grid(
         _, py = at(10.0 ** x_range[0], value)
         yield f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>'
         yield f'<text class="tick" x="{_LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{escape(_said(value, y[1]))}</text>'
-    for value in _ticks(*x_range):
+    for number, value in enumerate(_ticks(*x_range)):
         px, _ = at(value, 10.0 ** y_range[0])
-        yield f'<text class="tick" x="{px:.1f}" y="{floor_y + 17}" text-anchor="middle">{escape(_said(value, x[1]))}</text>'
+        rare = " every-other" if number % 2 else ""
+        yield f'<text class="tick{rare}" x="{px:.1f}" y="{floor_y + 17}" text-anchor="middle">{escape(_said(value, x[1]))}</text>'
     yield f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{floor_y}" y2="{floor_y}"/>'
     yield f'<text class="name" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end">{escape(x[0])}</text>'
 
