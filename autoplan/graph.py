@@ -164,6 +164,34 @@ class Body:
     def _by_name(self) -> dict[str, Parameter]:
         return {parameter.name: parameter for parameter in self.parameters}
 
+    @cached_property
+    def last_use(self) -> dict[int, int]:
+        """The last operation (an index) that uses each value; what leaves the body is used after all of them."""
+        found = {i: index for index, op in enumerate(self.ops) for i in op.inputs}
+        return found | dict.fromkeys(self.outputs, len(self.ops))
+
+    @cached_property
+    def waiting(self) -> tuple[tuple[int, ...], ...]:
+        """Of every operation the values whose gradients wait while its backward pass runs: made before it, used after it."""
+        found, alive = [], list(self.inputs)
+        for index, op in enumerate(self.ops):
+            alive = [i for i in alive if self.last_use.get(i, -1) > index]
+            found.append(tuple(i for i in alive if self._carries(self.values[i])))
+            alive += op.outputs
+        return tuple(found)
+
+    def made(self, value: int) -> bool:
+        """Whether an operation makes the memory in which a value lives."""
+        return self.values[value].storage in self._made
+
+    @cached_property
+    def _made(self) -> frozenset[int]:
+        return frozenset(i for op in self.ops for i in op.outputs)
+
+    def _carries(self, value: Value) -> bool:
+        """Whether a gradient passes along it: what is made of parameters alone has that of the parameter."""
+        return value.requires_grad and self.values[value.storage].parameter is None
+
     def total(self, what: str) -> Cost:
         """Sum of one cost ("forward_flops", "backward_bytes", ...) over the operations."""
         costs: list[Cost] = [getattr(op, what) for op in self.ops]

@@ -105,6 +105,7 @@ class Arranged:
     def __init__(self, costs: CostModel, software: Software = NEUTRAL, recomputed: Recomputed | None = None) -> None:
         self.costs, self.software, self.recomputed = costs, software, recomputed
         self._parts: dict[tuple[object, ...], LayerCost] = {}
+        self._temporaries: dict[tuple[object, ...], tuple[Bytes, Bytes, Bytes]] = {}
 
     def price(self, at: Arrangement) -> ArrangedStep:
         """Raises `UsageError` where a sharding or a schedule does not fit the model."""
@@ -168,6 +169,22 @@ class Arranged:
         embed = self._part(OUTER, at.outer, at, "embed", lambda step: step.index <= first)
         head = self._part(OUTER, at.outer, at, "head", lambda step: step.index > first)
         return block, embed, head
+
+    def temporaries(self, at: Arrangement) -> tuple[Bytes, Bytes, Bytes]:
+        """The largest temporary of any operation of `parts`."""
+        key = (at.block, at.outer, at.tp, at.micro_batch, at.ep)
+        if key not in self._temporaries:
+            first = next(i for i, op in enumerate(self.costs.graph.outer.ops) if op.kind == "call")
+            block, outer = self._each(0, at.block, at), self._each(OUTER, at.outer, at)
+            embed, head = ([t for i, t in outer.items() if (i < first) == before] for before in (True, False))
+            self._temporaries[key] = max(block.values()), max(embed, default=0.0), max(head, default=0.0)
+        return self._temporaries[key]
+
+    def _each(self, body: int, sharding: Sharding, at: Arrangement) -> dict[int, Bytes]:
+        """The temporary of every operation (by index)."""
+        model = self.costs.layer_model(body, at.tp, at.samples, ep=at.ep)
+        steps = (step for step in walk(model, sharding) if step.op.kind not in ("enter", "exit", "call"))
+        return {step.index: model.op(step.index, step.outcome).temporary for step in steps}
 
     def _outer(self, at: Arrangement) -> LayerCost:
         return self.costs.layer_cost(OUTER, at.outer, at.tp, at.samples)

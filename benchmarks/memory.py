@@ -46,10 +46,11 @@ def stages(arranged: Arranged, at: Arrangement) -> list[Stage]:
     counts, virtual = at.dealt, len(at.dealt)
     compute, reduce = DTYPE_BYTES[load.compute_dtype], DTYPE_BYTES[load.reduce_dtype]
     block, embed, head = arranged.parts(at)
-    kept, moment = _layer(arranged, at, block)
-    loss = _loss(arranged, at, head)
+    temporary, of_embed, of_head = arranged.temporaries(at)
+    kept, moment = _layer(arranged, at, block, temporary)
+    loss = _loss(arranged, at, head.saved + of_head)
     per_parameter, per_expert = _per_parameter(arranged, at, at.dp), _per_parameter(arranged, at, at.dp * at.tp // at.ep)
-    table = compute * numel(embed) if own.local_table else embed.temporary
+    table = compute * numel(embed) if own.local_table else of_embed
     found = []
     for s in range(at.pp):
         mine = [k for k in range(virtual) if k % at.pp == s]
@@ -91,23 +92,23 @@ def _per_parameter(arranged: Arranged, at: Arrangement, dp: int) -> Bytes:
     return resident + sharded / (dp if at.zero else 1)
 
 
-def _layer(arranged: Arranged, at: Arrangement, block: LayerCost) -> tuple[Bytes, Bytes]:
+def _layer(arranged: Arranged, at: Arrangement, block: LayerCost, temporary: Bytes) -> tuple[Bytes, Bytes]:
     """(bytes that a layer keeps of a micro-batch, bytes besides while its backward pass runs)."""
     own = arranged.software
     tensors = Tensors(arranged.costs.layer_model(0, at.tp, at.samples, ep=at.ep), at.block)
     saved = block.saved - (tensors.fused() if own.fuses else 0.0) - (tensors.halved() if at.float8 else 0.0)
     saved -= arranged.gathered(at) if own.gathers_again and at.tp > 1 else 0.0
     if arranged.recomputed is None:
-        return saved, block.temporary
+        return saved, temporary
     kept = min(saved, tensors.kept(arranged.recomputed, at.policy))
-    return at.again * kept + (1 - at.again) * saved, block.temporary + block.saved - kept
+    return at.again * kept + (1 - at.again) * saved, temporary + block.saved - kept
 
 
-def _loss(arranged: Arranged, at: Arrangement, head: LayerCost) -> Bytes:
-    """Bytes of the final norm, the head and the loss at their fullest moment."""
+def _loss(arranged: Arranged, at: Arrangement, unfused: Bytes) -> Bytes:
+    """Bytes of the final norm, the head and the loss at their fullest moment: `unfused` where nothing is told of it."""
     per_logit = arranged.software.logits
     if not per_logit:
-        return head.saved + head.temporary
+        return unfused
     body = arranged.costs.graph.outer
     logits = next(body.values[op.inputs[0]] for op in reversed(body.ops) if op.kind == "cross_entropy")
     return logits.bytes_at(at.micro_batch) / DTYPE_BYTES[logits.dtype] / at.tp * per_logit

@@ -5,7 +5,7 @@ For a layer (a `Body`) whose operations `o` run with the layouts that `cost.walk
     forward, backward  = sum of the operations' seconds
     tp                 = sum over borders of their collectives, + all_reduce of the gradient of every GATHERED parameter
     saved              = sum over distinct memories that the backward pass reads, local bytes, each once
-    temporary          = the largest of what one operation holds besides
+    peak, beneath      see cost.peak
 
 (`layer_cost`). The search adds up the same terms operation by operation; this is the sum that a plan's prediction uses.
 """
@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from autoplan.cost.compute import MULTIPLIES
+from autoplan.cost.peak import grown, made, moved
 from autoplan.cost.prices import LayerModel, LocalParameter, Sizes, sizes
 from autoplan.cost.selective import Kept, Selection
 from autoplan.cost.walk import Step, call_borders, changes_memory, saved_values, shared_root, stream_layout, walk
-from autoplan.graph import DTYPE_BYTES
+from autoplan.graph import Op
 from autoplan.strategy import REPLICATE, Layout, Sharding
 from autoplan.units import Bytes, Seconds
 
@@ -38,8 +39,8 @@ class LayerCost:
     """Kept for the backward pass when nothing is recomputed."""
     inputs: Bytes
     """Kept when the whole layer is recomputed: what it is called with."""
-    temporary: Bytes
-    """Most that one operation holds beyond what is saved."""
+    peak: Bytes
+    """Most that its backward pass holds, of one micro-batch: with what is saved, and with unreduced gradients."""
     parameters: tuple[LocalParameter, ...]
     buffers: Bytes
     products: tuple[Seconds, Seconds] = (0.0, 0.0)
@@ -48,6 +49,10 @@ class LayerCost:
     """What of `forward` and `backward` are attention kernels."""
     kept: Kept = NOTHING
     """Under selective recomputation, besides the inputs."""
+    beneath: Bytes = 0.0
+    """Of the outer body: what is there while the layers' backward passes run."""
+    batch: Bytes = 0.0
+    """Of the outer body: what the model is given."""
 
     def sizes(self, dealt: bool, shards: int) -> Sizes:
         """See `cost.step.HasParameters`."""
@@ -76,7 +81,7 @@ class _Account:
 
     def __init__(self, model: LayerModel, sharding: Sharding) -> None:
         self.model, self.sharding, self.body = model, sharding, model.body
-        self.forward = self.backward = self.tp_forward = self.tp_backward = self.saved = self.temporary = 0.0
+        self.forward = self.backward = self.tp_forward = self.tp_backward = self.saved = self.peak = self.beneath = 0.0
         self.products = self.attention = (0.0, 0.0)
         self.kept, self.selection = NOTHING, Selection(model)
         self.layouts: dict[int, Layout] = {i: stream_layout(self.body.values[i], sharding.stream) for i in self.body.inputs}
@@ -85,6 +90,7 @@ class _Account:
         self.synced: set[int] = set()
         self.inside: dict[int, tuple[int, Layout]] = {}
         self.named: set[str] = set()
+        self.called = False
 
     def take(self, step: Step, wanted: bool) -> None:
         """Follow a step; count it if it is wanted."""
@@ -96,6 +102,8 @@ class _Account:
         elif op.kind == "call":
             if wanted:
                 self._send(*call_borders(self.model, step.index, outcome, self.sharding.stream), True)
+            self._keep(op)
+            self.beneath, self.called = max(self.beneath, self.saved), True
             self.root.update({i: i for i in op.outputs})
         else:
             self.root.update({i: shared_root(body, op, i, self.root) for i in op.outputs})
@@ -108,8 +116,9 @@ class _Account:
         self._send(*self.model.border(self.body.values[source], before, after), wanted)
         if wanted:
             self.kept = self.kept.plus(self.selection.border(step.index, before, after))
-        moved = changes_memory(before, after) or step.index in self.model.doors
-        self.root[target] = target if moved else self.root.get(source, source)
+            self._holds(step.index, moved(self.model, self.body.values[source], before, after), 0.0)
+        apart = changes_memory(before, after) or step.index in self.model.doors
+        self.root[target] = target if apart else self.root.get(source, source)
         if step.op.kind == "enter" and step.op.module == "" and source in self.body.inputs:
             self.inside[self.root[target]] = (target, after)
 
@@ -133,12 +142,27 @@ class _Account:
                 self.synced.add(i)
                 self.named.add(name)
                 self.tp_backward += self.model.parameter_sync(values[i], layout)
-        self.saved, self.temporary = self.saved + cost.saved_extra, max(self.temporary, cost.temporary)
+        self.saved += cost.saved_extra
+        self._keep(op)
+        self._holds(step.index, cost.temporary, made(self.model, step.index, step.outcome))
+
+    def _keep(self, op: Op) -> None:
         for i in saved_values(self.body, op):
-            r = self.root.get(i, values[i].storage)
+            r = self.root.get(i, self.body.values[i].storage)
             if r not in self.counted:
                 self.counted.add(r)
-                self.saved += self.model.local_bytes(values[r], self.layouts.get(r, self.layouts.get(i, REPLICATE)))
+                self.saved += self._size(r, i)
+
+    def _holds(self, index: int, besides: Bytes, gradients: Bytes) -> None:
+        """See `cost.peak`."""
+        waiting = {self.root.get(i, self.body.values[i].storage): i for i in self.body.waiting[index]}
+        at_it = self.saved + besides + sum(self._size(r, i) for r, i in waiting.items())
+        self.peak = grown(self.peak, at_it, gradients)
+        self.beneath += gradients if self.called else 0.0
+
+    def _size(self, root: int, value: int) -> Bytes:
+        """Bytes of the memory in which a value lives."""
+        return self.model.local_bytes(self.body.values[root], self.layouts.get(root, self.layouts.get(value, REPLICATE)))
 
     def total(self, everything: bool) -> LayerCost:
         """The sum; with `everything`, parameters that no step has used belong to the layer too."""
@@ -152,10 +176,12 @@ class _Account:
             self.tp_backward,
             self.saved,
             sum(model.local_bytes(value, layout) for value, layout in kept),
-            self.temporary,
+            self.peak,
             tuple(model.local_parameter(p, self.sharding.layout(p.name) if p.trainable else REPLICATE) for p in own),
-            sum(p.numel * DTYPE_BYTES[p.dtype] for p in body.parameters if p.buffer),
+            model.buffers,
             self.products,
             self.attention,
             self.kept,
+            self.beneath,
+            model.batch,
         )

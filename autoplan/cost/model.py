@@ -10,10 +10,10 @@ slots (`schedule.slots`), and
 (`schedule.additive_seconds`): without a pipeline `m sum_l t_l + sum_l d_l`. `Prediction.simulated` is the same work on the
 exact timeline of the schedule. The breakdown is that of the slowest stage; the bubble is what it waits for the others.
 
-    bytes_s = receive + max of  sum_l (states_l + q_l kept_l) + max_l moment_l
+    bytes_s = receive + max of  sum_l (states_l + q_l kept_l) + max(max_l peak_l, max_l inside_l + max_l window_l)
                                 sum_l (states_l + (q_l - 1) kept_l) + max_l ending_l
 
-(`CostModel.predict`), with `q_l` micro-batches in flight in the layer's chunk. Everything is a sum over layers but for the
+(`cost.rank.memory`), with `q_l` micro-batches in flight in the layer's chunk. Everything is a sum over layers but for the
 largest moments, as the integer program needs.
 """
 
@@ -35,7 +35,7 @@ from autoplan.cost.rank import Held, Rank, breakdown, memory, simulated, stage_p
 from autoplan.cost.rank import seconds as rank_seconds
 from autoplan.cost.step import DataParallel, LayerStep, data_parallel, ideal_data_parallel, layer_step
 from autoplan.errors import UsageError
-from autoplan.graph import Graph, Value
+from autoplan.graph import DTYPE_BYTES, Graph, Value
 from autoplan.hardware import HardwareProfile
 from autoplan.plan import Plan, Prediction
 from autoplan.schedule import ScheduleKind, additive_seconds, exposed_hops, in_flight_by_chunk, slots
@@ -66,6 +66,7 @@ class CostModel:
         self._costs: dict[tuple[int, int, int, int, int, Sharding], LayerCost] = {}
         self._parts: dict[tuple[int, int, int, int, Sharding], dict[tuple[int, ...], LayerCost]] = {}
         self._dp: dict[Hashable, DataParallel] = {}
+        self._ahead: dict[tuple[int, int], Bytes] = {}
         self._passed: dict[tuple[int, float], Bytes] = {}
         self.outer = OuterParts(graph)
 
@@ -171,8 +172,24 @@ class CostModel:
         zero: Zero = strategy.zero if mesh.shards > 1 else 3
         again = strategy.recompute
         m = self.micro_batches(mesh, micro_batch)
-        dp, pipelined = self._dp[of], mesh.pp > 1
-        return layer_step(cost, dp, zero, again, m, self.hardware, self.workload, outer=outer, pipelined=pipelined)
+        dp, pipelined, ahead = self._dp[of], mesh.pp > 1, self.ahead(mesh)
+        return layer_step(cost, dp, zero, again, m, self.hardware, self.workload, outer=outer, pipelined=pipelined, ahead=ahead)
+
+    def ahead(self, mesh: Mesh) -> Bytes:
+        """What is gathered of the last layer's parameters while the head's backward pass runs: of the largest layer, cut by tp
+        and ep."""
+        key = mesh.tp, mesh.ep
+        if key not in self._ahead:
+            self._ahead[key] = max((self._gathered_bytes(g, *key) for g in range(len(self.graph.bodies))), default=0.0)
+        return self._ahead[key]
+
+    def _gathered_bytes(self, g: int, tp: int, ep: int) -> Bytes:
+        dealt = self.mixtures.dealt.get(g, ()) if ep > 1 else ()
+        numel = 0.0
+        for p in self.graph.bodies[g].parameters:
+            if not p.buffer:
+                numel += p.numel / (ep if any(each.experts.holds(p.name) for each in dealt) else tp)
+        return numel * DTYPE_BYTES[self.workload.compute_dtype]
 
     def passed(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Bytes:
         """Most bytes that a rank passes on to the next stage for one micro-batch, at any cut."""

@@ -143,6 +143,16 @@ class LayerModel:
         return all(self.body is not body for body in self.bodies)
 
     @cached_property
+    def buffers(self) -> Bytes:
+        return float(sum(p.numel * DTYPE_BYTES[p.dtype] for p in self.body.parameters if p.buffer))
+
+    @cached_property
+    def batch(self) -> Bytes:
+        """Of the outer body: the model's inputs of one micro-batch, whole on every device of a cp group."""
+        given = [self.body.values[i] for i in self.body.inputs] if self.outer else []
+        return sum(self.whole_bytes(value) for value in given)
+
+    @cached_property
     def fixed_borders(self) -> frozenset[int]:
         """Borders (by index) that may not redistribute: a module that is called several times has one hook for all calls."""
         seen: dict[tuple[str, str, str], list[int]] = {}
@@ -313,7 +323,7 @@ class LayerModel:
         """What an operation holds in its forward pass; in its backward pass gradients of inputs and outputs meet, and a
         vocabulary-sharded embedding makes the gradient of the whole table first (DTensor has no sharded rule for it)."""
         held = self._held(op, outcome)
-        if op.kind in ("enter", "exit", "view", "dims", "split", "call"):
+        if op.kind in ("view", "dims", "call"):
             return held
         gradients = sum(
             self.local_bytes(self.body.values[i], layout)

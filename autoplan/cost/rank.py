@@ -7,6 +7,7 @@ formulas: `seconds` is u_s, `memory` is bytes_s, `breakdown` tells where the slo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from autoplan.cost.step import LayerStep
@@ -34,11 +35,16 @@ def seconds(rank: Rank, slots: float) -> Seconds:
 def memory(rank: Rank, in_flight: Sequence[int], passing: Bytes) -> MemoryBreakdown:
     """Peak bytes; `in_flight`: micro-batches whose activations each chunk holds at once. The peak is in the backward pass of the
     last of them, or after it, when one fewer is kept and the outer layer's gradients are reduced."""
-    fullest, last = max((h.step for h in rank), key=lambda s: s.peak), max((h.step for h in rank), key=lambda s: s.ending)
-    of_last = sum(held.number * held.step.kept for held in rank)  # of one micro-batch
-    if fullest.peak + of_last >= last.ending:
-        return _together(rank, in_flight, passing, fullest.moment)
-    return _together(rank, [number - 1 for number in in_flight], passing, last.end)
+    steps = [held.step for held in rank]
+    alone, last = max(steps, key=lambda s: s.peak), max(steps, key=lambda s: s.ending)
+    inside, window = max(steps, key=lambda s: s.inside), max(step.window for step in steps)
+    largest = max(alone.peak, inside.inside + window)
+    if largest + sum(held.number * held.step.kept for held in rank) < last.ending:  # kept of one micro-batch
+        return _together(rank, [number - 1 for number in in_flight], passing, last.end)
+    if alone.peak > inside.inside + window:
+        return _together(rank, in_flight, passing, alone.moment)
+    moment = replace(inside.moment, unsharded=inside.moment.unsharded + window)
+    return _together(rank, in_flight, passing, moment)
 
 
 def _together(rank: Rank, in_flight: Sequence[int], passing: Bytes, moment: MemoryBreakdown) -> MemoryBreakdown:

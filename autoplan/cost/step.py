@@ -22,13 +22,18 @@ step begins, nor the reduction of its gradients, with which it ends: there `c = 
 layers and for unequal ones differs from an event simulation by at most one layer's communication. To the backward pass
 comes the adding up of gradients, if there are several micro-batches; once a step comes the optimizer.
 
-Bytes: states (parameters, gradients, optimizer) are cut by tp and by dp_shard; activations are kept for every micro-batch in
-flight. While a layer's backward pass runs, it needs besides what it recomputes, its gathered parameters and those of its
-neighbour, its unreduced gradients and its largest temporary; and FSDP's buffer, in which the gradients of the layer after it
-are being reduced, as far as that is more than what this layer no longer keeps. Of these moments only the largest of a rank
-counts. The gradients of the outer layer stay unreduced until the backward pass has ended; when they are reduced (`ending`),
-nothing is left of that micro-batch's activations. In a pipeline, where passes of other micro-batches come between, FSDP keeps
-the last buffer that it reduced, this one, until a layer's backward pass has ended: then it is there all the time.
+Bytes: states (parameters, gradients, optimizer) are cut by tp and by dp_shard; activations, `kept`, stay for every micro-batch
+in flight, the model's inputs for the whole step. A layer's backward pass holds at most `peak` (cost.peak) of its own, with what
+it recomputes, where those of its activations that were kept are counted already; its parameters, gathered, and those of its
+neighbour; and FSDP's buffer, in which the gradients of the layer after it are being reduced, as far as that is more than what
+that layer no longer keeps. At its end its own gradients are there, and the buffer into which they are copied, but nothing is
+kept of it any more. Under level 1 the gradients are added up in whole, and the buffer takes their place. Of these moments only
+the largest of a rank counts: the largest `inside` of any layer beside the largest `window` of any, since neighbours may differ.
+
+The outer layer's own moment is its `peak`, with a layer's parameters gathered ahead. While layers run, it holds no more than
+`beneath` of the micro-batch. Its gradients stay unreduced until the backward pass has ended; when they are reduced (`ending`),
+nothing is left of that micro-batch's activations. In a pipeline passes of other micro-batches come between: FSDP keeps the last
+buffer that it reduced until a layer's backward pass has ended, while as much is kept of all layers as before.
 
 All arithmetic in `data_parallel` and `layer_step` is elementwise: the numbers of a cost may be numpy arrays with an entry for
 every sharding.
@@ -79,10 +84,12 @@ class LayerStep(NamedTuple):
     unsharded: Bytes
     kept: Bytes
     """Bytes saved for the backward pass of one micro-batch."""
-    moment_unsharded: Bytes
-    """While its backward pass runs, as the two below."""
-    moment_recompute: Bytes
-    temporary: Bytes
+    less: Bytes
+    """What is not there, of what the outer layer keeps of the last micro-batch, while the layers' backward passes run."""
+    rebuilt: Bytes
+    """While its backward pass runs there are, if so much is held by itself: of the outer layer, what is `less`; what is
+    recomputed; parameters or gradients that are whole; the rest is temporary."""
+    whole: Bytes
     ending: Bytes
     """After the backward pass of a micro-batch, when nothing of it is kept any more."""
     slot_seconds: Seconds
@@ -90,6 +97,11 @@ class LayerStep(NamedTuple):
     state_bytes: Bytes
     """Whatever the number of micro-batches in flight."""
     peak: Bytes
+    """Besides, while its backward pass runs: `inside` and `window`. Of the outer layer alone, which has neither."""
+    inside: Bytes
+    """By itself."""
+    window: Bytes
+    """By what FSDP gathers and reduces beside it: for layers before and after it, whose windows may be larger."""
 
     def seconds(self, slots: float) -> Seconds:
         """Seconds of one slot of a step of `slots` slots (`schedule.slots`): what happens once is spread over them."""
@@ -118,18 +130,23 @@ class LayerStep(NamedTuple):
             optimizer=self.optimizer,
             buffers=self.buffers,
             unsharded=self.unsharded,
-            activations=in_flight * self.kept,
+            activations=in_flight * self.kept - self.less,
         )
 
     @property
     def moment(self) -> MemoryBreakdown:
-        """What the bytes are while its backward pass runs."""
-        return MemoryBreakdown(unsharded=self.moment_unsharded, recompute=self.moment_recompute, temporary=self.temporary)
+        """What the bytes are that it holds by itself while its backward pass runs."""
+        left = self.peak - self.window
+        activations = min(left, self.less)
+        recompute = min(left - activations, self.rebuilt)
+        unsharded = min(left - activations - recompute, self.whole)
+        temporary = left - activations - recompute - unsharded
+        return MemoryBreakdown(activations=activations, recompute=recompute, unsharded=unsharded, temporary=temporary)
 
     @property
     def end(self) -> MemoryBreakdown:
         """What they are after it."""
-        return MemoryBreakdown(unsharded=self.ending)
+        return MemoryBreakdown(activations=self.less, unsharded=self.ending - self.less)
 
 
 class DataParallel(NamedTuple):
@@ -201,12 +218,13 @@ def ideal_data_parallel(cost: HasParameters, mesh: Mesh, *, outer: bool) -> Data
 
 def layer_step(
     cost: LayerCost, dp: DataParallel, zero: Zero, again: Recompute, micro_batches: int, hardware: HardwareProfile,
-    load: Workload, *, outer: bool, pipelined: bool,
+    load: Workload, *, outer: bool, pipelined: bool, ahead: Bytes = 0.0,
 ) -> LayerStep:  # fmt: skip
     """Price of a layer's share of a step of `micro_batches` micro-batches; `again`: what of its forward is recomputed; `outer`:
-    nothing hides its communication; `pipelined`: there are several stages."""
+    nothing hides its communication, and `ahead` bytes of a layer's parameters are gathered under it; `pipelined`: there are
+    several stages."""
     forward = cost.forward + cost.tp_forward
-    rerun, kept, rebuilt = _recomputed(cost, again)
+    rerun, kept, rebuilt, more = _recomputed(cost, again)
     backward = cost.backward + cost.tp_backward + rerun
     under_f, under_b = (0.0, 0.0) if outer else (forward, backward)
     sent = dp.reduce + (dp.gather if zero == 3 else 0.0)  # in the backward pass
@@ -222,15 +240,16 @@ def layer_step(
     if micro_batches > 1:  # a micro-batch's gradients and those of the others are read, the sum is written
         held = dp.whole_trainable if zero == 1 else dp.trainable
         adding = memory_time(3 * held * reduce, hardware.device)
-    states = (dp.numel * size, dp.trainable * size, dp.trainable * size * OPTIMIZER_STATES[load.optimizer], cost.buffers)
-    unsharded = (gathered if stays else 0.0) + (dp.whole_trainable * reduce if zero == 1 else 0.0)
+    buffers = cost.buffers + micro_batches * cost.batch
+    states = (dp.numel * size, dp.trainable * size, dp.trainable * size * OPTIMIZER_STATES[load.optimizer], buffers)
     raw, buffer = dp.whole_trainable * compute, dp.whole_trainable * reduce
-    lingers = outer and pipelined and micro_batches > 1 and zero != 1
+    unsharded = (gathered if stays else 0.0) + (buffer if zero == 1 else 0.0)
+    between = pipelined and micro_batches > 1 and zero != 1
     if outer:
-        unsharded, window = unsharded + raw + (buffer if lingers else 0.0), 0.0
+        stay, moments = _of_outer(cost, kept, raw, buffer, between, ahead)
+        unsharded = unsharded + stay
     else:
-        window = raw + (0.0 if stays else 2 * gathered) + _positive(buffer - kept)
-    moment = window, rebuilt, cost.temporary
+        moments = _of_layer(cost.peak + more, kept, 0.0 if stays else gathered, raw, buffer, between, zero)
     return LayerStep(
         cost.forward,
         cost.backward + adding,
@@ -244,23 +263,57 @@ def layer_step(
         *states,
         unsharded,
         kept,
-        *moment,
-        buffer if outer and not lingers else 0.0,
+        moments.less,
+        rebuilt,
+        moments.whole,
+        moments.ending,
         forward + backward + adding + every,
         once + dp.optimizer,
-        sum(states) + unsharded,
-        sum(moment),
+        sum(states) + unsharded - moments.less,
+        moments.peak,
+        moments.inside,
+        moments.window,
     )
 
 
-def _recomputed(cost: LayerCost, again: Recompute) -> tuple[Seconds, Bytes, Bytes]:
-    """Seconds of what runs again; bytes that are kept until then, and that are there besides while the backward pass runs."""
+class Moments(NamedTuple):
+    """See `LayerStep`."""
+
+    less: Bytes
+    whole: Bytes
+    ending: Bytes
+    peak: Bytes
+    inside: Bytes
+    window: Bytes
+
+
+def _of_outer(cost: LayerCost, kept: Bytes, raw: Bytes, buffer: Bytes, between: bool, ahead: Bytes) -> tuple[Bytes, Moments]:
+    """What of the outer layer's gradients is there while layers run, with the last buffer if others' passes come between; and its
+    moments. `raw` gradients are reduced in a `buffer`."""
+    gradients = _smaller(cost.beneath, raw)  # nearly all that is beneath are gradients
+    ending = kept + raw - cost.beneath + (0.0 if between else buffer)
+    less = kept - (cost.beneath - gradients)
+    return gradients + (buffer if between else 0.0), Moments(less, ahead, ending, cost.peak + ahead - cost.beneath, 0.0, 0.0)
+
+
+def _of_layer(most: Bytes, kept: Bytes, gathered: Bytes, raw: Bytes, buffer: Bytes, between: bool, zero: Zero) -> Moments:
+    """The moments of a layer that holds at most so much besides what is `kept`; `gathered` for a pass, not for good."""
+    reducing = 0.0 if zero == 1 else buffer if between else _larger(buffer - kept, 0.0)
+    window = 2 * gathered + reducing
+    at_end = buffer + (0.0 if zero == 1 else raw + gathered) - kept
+    inside = _larger(most, at_end - window)
+    return Moments(0.0, raw, 0.0, inside + window, inside, window)
+
+
+def _recomputed(cost: LayerCost, again: Recompute) -> tuple[Seconds, Bytes, Bytes, Bytes]:
+    """Seconds of what runs again; bytes that are kept until then, and that are made then; how many more than these kept ones
+    there are with `cost.peak`."""
     if again == "none":
-        return 0.0, cost.saved, 0.0
+        return 0.0, cost.saved, 0.0, -cost.saved
     if again == "full":
-        return cost.forward + cost.tp_forward, cost.inputs, cost.saved
+        return cost.forward + cost.tp_forward, cost.inputs, cost.saved, 0.0
     results, spare, seconds = cost.kept
-    return seconds, cost.inputs + results, _positive(cost.saved - results + spare)
+    return seconds, cost.inputs + results, _larger(cost.saved - results + spare, 0.0), spare - results
 
 
 def best_of(steps: Sequence[LayerStep]) -> LayerStep:
@@ -268,8 +321,12 @@ def best_of(steps: Sequence[LayerStep]) -> LayerStep:
     return LayerStep._make(min(values) for values in zip(*steps, strict=True))
 
 
-def _positive(size: Bytes) -> Bytes:
-    return np.maximum(size, 0.0) if isinstance(size, np.ndarray) else max(size, 0.0)
+def _larger(one: Bytes, other: Bytes) -> Bytes:
+    return np.maximum(one, other) if isinstance(one, np.ndarray) or isinstance(other, np.ndarray) else max(one, other)
+
+
+def _smaller(one: Bytes, other: Bytes) -> Bytes:
+    return np.minimum(one, other) if isinstance(one, np.ndarray) or isinstance(other, np.ndarray) else min(one, other)
 
 
 def _beside(cover: Seconds, sent: Seconds, hardware: HardwareProfile) -> tuple[Seconds, Seconds]:

@@ -131,7 +131,10 @@ def shared_root(body: Body, op: Op, output: int, root: dict[int, int]) -> int:
 
 
 def saved_values(body: Body, op: Op) -> Iterator[int]:
-    """The values that the operation keeps, as it sees them: past the borders that may have moved their data."""
+    """The values that the operation keeps, as it sees them: past the borders that may have moved their data. A call keeps what it
+    is given that no layer counts, as it carries no gradient: masks, positions; but of the model's inputs and buffers."""
+    if op.kind == "call":
+        yield from (i for i in op.inputs if not body.values[i].requires_grad and body.made(i))
     for i in op.saved:
         storage = body.values[i].storage
         seen = (j for j in (*op.inputs, *op.outputs) if body.values[j].storage == storage)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
+from autoplan.cost.layer import LayerCost
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.cost.step import DataParallel, LayerStep, best_of, data_parallel, ideal_data_parallel, layer_step
 from autoplan.graph import DTYPE_BYTES
@@ -110,16 +111,16 @@ class Tables:
         return DTYPE_BYTES[load.param_dtype] * sum(p.numel * (trained if p.trainable else 1) for p in own)
 
     def least_moment(self, within: Within, micro_batch: int) -> Bytes:
-        """No way to run a layer needs less while its backward pass runs: all that it saves, cut by tp and cp, its parameters as
-        they are gathered, and their gradients before they are reduced or, if that is more, in the reduction."""
+        """No way to run a layer needs less while its backward pass runs: its parameters as they are gathered, and all that it
+        saves, cut by tp and cp, or at the end its gradients and the buffer in which they are reduced."""
         return max((self._least_moment(g, within, micro_batch) for g in range(len(self.graph.bodies))), default=0.0)
 
     def _least_moment(self, g: int, within: Within, micro_batch: int) -> Bytes:
         load = self.costs.workload
         numel, trainable = self._whole(g, within.tp, within.ep)
         saved = self.graph.bodies[g].saved.at(micro_batch / within.cp) / within.tp
-        window = (numel + trainable) * DTYPE_BYTES[load.compute_dtype]
-        return window + max(saved, trainable * DTYPE_BYTES[load.reduce_dtype])
+        compute, reduce = DTYPE_BYTES[load.compute_dtype], DTYPE_BYTES[load.reduce_dtype]
+        return numel * compute + max(saved, trainable * (compute + reduce))
 
     def _whole(self, g: int, tp: int, ep: int) -> tuple[float, float]:
         """A layer's parameters, and those that are trained, cut by tp or ep where they can be."""
@@ -229,18 +230,24 @@ class Tables:
         return bool(self.costs.mixtures.dealt.get(g))
 
     def _rough_columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Columns:
-        corner, load, outer = self.ways(g, mesh.within, micro_batch, stream).corner, self.costs.workload, g == OUTER
+        corner = self.ways(g, mesh.within, micro_batch, stream).corner
         if corner.seconds is None:
             return Columns.of(())
-        dp = ideal_data_parallel(corner, mesh, outer=outer)
-        price = partial(layer_step, micro_batches=1, hardware=self.costs.hardware, load=load, outer=outer, pipelined=False)
-        ways = self._ways_to_run(g, (3,))
+        step = self._step(g, corner.cost, ideal_data_parallel(corner, mesh, outer=g == OUTER), 1, pipelined=False)
+        sharding = Sharding(stream=stream)
         return Columns.of(
-            [
-                Column.of(Strategy(Sharding(stream=stream), again, zero), price(corner.cost, dp, zero, again))
-                for again, zero in ways
-            ]
+            [Column.of(Strategy(sharding, again, zero), step(zero, again)) for again, zero in self._ways_to_run(g, (3,))]
         )
+
+    def _step(
+        self, g: int, cost: LayerCost, dp: DataParallel, micro_batches: int, *, pipelined: bool, ahead: Bytes = 0.0
+    ) -> Callable[[Zero, Recompute], LayerStep]:
+        """`layer_step` of a ZeRO level and a recomputation."""
+        hardware, load = self.costs.hardware, self.costs.workload
+        return partial(
+            layer_step, cost, dp, micro_batches=micro_batches, hardware=hardware, load=load, outer=g == OUTER,
+            pipelined=pipelined, ahead=ahead,
+        )  # fmt: skip
 
     def _ideal_outer(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> tuple[Outer, ...]:
         strategies = [Strategy(sharding) for sharding in self.shardings(g, mesh.within, micro_batch, stream)]
@@ -255,37 +262,34 @@ class Tables:
     def _ideal_columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Columns:
         found = self.ways(g, mesh.within, micro_batch, stream).unbeaten
         dp = ideal_data_parallel(found, mesh, outer=g == OUTER)
+        step = self._step(g, found.cost, dp, 1, pipelined=False)
         price = partial(_ideal_price, self.costs, g, mesh, micro_batch)
-        return self._unbeaten(g, found, dp, self._ways_to_run(g, (3,)), 1, price, np.ones(found.number, dtype=bool))
+        return self._unbeaten(found, self._ways_to_run(g, (3,)), step, price, np.ones(found.number, dtype=bool))
 
     def _columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Columns:
         found, costs = self.ways(g, mesh.within, micro_batch, stream).unbeaten, self.costs
         dp = data_parallel(found, mesh, costs.hardware, costs.workload)
         m = costs.micro_batches(mesh, micro_batch)
+        step = self._step(g, found.cost, dp, m, pipelined=mesh.pp > 1, ahead=costs.ahead(mesh))
         price = partial(_price, costs, g, mesh, micro_batch)
         ways = self._ways_to_run(g, _zeros(mesh, m, outer=g == OUTER))
-        return self._unbeaten(g, found, dp, ways, m, price, found.cut_by(mesh.shards))
+        return self._unbeaten(found, ways, step, price, found.cut_by(mesh.shards))
 
     def _unbeaten(
         self,
-        g: int,
         found: Unbeaten,
-        dp: DataParallel,
         ways: Sequence[tuple[Recompute, Zero]],
-        micro_batches: int,
+        step: Callable[[Zero, Recompute], LayerStep],
         price: Callable[[Strategy], LayerStep],
         legal: Bools,
     ) -> Columns:
         """Of all shardings, each with these recomputations and ZeRO levels, those that no other equals or beats."""
-        hardware, load = self.costs.hardware, self.costs.workload
         if not ways:
             return Columns.of(())
         blocks = []
         for again, zero in ways:
-            # with a pipeline OUTER is none of these classes
-            step = layer_step(found.cost, dp, zero, again, micro_batches, hardware, load, outer=g == OUTER, pipelined=False)
-            costs = (step.slot_seconds, step.once_seconds, step.state_bytes, step.kept, step.peak, step.ending)
-            blocks.append(np.stack([np.broadcast_to(cost, found.number) for cost in costs]))
+            one = step(zero, again)
+            blocks.append(np.stack([np.broadcast_to(cost, found.number) for cost in Costs.of(one)]))
         every = np.concatenate(blocks, axis=1)
         candidates = np.flatnonzero(np.tile(legal, len(ways)))
         kept = candidates[unbeaten(every[:, candidates])]

@@ -15,15 +15,15 @@ import numpy as np
 from autoplan.cost.layer import LayerCost
 from autoplan.cost.prices import LayerModel, LocalParameter, Sizes, sizes
 from autoplan.cost.selective import Kept
-from autoplan.graph import DTYPE_BYTES
 from autoplan.search.dominance import Floats
+from autoplan.search.labels import LABELS, PEAK, SAVED, additions
 from autoplan.search.lattice import Lattice
 from autoplan.strategy import REPLICATE
 from autoplan.units import Bytes, Seconds
 
 
 class Corner:
-    """See the module. `prices` and `kept()`: as `search.shardings.Ways` has them, by level [choices, 5] and [choices, 3]."""
+    """See the module. `prices` and `kept()`: as `search.shardings.Ways` has them, by level [choices, 6] and [choices, 3]."""
 
     def __init__(
         self, model: LayerModel, lattice: Lattice, prices: Sequence[Floats], kept: Callable[[], Sequence[Floats]]
@@ -46,11 +46,12 @@ class Corner:
     def cost(self) -> LayerCost:
         """Its forward pass is the fastest alone, and so are both together. To be asked where there is a way through."""
         assert self.seconds is not None
-        forward, saved, temporary, _, results, rebuilt, again = self._least
+        forward, _, saved, _, besides, beneath = self._least
+        results, more, again = self._least_kept
         both = max(self.seconds, forward)
-        buffers = sum(p.numel * DTYPE_BYTES[p.dtype] for p in self.lattice.body.parameters if p.buffer)
-        kept = Kept(results, rebuilt + results - saved, again)
-        return LayerCost(forward, both - forward, 0.0, 0.0, saved, self._inputs, temporary, (), buffers, kept=kept)
+        kept = Kept(results, more + results, again)
+        sizes = (saved, self._inputs, besides + saved, (), self.model.buffers)
+        return LayerCost(forward, both - forward, 0.0, 0.0, *sizes, kept=kept, beneath=beneath, batch=self.model.batch)
 
     def sizes(self, dealt: bool, shards: int) -> Sizes:
         """See `cost.step.HasParameters`; FSDP cuts them as evenly as they go."""
@@ -79,17 +80,24 @@ class Corner:
 
     @cached_property
     def _least(self) -> tuple[float, ...]:
-        """The least (seconds of the forward pass, saved bytes, largest temporary, trained parameters; under selective
-        recomputation results that are kept, what is there besides in the backward pass, seconds of what runs again)."""
-        costs, samples = np.zeros((7, 1)), self.model.samples
-        for level, price, kept in zip(self.lattice.levels, self.prices, self._kept(), strict=True):
-            results, spare, again = kept.T
-            rows = np.stack((*price[:, (0, 2, 4, 3)].T, results, price[:, 2] + spare - results, again))
-            added = rows[:, level.choice]
-            added[(1, 5), :] += level.saved[:, 0] * samples + level.saved[:, 1]
-            arriving = costs if level.straight else costs[:, level.source]
-            costs = arriving + added
-            costs[2] = np.maximum(arriving[2], added[2])
+        """The least of every number of a label. Of `peak` that much that is not saved bounds more: a layer which saves less has
+        more of its peak besides; it takes the place of the peak."""
+        costs, besides = np.zeros((LABELS, 1)), np.zeros(1)
+        for level, added in zip(self.lattice.levels, additions(self.lattice, self.prices, self.model.samples), strict=True):
+            costs = added.to(costs[:, level.source], np.arange(len(level.source)))
+            besides = np.maximum(besides[level.source] - added.sums[SAVED], added.besides) + added.made
             if not level.straight:
-                costs = np.minimum.reduceat(costs, level.first, axis=1)
+                costs, besides = (np.minimum.reduceat(each, level.first, axis=-1) for each in (costs, besides))
+        costs[PEAK] = besides
+        return tuple(costs[:, self.lattice.leaves].min(axis=1).tolist())
+
+    @cached_property
+    def _least_kept(self) -> tuple[float, ...]:
+        """Under selective recomputation the least of what is kept, of what is there besides what the layer would have saved, and
+        of the seconds of what runs again."""
+        costs = np.zeros((3, 1))
+        for level, kept in zip(self.lattice.levels, self._kept(), strict=True):
+            results, spare, again = kept.T
+            added = np.stack((results, spare - results, again))[:, level.choice]
+            costs = costs + added if level.straight else np.minimum.reduceat(costs[:, level.source] + added, level.first, axis=1)
         return tuple(costs[:, self.lattice.leaves].min(axis=1).tolist())

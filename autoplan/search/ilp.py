@@ -3,22 +3,23 @@
 For one stage of one mesh and micro-batch; without a pipeline there is one stage. Its layers fall into groups `g` of `N_g`
 equal layers: of one body, in chunks with as many micro-batches in flight; what stands outside the layers is a group of one.
 Every group has options `s` in `S_g`: a strategy with its seconds `t_gs` and bytes `b_gs`, which add up over layers, and bytes
-`p_gs` that it needs only while its backward pass runs, so that the largest of them counts. After it `l_gs` of the bytes are
-left, and `e_gs` are needed for its end.
+`p_gs` that it needs only while its backward pass runs, so that the largest of them counts: of a layer `i_gs` by itself, and
+`w_gs` for its neighbours. After it `l_gs` of the bytes are left, and `e_gs` are needed for its end.
 
     minimise    sum_g sum_s t_gs x_gs
     subject to  sum_s x_gs = N_g                                      for every group g            (`_counts`)
                 x_gs <= N_g y_gs                                      y_gs: is the strategy used?  (`_counts`)
-                P >= p_gs y_gs                                        for every strategy           (`_memory`)
-                sum_g sum_s b_gs x_gs + P <= M - 1 MiB                                             (`_memory`)
-                the same of l_gs and e_gs                                                          (`_memory`)
-                x_gs in {0..N_g},  y_gs in {0, 1},  P >= 0
+                P >= p_gs y_gs                                        for every strategy           (`_largest`)
+                I >= i_gs y_gs, W >= w_gs y_gs, P >= I + W            for every strategy           (`_largest`)
+                sum_g sum_s b_gs x_gs + P <= M - 1 MiB                                             (`_within`)
+                the same of l_gs and e_gs                                                          (`_within`)
+                x_gs in {0..N_g},  y_gs in {0, 1},  P, I, W >= 0
 
 To the objective comes `epsilon sum y_gs` with a small `epsilon`: of two plans that are equal within the gap, the one with
 fewer different strategies is the better one. The bound that is reported is one on the seconds alone.
 
 Equal layers are interchangeable, so counting them loses nothing: the program has as many columns for 126 layers as for 2.
-Shardings are the unbeaten ones of `search.shardings`; an option beaten by another in all five is left out before
+Shardings are the unbeaten ones of `search.shardings`; an option beaten by another in all of this is left out before
 (`search.options`). Where every layer's fastest option fits, no program is needed (`_without_limit`), and where a stage has a
 layer or two, all choices are tried (`_by_trying`). The solver's tolerance
 is 1e-6 of a row in MiB; the mebibyte kept back is far more than that, and the chosen plan's bytes are summed again exactly
@@ -68,7 +69,8 @@ class UnsolvedError(Exception):
 def memory(counts: Sequence[tuple[Group, Sequence[tuple[Option, int]]]]) -> Bytes:
     """Exact bytes of a choice."""
     used = [(option, n) for _, options in counts for option, n in options if n]
-    at_once = sum(o.bytes * n for o, n in used) + max(o.peak for o, _ in used)
+    largest = max(max(o.peak for o, _ in used), max(o.inside for o, _ in used) + max(o.window for o, _ in used))
+    at_once = sum(o.bytes * n for o, n in used) + largest
     afterwards = sum(o.left * n for o, n in used) + max(o.ending for o, _ in used)
     return max(at_once, afterwards)
 
@@ -87,9 +89,12 @@ def choose(groups: Sequence[Group], limit: Bytes, *, gap: float, time_limit: flo
         return _by_trying(groups, limit, epsilon)
     problem = pulp.LpProblem("stage", pulp.LpMinimize)
     counts, used = _counts(problem, groups)
-    _memory(problem, "p", groups, counts, used, limit, lambda option: (option.bytes, option.peak))
-    if any(option.ending for group in groups for option in group.options):
-        _memory(problem, "e", groups, counts, used, limit, lambda option: (option.left, option.ending))
+    peak, inside, window, ending = (_largest(problem, name, groups, used) for name in ("peak", "inside", "window", "ending"))
+    if inside is not None and window is not None:
+        problem += _sum([(inside, 1.0), (window, 1.0), (peak, -1.0)]) <= 0
+    _within(problem, groups, counts, limit, lambda option: option.bytes, peak)
+    if ending is not None:
+        _within(problem, groups, counts, limit, lambda option: option.left, ending)
     seconds = [(counts[g, s], option.seconds) for g, group in enumerate(groups) for s, option in enumerate(group.options)]
     problem.setObjective(_sum(seconds) + _sum([(indicator, epsilon) for indicator in used.values()]))
     answer = solve(problem, gap=gap / 2, time_limit=time_limit)
@@ -112,19 +117,21 @@ def choose(groups: Sequence[Group], limit: Bytes, *, gap: float, time_limit: flo
 
 def _by_trying(groups: Sequence[Group], limit: Bytes, epsilon: Seconds) -> Choice | None:
     """`choose` without a solver: every choice there is."""
-    seconds, size, peak, left, ending, kinds = np.zeros((6, 1))
+    seconds, size, left, kinds = np.zeros((4, 1))
+    largest = np.zeros((4, 1))
     picked = np.zeros((1, 0), dtype=np.int64)
     for group in groups:
         ways = _multisets(len(group.options), group.number)
-        costs = np.array([option[:5] for option in group.options]).T[:, ways]  # [5, multisets, number]
+        costs = np.array([option[:7] for option in group.options]).T[:, ways]  # [7, multisets, number]
         different = 1 + (np.diff(ways, axis=1) != 0).sum(axis=1)
         old, new = (each.ravel() for each in np.indices((len(seconds), len(ways))))
         sums, most = costs.sum(axis=2), costs.max(axis=2)
         seconds, size, left = seconds[old] + sums[0][new], size[old] + sums[1][new], left[old] + sums[3][new]
-        peak, ending = np.maximum(peak[old], most[2][new]), np.maximum(ending[old], most[4][new])
+        largest = np.maximum(largest[:, old], most[[2, 4, 5, 6]][:, new])
         kinds = kinds[old] + different[new]
         picked = np.concatenate((picked[old], ways[new]), axis=1)
-    fits = np.flatnonzero(np.maximum(size + peak, left + ending) <= limit - _MIB)
+    peak, ending, inside, window = largest
+    fits = np.flatnonzero(np.maximum(size + np.maximum(peak, inside + window), left + ending) <= limit - _MIB)
     if not len(fits):
         return None
     best = fits[np.argmin(seconds[fits] + epsilon * kinds[fits])]
@@ -160,25 +167,26 @@ def _counts(problem: Any, groups: Sequence[Group]) -> tuple[dict[Any, Any], dict
     return counts, used
 
 
-def _memory(
-    problem: Any,
-    name: str,
-    groups: Sequence[Group],
-    counts: dict[Any, Any],
-    used: dict[Any, Any],
-    limit: Bytes,
-    of: Callable[[Option], tuple[Bytes, Bytes]],
-) -> None:
-    """What adds up and the largest of what doesn't, `of` an option, within the limit."""
+def _largest(problem: Any, name: str, groups: Sequence[Group], used: dict[Any, Any]) -> Any | None:
+    """A variable that is at least this number of every option that is used; None where all of them are nothing."""
+    each = [(used[g, s], getattr(option, name)) for g, group in enumerate(groups) for s, option in enumerate(group.options)]
+    if not any(size for _, size in each):
+        return None
     most = problem.add_variable(name, 0, None)
-    terms = []
-    for g, group in enumerate(groups):
-        for s, option in enumerate(group.options):
-            size, peak = of(option)
-            terms.append((counts[g, s], size / _MIB))
-            if peak:
-                problem += _sum([(used[g, s], peak / _MIB), (most, -1.0)]) <= 0
-    problem += _sum([*terms, (most, 1.0)]) <= limit / _MIB - 1.0
+    for indicator, size in each:
+        if size:
+            problem += _sum([(indicator, size / _MIB), (most, -1.0)]) <= 0
+    return most
+
+
+def _within(
+    problem: Any, groups: Sequence[Group], counts: dict[Any, Any], limit: Bytes, size: Callable[[Option], Bytes], largest: Any
+) -> None:
+    """What adds up and the largest of what doesn't, within the limit."""
+    terms = [(counts[g, s], size(option) / _MIB) for g, group in enumerate(groups) for s, option in enumerate(group.options)]
+    if largest is not None:
+        terms.append((largest, 1.0))
+    problem += _sum(terms) <= limit / _MIB - 1.0
 
 
 def _sum(terms: Sequence[tuple[Any, float]]) -> Any:

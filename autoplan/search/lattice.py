@@ -34,6 +34,15 @@ Size = tuple[float, float]
 """(Bytes a sample, bytes whatever the batch.)"""
 
 
+class Sizes(NamedTuple):
+    """What is saved at an operation, and what waits: each as bytes a sample, and bytes whatever the batch."""
+
+    saved: float
+    saved_fixed: float
+    waiting: float
+    waiting_fixed: float
+
+
 class Live(NamedTuple):
     """A live tensor: its layout, the memory it lives in (numbered in the order of live tensors), that memory's size."""
 
@@ -63,8 +72,9 @@ class Level:
     """By transition: the state (a number in the level before) that it comes from."""
     choice: Ints
     """By transition: which of `choices`."""
-    saved: Floats
-    """By transition, [n, 2]: size of what is kept for the backward pass and was not counted before."""
+    sizes: Floats
+    """By transition, [n, 4]: size of what is kept for the backward pass and was not counted before, and of the gradients that
+    wait while the backward pass of the operation runs."""
     first: Ints
     """By state of this level: the first transition that leads to it."""
 
@@ -83,10 +93,6 @@ class Lattice:
         self.wanted = wanted or {}
         self.model, self.stream, self.body = model, stream, model.body
         self.trainable = {p.name for p in self.body.parameters if p.trainable and not p.buffer}
-        self.last_use = {i: len(self.body.ops) for i in self.body.outputs}
-        for index, op in reversed(list(enumerate(self.body.ops))):
-            for i in op.inputs:
-                self.last_use.setdefault(i, index)
         self.used_outside = {i for op in self.body.ops if op.kind not in ("call", "enter") for i in op.inputs}
         """Values that something other than a block uses."""
         calls = [op for op in self.body.ops if op.kind == "call"]
@@ -184,23 +190,24 @@ class Lattice:
     def _pass_on(self, index: int, end: int, states: Sequence[State]) -> tuple[Level, list[State]]:
         """The level of the calls `index ... end - 1`, at which nothing is decided."""
         made = [i for op in self.body.ops[index:end] for i in op.outputs]
-        found: dict[State, list[tuple[int, int, Size]]] = {}
+        found: dict[State, list[tuple[int, int, Sizes]]] = {}
         for number, (items, counted) in enumerate(states):
             live = dict(items) | {i: self._fresh(i, stream_layout(self.body.values[i], self.stream)) for i in made}
-            found.setdefault(self._state(live, counted, end - 1), []).append((number, 0, (0.0, 0.0)))
+            counted, saved = self._keep(self.body.ops[index:end], live, counted)
+            found.setdefault(self._state(live, counted, end - 1), []).append((number, 0, Sizes(*saved, 0.0, 0.0)))
         return _level(-1, [Choice((), Outcome((), (), False))], found), list(found)
 
     def _advance(self, index: int, states: Sequence[State]) -> tuple[Level, list[State]]:
         op = self.body.ops[index]
         numbers: dict[Choice, int] = {}
-        found: dict[State, list[tuple[int, int, Size]]] = {}
+        found: dict[State, list[tuple[int, int, Sizes]]] = {}
         for number, (items, counted) in enumerate(states):
             live = dict(items)
             for choice in self._choices(index, tuple(self._layout(i, live) for i in op.inputs)):
                 if any(layout not in self.viable[i] for i, layout in zip(op.outputs, choice.outcome.outputs, strict=True)):
                     continue
-                state, saved = self._next(index, choice.outcome, live, counted)
-                found.setdefault(state, []).append((number, numbers.setdefault(choice, len(numbers)), saved))
+                state, sizes = self._next(index, choice.outcome, live, counted)
+                found.setdefault(state, []).append((number, numbers.setdefault(choice, len(numbers)), sizes))
         return _level(index, list(numbers), found), list(found)
 
     def _layout(self, i: int, live: dict[int, Live]) -> Layout | None:
@@ -249,7 +256,7 @@ class Lattice:
         for outputs in product(*options):
             yield Outcome(inputs, outputs, False)
 
-    def _next(self, index: int, outcome: Outcome, live: dict[int, Live], counted: frozenset[int]) -> tuple[State, Size]:
+    def _next(self, index: int, outcome: Outcome, live: dict[int, Live], counted: frozenset[int]) -> tuple[State, Sizes]:
         op, body = self.body.ops[index], self.body
         after = dict(live)
         for i, layout in zip(op.inputs, outcome.inputs, strict=True):
@@ -257,20 +264,28 @@ class Lattice:
                 after[i] = self._fresh(i, layout)
         for i, layout in zip(op.outputs, outcome.outputs, strict=True):
             after[i] = self._made(index, i, layout, outcome, after)
-        growing = fixed = 0.0
-        if op.saved:
-            marked = set(counted)
-            for i in saved_values(body, op):
-                at = after.get(i) or self._fresh(i, REPLICATE)
-                if at.memory not in marked:
-                    marked.add(at.memory)
-                    growing, fixed = growing + at.size[0], fixed + at.size[1]
-            counted = frozenset(marked)
-        return self._state(after, counted, index), (growing, fixed)
+        counted, saved = self._keep((op,), after, counted)
+        return self._state(after, counted, index), Sizes(*saved, *self._waiting(index, after))
+
+    def _keep(self, ops: Sequence[Op], live: dict[int, Live], counted: frozenset[int]) -> tuple[frozenset[int], Size]:
+        """The memories that are counted as saved after some operations, and the size of those that were not before."""
+        growing, fixed, marked = 0.0, 0.0, set(counted)
+        for i in (i for op in ops for i in saved_values(self.body, op)):
+            at = live.get(i) or self._fresh(i, REPLICATE)
+            if at.memory not in marked:
+                marked.add(at.memory)
+                growing, fixed = growing + at.size[0], fixed + at.size[1]
+        return frozenset(marked), (growing, fixed)
+
+    def _waiting(self, index: int, live: dict[int, Live]) -> Size:
+        if self.body.ops[index].kind == "call":
+            return 0.0, 0.0
+        memories = {live[i].memory: live[i].size for i in self.body.waiting[index]}
+        return sum(size[0] for size in memories.values()), sum(size[1] for size in memories.values())
 
     def _state(self, live: dict[int, Live], counted: frozenset[int], index: int) -> State:
         """What the operations after `index` can see, memories numbered anew so that equal futures are equal states."""
-        last_use = self.last_use
+        last_use = self.body.last_use
         numbers: dict[int, int] = {}
         renamed = tuple(
             [
@@ -302,7 +317,7 @@ class Lattice:
         return self._fresh(output, layout)
 
 
-def _level(operation: int, choices: Sequence[Choice], found: dict[State, list[tuple[int, int, Size]]]) -> Level:
+def _level(operation: int, choices: Sequence[Choice], found: dict[State, list[tuple[int, int, Sizes]]]) -> Level:
     transitions = [transition for some in found.values() for transition in some]
     sizes = [len(some) for some in found.values()]
     return Level(
@@ -310,6 +325,6 @@ def _level(operation: int, choices: Sequence[Choice], found: dict[State, list[tu
         tuple(choices),
         np.array([source for source, _, _ in transitions], dtype=np.int64),
         np.array([choice for _, choice, _ in transitions], dtype=np.int64),
-        np.array([saved for _, _, saved in transitions], dtype=np.float64).reshape(-1, 2),
+        np.array([sizes for _, _, sizes in transitions], dtype=np.float64).reshape(-1, 4),
         np.cumsum([0, *sizes[:-1]]) if sizes else np.zeros(0, dtype=np.int64),
     )

@@ -4,7 +4,7 @@ A stage with `q` micro-batches in flight, in a step of `M` slots, sees of a colu
 `states + q kept`. Its layers may mix options; with the whole numbers left out, the fastest mix within some bytes runs along the
 lower convex hull of the options' (bytes, seconds), and over several groups the steepest edge of any hull is worth the next
 byte (`relaxed_seconds`). Nothing is faster: it is the linear program of `search.ilp` with the largest moment taken at its
-smallest.
+smallest. All bounds here take the moment of one layer alone, its own window with it; it is no larger than that of the program.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ class Costs(NamedTuple):
     kept: Bytes
     peak: Bytes
     ending: Bytes
+    inside: Bytes
+    window: Bytes
+
+    @staticmethod
+    def of(step: LayerStep) -> Costs:
+        """What matters of a price."""
+        return Costs._make(getattr(step, name) for name in Costs._fields)
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,7 @@ class Column:
     @staticmethod
     def of(strategy: Strategy, step: LayerStep) -> Column:
         """A strategy whose price is known."""
-        costs = Costs(step.slot_seconds, step.once_seconds, step.state_bytes, step.kept, step.peak, step.ending)
-        return Column(costs, strategy.recompute, strategy.zero, lambda: strategy.sharding, lambda _: step)
+        return Column(Costs.of(step), strategy.recompute, strategy.zero, lambda: strategy.sharding, lambda _: step)
 
     @cached_property
     def strategy(self) -> Strategy:
@@ -107,20 +113,22 @@ class Columns(Sequence[Column]):
 
 class Option(NamedTuple):
     """A column on a stage: seconds of one slot, bytes, bytes while its backward pass runs; bytes when it has run, and those
-    that it takes at its end."""
+    that it takes at its end; of a layer, what of `peak` is its own, and what is its neighbours'."""
 
     seconds: Seconds
     bytes: Bytes
     peak: Bytes
     left: Bytes
     ending: Bytes
+    inside: Bytes
+    window: Bytes
     column: Column
 
 
 def _on_stage(costs: Iterable[Any], slots: float, in_flight: int) -> tuple[Any, ...]:
     """The numbers of an `Option`, from those of `Costs`: of one column, or of all as arrays."""
-    slot, once, state, kept, peak, ending = costs
-    return slot + once / slots, state + in_flight * kept, peak, state + (in_flight - 1) * kept, ending
+    slot, once, state, kept, peak, *rest = costs
+    return slot + once / slots, state + in_flight * kept, peak, state + (in_flight - 1) * kept, *rest
 
 
 class Vertex(NamedTuple):

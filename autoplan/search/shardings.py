@@ -1,13 +1,10 @@
 """The Pareto set of tensor-parallel shardings of one layer: every way that no other way beats.
 
 A way through the layer's lattice (search.lattice) is a sharding. Two partial shardings that meet in one state have the same
-future, so only those are kept that are not beaten in all of
-
-    (forward seconds, backward seconds, saved bytes, parameters, largest temporary)
-
-which is a dynamic program over the lattice's levels: exact, and independent of how many layers are equal. All labels of a
-level are one array; they are compared where several transitions lead to one state. Selective recomputation is tried with
-these shardings; that one which is beaten in all five would keep less is not looked for.
+future, so only those are kept that are not beaten in all that they cost (search.labels), which is a dynamic program over the
+lattice's levels: exact, and independent of how many layers are equal. All labels of a level are one array; they are compared
+where several transitions lead to one state. Selective recomputation is tried with these shardings; that one which is beaten in
+all of this would keep less is not looked for.
 """
 
 from __future__ import annotations
@@ -22,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoplan.cost.layer import LayerCost
+from autoplan.cost.peak import made, moved
 from autoplan.cost.prices import LayerModel, LocalParameter, Sizes, sizes
 from autoplan.cost.selective import Kept
 from autoplan.cost.walk import borders_of, call_borders, changes_memory
-from autoplan.graph import DTYPE_BYTES
 from autoplan.search.corner import Corner
 from autoplan.search.dominance import Bools, Floats, Ints, unbeaten
 from autoplan.search.keeping import kept_by_choice
+from autoplan.search.labels import LABELS, additions
 from autoplan.search.lattice import Choice, Lattice
 from autoplan.strategy import REPLICATE, Border, Layout, Sharding, shard
 from autoplan.units import Bytes, Seconds
@@ -36,7 +34,7 @@ from autoplan.units import Bytes, Seconds
 Decisions = NDArray[np.int16]
 """[levels, shardings]: which choice of each level."""
 
-_ROUNDING = np.array([1 + 1e-12, 1 + 1e-12, 1.0, 1.0, 1.0])
+_ROUNDING = np.array([1 + 1e-12, 1 + 1e-12, 1.0, 1.0, 1.0, 1.0])
 """Seconds that differ by rounding are equal."""
 
 
@@ -67,29 +65,31 @@ class Ways:
 
     @cached_property
     def prices(self) -> list[Floats]:
-        """By level [choices, 5]: forward, backward, saved besides tensors, parameters, temporary."""
+        """By level [choices, 6]: forward, backward, saved besides tensors, parameters, temporary, unreduced gradients."""
         return [
-            np.array([self._price(level.operation, choice) for choice in level.choices]).reshape(-1, 5)
+            np.array([self._price(level.operation, choice) for choice in level.choices]).reshape(-1, 6)
             for level in self.lattice.levels
         ]
 
-    def _price(self, index: int, choice: Choice) -> tuple[float, float, float, float, float]:
+    def _price(self, index: int, choice: Choice) -> tuple[float, float, float, float, float, float]:
         if index < 0:
-            return 0.0, 0.0, 0.0, 0.0, 0.0
+            return 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         model, body, outcome = self.model, self.model.body, choice.outcome
         op = body.ops[index]
         if op.kind in ("enter", "exit"):
-            return *model.border(body.values[op.inputs[0]], outcome.inputs[0], outcome.outputs[0]), 0.0, 0.0, 0.0
+            value, before, after = body.values[op.inputs[0]], outcome.inputs[0], outcome.outputs[0]
+            return *model.border(value, before, after), 0.0, 0.0, moved(model, value, before, after), 0.0
         if op.kind == "call":
-            return *call_borders(model, index, outcome, self.lattice.stream), 0.0, 0.0, 0.0
+            return *call_borders(model, index, outcome, self.lattice.stream), 0.0, 0.0, 0.0, 0.0
         cost = model.op(index, outcome)
         backward, numel = cost.backward + cost.tp_backward, 0.0
-        for i, before, after in zip(op.inputs, choice.arriving, outcome.inputs, strict=True):
+        for i, arriving, layout in zip(op.inputs, choice.arriving, outcome.inputs, strict=True):
             name = body.values[i].parameter
-            if before is None and name is not None:
-                numel += model.local_parameter(self.trainable[name], after).numel(1)
-                backward += model.parameter_sync(body.values[i], after)
-        return cost.forward + cost.tp_forward, backward, cost.saved_extra, numel, cost.temporary
+            if arriving is None and name is not None:
+                numel += model.local_parameter(self.trainable[name], layout).numel(1)
+                backward += model.parameter_sync(body.values[i], layout)
+        gradients = made(model, index, outcome)
+        return cost.forward + cost.tp_forward, backward, cost.saved_extra, numel, cost.temporary, gradients
 
     @cached_property
     def least_seconds(self) -> Seconds | None:
@@ -122,18 +122,13 @@ class Ways:
     @cached_property
     def unbeaten(self) -> Unbeaten:
         """Every sharding that no other beats."""
-        costs, counts = np.zeros((5, 1)), np.ones(1, dtype=np.int64)
+        costs, counts = np.zeros((LABELS, 1)), np.ones(1, dtype=np.int64)
         state = np.zeros(1, dtype=np.int64)
         before: list[Ints | None] = []
         chosen: list[Ints] = []
-        samples = self.model.samples
-        for level, prices in zip(self.lattice.levels, self.prices, strict=True):
-            added = prices[level.choice].T  # [5, transitions]
-            added[2] += level.saved[:, 0] * samples + level.saved[:, 1]
+        for level, added in zip(self.lattice.levels, additions(self.lattice, self.prices, self.model.samples), strict=True):
             if level.straight and len(counts) == len(level.source):
-                peak = np.maximum(costs[4], added[4, state])
-                costs = costs + added[:, state]
-                costs[4] = peak
+                costs = added.to(costs, state)
                 before.append(None)
                 chosen.append(level.choice[state])
                 continue
@@ -141,8 +136,7 @@ class Ways:
             starts = np.cumsum(counts) - counts
             by = np.repeat(np.arange(len(sizes)), sizes)
             parents = np.arange(len(by)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + starts[level.source][by]
-            grown = costs[:, parents] + added[:, by]
-            grown[4] = np.maximum(costs[4, parents], added[4, by])
+            grown = added.to(costs[:, parents], by)
             counts = np.add.reduceat(sizes, level.first) if len(level.first) else np.zeros(0, dtype=np.int64)
             every = _kept(grown, counts, np.diff(level.first, append=len(level.source)) > 1)
             state = np.repeat(np.arange(len(counts)), counts)[every]
@@ -181,18 +175,18 @@ class Unbeaten:
     def __init__(self, ways: Ways, costs: Floats, decisions: Decisions) -> None:
         self.model, self.lattice, self.decisions, self._ways = ways.model, ways.lattice, decisions, ways
         self.number = costs.shape[1]
-        self.forward, self.backward, self.saved, _, self.temporary = costs
+        self.forward, self.backward, self.saved, _, self.peak, self.beneath = costs
         self._written: dict[int, Sharding] = {}
 
     @cached_property
     def cost(self) -> LayerCost:
         """Of all shardings, its numbers arrays; communication over tp is in `forward` and `backward`."""
-        buffers = sum(p.numel * DTYPE_BYTES[p.dtype] for p in self.lattice.body.parameters if p.buffer)
         first, which = self._distinct([number for number, _ in self.lattice.entrances])
         inputs = np.array([self._inputs(i) for i in first])[which]
         zero = np.zeros(self.number)
-        numbers: list[Any] = [self.forward, self.backward, zero, zero, self.saved, inputs, self.temporary, (), buffers]
-        return replace(LayerCost(*numbers), kept=self._kept)
+        numbers: list[Any] = [self.forward, self.backward, zero, zero, self.saved, inputs, self.peak, (), self.model.buffers]
+        beneath: Any = self.beneath
+        return replace(LayerCost(*numbers), kept=self._kept, beneath=beneath, batch=self.model.batch)
 
     @property
     def _kept(self) -> Kept:

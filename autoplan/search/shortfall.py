@@ -81,7 +81,7 @@ def _hints(tables: Tables, limit: Bytes, gpus: int, nearest: Staging) -> list[st
 
 
 def _gathered(staging: Staging) -> Bytes:
-    return max(option.column.step.moment_unsharded for _, option in _leanest(staging.fullest[1]))
+    return max(option.column.step.whole + option.column.step.window for _, option in _leanest(staging.fullest[1]))
 
 
 def _enough_gpus(tables: Tables, limit: Bytes, gpus: int) -> int | None:

@@ -151,5 +151,6 @@ def test_a_tensor_that_nobody_keeps_takes_room_while_it_is_there() -> None:
         CostModel(replace(GRAPH, bodies=(each,)), machine(), Workload(global_batch=8)).layer_cost(0, UNSHARDED, 1, 1)
         for each in (body, larger)
     )
-    assert plain.temporary < 1e9
-    assert (other.temporary, other.saved) == (4e9, plain.saved)
+    assert plain.peak < 1e9
+    assert 4e9 <= other.peak < 4e9 + plain.peak
+    assert other.saved == plain.saved

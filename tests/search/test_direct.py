@@ -42,6 +42,8 @@ def direct(staging: Staging) -> tuple[float, float]:
         beside = sum(group.fastest.seconds for group in outer)
         size, moment = sum(group.fastest.bytes for group in outer), max((group.fastest.peak for group in outer), default=0.0)
         peak = problem.add_variable(f"p{s}", moment / MIB, None)
+        inside, window = (problem.add_variable(f"{name}{s}", 0, None) for name in "iw")
+        problem += inside + window <= peak
         after = sum(group.fastest.left for group in outer) + max((group.fastest.ending for group in outer), default=0.0)
         left: list[tuple[Any, float]] = []
         seconds: list[tuple[Any, float]] = []
@@ -51,7 +53,8 @@ def direct(staging: Staging) -> tuple[float, float]:
             x = problem.add_variable(f"x{s}_{o}", 0, staging.layers, "Integer")
             y = problem.add_variable(f"y{s}_{o}", 0, 1, "Integer")
             problem += pulp.LpAffineExpression([(x, 1.0), (y, -float(staging.layers))]) <= 0
-            problem += pulp.LpAffineExpression([(y, option.peak / MIB), (peak, -1.0)]) <= 0
+            problem += pulp.LpAffineExpression([(y, option.inside / MIB), (inside, -1.0)]) <= 0
+            problem += pulp.LpAffineExpression([(y, option.window / MIB), (window, -1.0)]) <= 0
             seconds.append((x, option.seconds * 1e3))
             held.append((x, option.bytes / MIB))
             left.append((x, option.left / MIB))
