@@ -80,8 +80,8 @@ class Corner:
 
     @cached_property
     def _least(self) -> tuple[float, ...]:
-        """The least of every number of a label. Of `peak` that much that is not saved bounds more: a layer which saves less has
-        more of its peak besides; it takes the place of the peak."""
+        """The least of every number of a label; in the peak's place, of what it has besides the saved bytes. (The least peak less
+        the least saved bytes may be of two shardings, and bounds nothing.)"""
         costs, besides = np.zeros((LABELS, 1)), np.zeros(1)
         for level, added in zip(self.lattice.levels, additions(self.lattice, self.prices, self.model.samples), strict=True):
             costs = added.to(costs[:, level.source], np.arange(len(level.source)))
