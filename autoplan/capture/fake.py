@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -97,10 +98,17 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn
     for tensor in _tensors_of(module):
         if id(tensor) not in memo:
             memo[id(tensor)] = _fake(tensor, mode, dtype if isinstance(tensor, nn.Parameter) else tensor.dtype)
+    memo.update(_empty_tables(module))
     try:
         return copy.deepcopy(module, dict(memo))
     except Exception:
         return copy.deepcopy(module, memo | {id(value): value for value in _unique(module, memo)})
+
+
+def _empty_tables(module: nn.Module) -> Iterator[tuple[int, Any]]:
+    """Copies of the dicts of hooks that modules have and nobody filled, a dozen each: most of what there is to copy."""
+    for part in module.modules():
+        yield from ((id(value), OrderedDict()) for value in vars(part).values() if type(value) is OrderedDict and not value)
 
 
 def _unique(module: nn.Module, memo: Mapping[int, Any]) -> Iterator[Any]:

@@ -60,17 +60,40 @@ aten = torch.ops.aten
 
 
 class _Mode(FakeTensorMode):
-    """Asks the kernel itself what a view looks like. Torch's own rule, for sizes that are symbols, takes ten times as long."""
+    """Asks the kernels of common operations themselves what comes out. Torch's own rules, for symbolic sizes, constants and
+    several devices, take ten times as long; what has any of these is left to them."""
 
-    def _dispatch_impl(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if func not in _RESHAPES or not isinstance(args[0], FakeTensor):
-            return super()._dispatch_impl(func, types, args, kwargs)
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _COMMON or not all(map(self._plain, args)) or not all(map(self._plain, kwargs.values())):
+            return super().dispatch(func, types, args, kwargs)
+        if func in _DEVICED:
+            kwargs = {**kwargs, "device": _META}
         with in_kernel_invocation_manager(self):
             made = func(*args, **kwargs)
-        return FakeTensor(self, made, args[0].fake_device)
+        return FakeTensor(self, made, _CPU)
+
+    def _plain(self, arg: Any) -> bool:
+        """Whether an argument is a number, one of this mode's tensors with no known value, or a list of these."""
+        if isinstance(arg, FakeTensor):
+            return arg.fake_mode is self and arg.constant is None and arg.fake_device == _CPU
+        if isinstance(arg, list | tuple):
+            return all(map(self._plain, arg))
+        return not isinstance(arg, Tensor | torch.SymInt | torch.SymFloat) and (not isinstance(arg, torch.device) or arg == _CPU)
 
 
-_RESHAPES = frozenset((aten.view.default, aten._unsafe_view.default))
+_CPU, _META = torch.device("cpu"), torch.device("meta")
+_DEVICED = frozenset((aten.empty.memory_format, aten.empty_strided.default, aten._to_copy.default))
+_COMMON = _DEVICED | frozenset(
+    (
+        *(aten.view.default, aten._unsafe_view.default, aten.detach.default, aten.t.default, aten.transpose.int),
+        *(aten.slice.Tensor, aten.select.int, aten.expand.default, aten.unsqueeze.default, aten.permute.default),
+        *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar),
+        *(aten.neg.default, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.silu.default, aten.silu_backward.default),
+        *(aten.mm.default, aten.bmm.default, aten.sum.dim_IntList, aten.mean.dim, aten.cat.default),
+    )
+)
+"""Operations that make one tensor, most of what Transformers run; and those of them that are told a device."""
 
 
 def fake_of(tensor: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:
