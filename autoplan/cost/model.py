@@ -23,7 +23,7 @@ from collections.abc import Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.context import Context, Gather
@@ -31,7 +31,7 @@ from autoplan.cost.experts import Mixtures
 from autoplan.cost.layer import LayerCost, layer_cost
 from autoplan.cost.outer import OuterParts
 from autoplan.cost.prices import LayerModel
-from autoplan.cost.rank import Held, Rank, breakdown, memory, simulated, stage_predictions
+from autoplan.cost.rank import Held, Rank, breakdown, held_layers, memory, simulated, stage_predictions
 from autoplan.cost.rank import seconds as rank_seconds
 from autoplan.cost.step import DataParallel, LayerStep, data_parallel, ideal_data_parallel, layer_step
 from autoplan.errors import UsageError
@@ -239,7 +239,7 @@ class CostModel:
             step_time=total,
             time=breakdown(slowest, m, count, total, hop * exposed_hops(cut.schedule, mesh.pp, m, chunks)),
             memory=max(memories, key=lambda parts: parts.total),
-            hidden_communication=sum(n * (m * step.hidden[0] + step.hidden[1]) for step, n, _ in slowest),
+            hidden_communication=sum(n * (m * step.hidden[0] + step.hidden[1]) for step, n, *_ in slowest),
             tokens_per_second=self.graph.tokens * batch / total,
             hop=hop,
             stages=stage_predictions(ranks, memories, chunks) if piped else (),
@@ -255,11 +255,9 @@ class CostModel:
         edges = (0, *cut.starts, len(layers))
         for k, (first, last) in enumerate(pairwise(edges)):
             rank, chunk = ranks[k % mesh.pp], k // mesh.pp
-            counts: dict[tuple[int, Strategy], int] = {}
-            for layer in layers[first:last]:
-                counts[layer] = counts.get(layer, 0) + 1
-            for (body, strategy), n in counts.items():
-                rank.append(Held(self.layer_step(body, strategy, mesh, micro_batch), n, chunk))
+            runs = [(layer, len(list(equal))) for layer, equal in groupby(layers[first:last])]
+            priced = [(body, self.layer_step(body, strategy, mesh, micro_batch), n) for (body, strategy), n in runs]
+            rank += held_layers(priced, chunk, cut.chunks)
             regions = self.outer.within(first, last)
             if regions:
                 rank.append(Held(self.outer_step(regions, outer, mesh, micro_batch), 1, chunk))

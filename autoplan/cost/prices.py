@@ -236,7 +236,7 @@ class LayerModel:
             statistic = rows * DTYPE_BYTES["float32"]
             tp_forward = self._collective("all_reduce", statistic) + self._collective("all_reduce", 2 * statistic)
         exchanged = sum(self._over_cp("all_to_all", size * self.cp) for size in self.exchanged(op, outcome))
-        gathered = {backward: self._gathers(index, backward) for backward in (False, True)}
+        gathered = [sum(self._over_cp("all_gather", size) for size in self.gathers(index, outcome, b)) for b in (False, True)]
         dealing = self.dealing(index)
         return OpCost(
             forward,
@@ -311,13 +311,12 @@ class LayerModel:
     def _over_cp(self, kind: str, size: Bytes) -> Seconds:
         return collective_time(kind, size, self.cp, self.tp, self.hardware)
 
-    def _gathers(self, index: int, backward: bool) -> Seconds:
-        """Seconds of what the operation brings together over cp, forward or backward."""
-        return sum(self._over_cp("all_gather", self.whole_bytes(self.body.values[i])) for i in self.gathers(index, backward))
-
-    def gathers(self, index: int, backward: bool) -> Iterator[int]:
-        """The values that are brought together over cp for the operation, or whose gradients are."""
-        return (each.value for each in self.gathered.get(index, ()) if each.backward == backward)
+    def gathers(self, index: int, outcome: Outcome, backward: bool) -> Iterator[Bytes]:
+        """Of every value that is brought together over cp for the operation, or whose gradient is: what a device then has."""
+        layouts = dict(zip(self.body.ops[index].inputs, outcome.inputs, strict=True))
+        for each in self.gathered.get(index, ()):
+            if each.backward == backward:
+                yield self.whole_bytes(self.body.values[each.value]) / (self.tp if layouts[each.value].sharded else 1)
 
     def _temporary(self, op: Op, outcome: Outcome) -> Bytes:
         """What an operation holds in its forward pass; in its backward pass gradients of inputs and outputs meet, and a
@@ -346,7 +345,16 @@ class LayerModel:
             return 0.0
         operands = zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
         memories = {values[i].storage: layout for i, layout in operands}
-        return sum(self.local_bytes(values[i], layout) for i, layout in memories.items() if not values[i].parameter)
+        held = sum(self.local_bytes(values[i], layout) for i, layout in memories.items() if not values[i].parameter)
+        if op.kind == "cross_entropy":
+            held += self._cast_from(values[values[op.inputs[0]].storage]) / (self.tp if outcome.sharded else 1)
+        return held
+
+    def _cast_from(self, value: Value) -> Bytes:
+        """What a tensor was made from that differs in dtype alone: the model's code may still hold it."""
+        makers = (op.inputs for op in self.body.ops if value.id in op.outputs and op.kind == "pointwise")
+        sources = (self.body.values[i] for inputs in makers for i in inputs)
+        return sum(v.bytes_at(self.samples) for v in sources if v.shape == value.shape and v.dtype != value.dtype)
 
     def border(self, value: Value, source: Layout, target: Layout) -> tuple[Seconds, Seconds]:
         """Seconds (forward, backward) of redistributing `value` at a border."""

@@ -2,6 +2,12 @@
 
 A rank is a sequence of `Held`: so many equal layers, or a part of the outer body, in one of its chunks. See cost.model for the
 formulas: `seconds` is u_s, `memory` is bytes_s, `breakdown` tells where the slowest rank's seconds go.
+
+The backward pass runs from the last layer to the first, and what a layer has kept of the micro-batch is freed when it has run:
+beside a layer's own moment there is no more of what later ones kept. Of these only layers of the same kind are counted, in the
+same chunk, and where there are several chunks none:
+
+    bytes_s = sum of what stays + max(alone, max_l (inside_l - sum of what layers after l kept) + max window)
 """
 
 from __future__ import annotations
@@ -22,9 +28,28 @@ class Held(NamedTuple):
     step: LayerStep
     number: int
     chunk: int = 0
+    freed: Bytes = 0.0
+    """What layers after the last of these no longer keep when it runs."""
+
+    @property
+    def inside(self) -> Bytes:
+        """The most beside what all layers keep, by themselves."""
+        return self.step.inside - self.freed
 
 
 Rank = Sequence[Held]
+
+
+def held_layers(runs: Sequence[tuple[int, LayerStep, int]], chunk: int, chunks: int) -> list[Held]:
+    """The layers of one of a rank's `chunks`, from runs (body, step, number) in the order in which they run forward."""
+    found: dict[tuple[int, LayerStep], Held] = {}
+    kept: dict[int, Bytes] = {}
+    for body, step, number in reversed(runs):
+        freed = kept.get(body, 0.0) if chunks == 1 else 0.0
+        kept[body] = kept.get(body, 0.0) + step.kept * number
+        last = found.setdefault((body, step), Held(step, 0, chunk, freed))
+        found[body, step] = last._replace(number=last.number + number)
+    return list(reversed(found.values()))
 
 
 def seconds(rank: Rank, slots: float) -> Seconds:
@@ -36,14 +61,15 @@ def memory(rank: Rank, in_flight: Sequence[int], passing: Bytes) -> MemoryBreakd
     """Peak bytes; `in_flight`: micro-batches whose activations each chunk holds at once. The peak is in the backward pass of the
     last of them, or after it, when one fewer is kept and the outer layer's gradients are reduced."""
     steps = [held.step for held in rank]
-    alone, last = max(steps, key=lambda s: s.peak), max(steps, key=lambda s: s.ending)
-    inside, window = max(steps, key=lambda s: s.inside), max(step.window for step in steps)
-    largest = max(alone.peak, inside.inside + window)
-    if largest + sum(held.number * held.step.kept for held in rank) < last.ending:  # kept of one micro-batch
+    alone, last = max(steps, key=lambda s: s.alone), max(steps, key=lambda s: s.ending)
+    held, window = max(rank, key=lambda held: held.inside), max(step.window for step in steps)
+    largest = max(alone.alone, held.inside + window)
+    if largest + sum(each.number * each.step.kept for each in rank) < last.ending:  # kept of one micro-batch
         return _together(rank, [number - 1 for number in in_flight], passing, last.end)
-    if alone.peak > inside.inside + window:
+    if alone.alone > held.inside + window:
         return _together(rank, in_flight, passing, alone.moment)
-    moment = replace(inside.moment, unsharded=inside.moment.unsharded + window)
+    own = held.step.moment
+    moment = replace(own, activations=own.activations - held.freed, unsharded=own.unsharded + window)
     return _together(rank, in_flight, passing, moment)
 
 

@@ -28,9 +28,10 @@ it recomputes, where those of its activations that were kept are counted already
 neighbour; and FSDP's buffer, in which the gradients of the layer after it are being reduced, as far as that is more than what
 that layer no longer keeps. At its end its own gradients are there, and the buffer into which they are copied, but nothing is
 kept of it any more. Under level 1 the gradients are added up in whole, and the buffer takes their place. Of these moments only
-the largest of a rank counts: the largest `inside` of any layer beside the largest `window` of any, since neighbours may differ.
+the largest of a rank counts: the largest `inside` of any layer, less what later layers no longer keep (cost.rank), beside the
+largest `window` of any, since neighbours may differ.
 
-The outer layer's own moment is its `peak`, with a layer's parameters gathered ahead. While layers run, it holds no more than
+The outer layer's own moment is `alone`, with a layer's parameters gathered ahead. While layers run, it holds no more than
 `beneath` of the micro-batch. Its gradients stay unreduced until the backward pass has ended; when they are reduced (`ending`),
 nothing is left of that micro-batch's activations. In a pipeline passes of other micro-batches come between: FSDP keeps the last
 buffer that it reduced until a layer's backward pass has ended, while as much is kept of all layers as before.
@@ -96,12 +97,12 @@ class LayerStep(NamedTuple):
     once_seconds: Seconds
     state_bytes: Bytes
     """Whatever the number of micro-batches in flight."""
-    peak: Bytes
-    """Besides, while its backward pass runs: `inside` and `window`. Of the outer layer alone, which has neither."""
+    alone: Bytes
+    """Besides, in the outer layer's own moment; a layer has none, but the two below."""
     inside: Bytes
-    """By itself."""
+    """While its backward pass runs, by itself."""
     window: Bytes
-    """By what FSDP gathers and reduces beside it: for layers before and after it, whose windows may be larger."""
+    """Then, by what FSDP gathers and reduces beside it: for layers before and after it, whose windows may be larger."""
 
     def seconds(self, slots: float) -> Seconds:
         """Seconds of one slot of a step of `slots` slots (`schedule.slots`): what happens once is spread over them."""
@@ -136,7 +137,7 @@ class LayerStep(NamedTuple):
     @property
     def moment(self) -> MemoryBreakdown:
         """What the bytes are that it holds by itself while its backward pass runs."""
-        left = self.peak - self.window
+        left = self.alone + self.inside
         activations = min(left, self.less)
         recompute = min(left - activations, self.rebuilt)
         unsharded = min(left - activations - recompute, self.whole)
@@ -240,8 +241,13 @@ def layer_step(
     if micro_batches > 1:  # a micro-batch's gradients and those of the others are read, the sum is written
         held = dp.whole_trainable if zero == 1 else dp.trainable
         adding = memory_time(3 * held * reduce, hardware.device)
-    buffers = cost.buffers + micro_batches * cost.batch
-    states = (dp.numel * size, dp.trainable * size, dp.trainable * size * OPTIMIZER_STATES[load.optimizer], buffers)
+    gradients = dp.trainable * size
+    states = {
+        "parameters": dp.numel * size,
+        "gradients": gradients,
+        "optimizer": gradients * OPTIMIZER_STATES[load.optimizer],
+        "buffers": cost.buffers + micro_batches * cost.batch,
+    }
     raw, buffer = dp.whole_trainable * compute, dp.whole_trainable * reduce
     unsharded = (gathered if stays else 0.0) + (buffer if zero == 1 else 0.0)
     between = pipelined and micro_batches > 1 and zero != 1
@@ -251,28 +257,23 @@ def layer_step(
     else:
         moments = _of_layer(cost.peak + more, kept, 0.0 if stays else gathered, raw, buffer, between, zero)
     return LayerStep(
-        cost.forward,
-        cost.backward + adding,
-        rerun,
-        cost.tp_forward + cost.tp_backward,
-        every,
-        once,
-        dp.optimizer,
-        forward + (0.0 if zero == 1 else f),
-        (every_hidden, once_hidden),
-        *states,
-        unsharded,
-        kept,
-        moments.less,
-        rebuilt,
-        moments.whole,
-        moments.ending,
-        forward + backward + adding + every,
-        once + dp.optimizer,
-        sum(states) + unsharded - moments.less,
-        moments.peak,
-        moments.inside,
-        moments.window,
+        forward=cost.forward,
+        backward=cost.backward + adding,
+        recompute=rerun,
+        tp=cost.tp_forward + cost.tp_backward,
+        dp=every,
+        dp_once=once,
+        optimizer_seconds=dp.optimizer,
+        forward_slot=forward + (0.0 if zero == 1 else f),
+        hidden=(every_hidden, once_hidden),
+        **states,
+        unsharded=unsharded,
+        kept=kept,
+        rebuilt=rebuilt,
+        slot_seconds=forward + backward + adding + every,
+        once_seconds=once + dp.optimizer,
+        state_bytes=sum(states.values()) + unsharded - moments.less,
+        **moments._asdict(),
     )
 
 
@@ -282,7 +283,7 @@ class Moments(NamedTuple):
     less: Bytes
     whole: Bytes
     ending: Bytes
-    peak: Bytes
+    alone: Bytes
     inside: Bytes
     window: Bytes
 
@@ -302,7 +303,7 @@ def _of_layer(most: Bytes, kept: Bytes, gathered: Bytes, raw: Bytes, buffer: Byt
     window = 2 * gathered + reducing
     at_end = buffer + (0.0 if zero == 1 else raw + gathered) - kept
     inside = _larger(most, at_end - window)
-    return Moments(0.0, raw, 0.0, inside + window, inside, window)
+    return Moments(0.0, raw, 0.0, 0.0, inside, window)
 
 
 def _recomputed(cost: LayerCost, again: Recompute) -> tuple[Seconds, Bytes, Bytes, Bytes]:

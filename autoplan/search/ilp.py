@@ -3,14 +3,20 @@
 For one stage of one mesh and micro-batch; without a pipeline there is one stage. Its layers fall into groups `g` of `N_g`
 equal layers: of one body, in chunks with as many micro-batches in flight; what stands outside the layers is a group of one.
 Every group has options `s` in `S_g`: a strategy with its seconds `t_gs` and bytes `b_gs`, which add up over layers, and bytes
-`p_gs` that it needs only while its backward pass runs, so that the largest of them counts: of a layer `i_gs` by itself, and
-`w_gs` for its neighbours. After it `l_gs` of the bytes are left, and `e_gs` are needed for its end.
+that it needs only while its backward pass runs, so that the largest of them counts: of what stands outside `p_gs`, of a layer
+`i_gs` by itself, and `w_gs` for its neighbours. After it `l_gs` of the bytes are left, and `e_gs` are needed for its end.
+
+The layers' backward passes run from the last layer to the first, each frees `k_gs = b_gs - l_gs`, and those before it need no
+room for that. Of all orders that with the larger `i_gs` first needs the least: of two neighbours a before b with i_a < i_b,
+changing places turns the larger of i_a - k_b and i_b into the larger of i_b - k_a and i_a, which is no more. So the options of a
+group are in that order (`_in_order`), as a plan's layers are (`search.naming`). Where a group is in several chunks, `k_gs = 0`.
 
     minimise    sum_g sum_s t_gs x_gs
     subject to  sum_s x_gs = N_g                                      for every group g            (`_counts`)
                 x_gs <= N_g y_gs                                      y_gs: is the strategy used?  (`_counts`)
-                P >= p_gs y_gs                                        for every strategy           (`_largest`)
-                I >= i_gs y_gs, W >= w_gs y_gs, P >= I + W            for every strategy           (`_largest`)
+                P >= p_gs y_gs, W >= w_gs y_gs                        for every strategy           (`_largest`)
+                I >= i_gs y_gs - sum_{s' after s} k_gs' x_gs'         for every strategy           (`_largest`)
+                P >= I + W
                 sum_g sum_s b_gs x_gs + P <= M - 1 MiB                                             (`_within`)
                 the same of l_gs and e_gs                                                          (`_within`)
                 x_gs in {0..N_g},  y_gs in {0, 1},  P, I, W >= 0
@@ -32,7 +38,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations_with_replacement
-from math import comb, prod
+from math import comb, inf, prod
 from typing import Any
 
 import numpy as np
@@ -69,10 +75,26 @@ class UnsolvedError(Exception):
 def memory(counts: Sequence[tuple[Group, Sequence[tuple[Option, int]]]]) -> Bytes:
     """Exact bytes of a choice."""
     used = [(option, n) for _, options in counts for option, n in options if n]
-    largest = max(max(o.peak for o, _ in used), max(o.inside for o, _ in used) + max(o.window for o, _ in used))
+    inside = max(_inside(group, options) for group, options in counts)
+    largest = max(max(o.alone for o, _ in used), inside + max(o.window for o, _ in used))
     at_once = sum(o.bytes * n for o, n in used) + largest
     afterwards = sum(o.left * n for o, n in used) + max(o.ending for o, _ in used)
     return max(at_once, afterwards)
+
+
+def _inside(group: Group, options: Sequence[tuple[Option, int]]) -> Bytes:
+    """The largest `inside` of a group's layers, less what is freed before."""
+    most, freed = -inf, 0.0
+    for option, number in sorted(options, key=lambda used: used[0].inside):  # in the order of the backward pass
+        if number:
+            most = max(most, option.inside - freed)
+            freed += option.kept * number if group.frees else 0.0
+    return most
+
+
+def _in_order(group: Group) -> list[int]:
+    """The indices of a group's options in the order in which their layers run forward."""
+    return sorted(range(len(group.options)), key=lambda s: -group.options[s].inside)
 
 
 def choose(groups: Sequence[Group], limit: Bytes, *, gap: float, time_limit: float = 60.0) -> Choice | None:
@@ -89,9 +111,13 @@ def choose(groups: Sequence[Group], limit: Bytes, *, gap: float, time_limit: flo
         return _by_trying(groups, limit, epsilon)
     problem = pulp.LpProblem("stage", pulp.LpMinimize)
     counts, used = _counts(problem, groups)
-    peak, inside, window, ending = (_largest(problem, name, groups, used) for name in ("peak", "inside", "window", "ending"))
-    if inside is not None and window is not None:
-        problem += _sum([(inside, 1.0), (window, 1.0), (peak, -1.0)]) <= 0
+    alone, inside, window, ending = (
+        _largest(problem, name, groups, used, counts) for name in ("alone", "inside", "window", "ending")
+    )
+    peak = problem.add_variable("peak", 0, None)
+    problem += _sum([(part, 1.0) for part in (inside, window) if part is not None] + [(peak, -1.0)]) <= 0
+    if alone is not None:
+        problem += _sum([(alone, 1.0), (peak, -1.0)]) <= 0
     _within(problem, groups, counts, limit, lambda option: option.bytes, peak)
     if ending is not None:
         _within(problem, groups, counts, limit, lambda option: option.left, ending)
@@ -121,8 +147,12 @@ def _by_trying(groups: Sequence[Group], limit: Bytes, epsilon: Seconds) -> Choic
     largest = np.zeros((4, 1))
     picked = np.zeros((1, 0), dtype=np.int64)
     for group in groups:
-        ways = _multisets(len(group.options), group.number)
+        order = _in_order(group)
+        ways = np.array(order)[_multisets(len(group.options), group.number)]
         costs = np.array([option[:7] for option in group.options]).T[:, ways]  # [7, multisets, number]
+        if group.frees:
+            kept = costs[1] - costs[3]
+            costs[5] -= kept[:, ::-1].cumsum(axis=1)[:, ::-1] - kept
         different = 1 + (np.diff(ways, axis=1) != 0).sum(axis=1)
         old, new = (each.ravel() for each in np.indices((len(seconds), len(ways))))
         sums, most = costs.sum(axis=2), costs.max(axis=2)
@@ -130,8 +160,8 @@ def _by_trying(groups: Sequence[Group], limit: Bytes, epsilon: Seconds) -> Choic
         largest = np.maximum(largest[:, old], most[[2, 4, 5, 6]][:, new])
         kinds = kinds[old] + different[new]
         picked = np.concatenate((picked[old], ways[new]), axis=1)
-    peak, ending, inside, window = largest
-    fits = np.flatnonzero(np.maximum(size + np.maximum(peak, inside + window), left + ending) <= limit - _MIB)
+    alone, ending, inside, window = largest
+    fits = np.flatnonzero(np.maximum(size + np.maximum(alone, inside + window), left + ending) <= limit - _MIB)
     if not len(fits):
         return None
     best = fits[np.argmin(seconds[fits] + epsilon * kinds[fits])]
@@ -167,15 +197,20 @@ def _counts(problem: Any, groups: Sequence[Group]) -> tuple[dict[Any, Any], dict
     return counts, used
 
 
-def _largest(problem: Any, name: str, groups: Sequence[Group], used: dict[Any, Any]) -> Any | None:
-    """A variable that is at least this number of every option that is used; None where all of them are nothing."""
-    each = [(used[g, s], getattr(option, name)) for g, group in enumerate(groups) for s, option in enumerate(group.options)]
-    if not any(size for _, size in each):
+def _largest(problem: Any, name: str, groups: Sequence[Group], used: dict[Any, Any], counts: dict[Any, Any]) -> Any | None:
+    """A variable that is at least this number of every option that is used, of `inside` less what is freed before; None where all
+    of them are nothing."""
+    if not any(getattr(option, name) for group in groups for option in group.options):
         return None
     most = problem.add_variable(name, 0, None)
-    for indicator, size in each:
-        if size:
-            problem += _sum([(indicator, size / _MIB), (most, -1.0)]) <= 0
+    for g, group in enumerate(groups):
+        freed: list[tuple[Any, float]] = []
+        for s in reversed(_in_order(group)):
+            option = group.options[s]
+            if size := getattr(option, name):
+                problem += _sum([(used[g, s], size / _MIB), (most, -1.0), *freed]) <= 0
+            if name == "inside" and group.frees:
+                freed = [*freed, (counts[g, s], -option.kept / _MIB)]
     return most
 
 

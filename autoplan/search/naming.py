@@ -13,8 +13,8 @@ from autoplan.strategy import REPLICATE, Mesh, Strategy
 
 
 def named(graph: Graph, solution: Solution, mesh: Mesh) -> tuple[tuple[tuple[str, Strategy], ...], str, tuple[LayerRun, ...]]:
-    """(strategies by name, the outer one's name, runs). Of equal layers in a stage the first ones are recomputed, those
-    that are so in full before others."""
+    """(strategies by name, the outer one's name, runs). Of equal layers in a stage those come first that hold most while their
+    backward pass runs, which mostly are the recomputed ones: see `search.ilp`."""
     strategies: dict[str, Strategy] = {}
     several = len(graph.bodies) > 1
 
@@ -42,7 +42,7 @@ _ORDER = ("full", "selective", "none")
 
 
 def _queue(columns: Sequence[tuple[str, Column, int]]) -> list[str]:
-    ordered = sorted(columns, key=lambda item: (_ORDER.index(item[1].recompute), item[1].costs))
+    ordered = sorted(columns, key=lambda item: (-item[1].costs.inside, _ORDER.index(item[1].recompute), item[1].costs))
     return [name for name, _, number in ordered for _ in range(number)]
 
 

@@ -1,10 +1,12 @@
-"""What a layer may do, priced: a `Column` for the whole step, an `Option` as one stage sees it, and the cheapest mix of them.
+"""What a layer may do, priced: a `Column` for the whole step, an `Option` as one stage sees it, and the fastest mix of them.
 
 A stage with `q` micro-batches in flight, in a step of `M` slots, sees of a column the seconds `t + d / M` and the bytes
 `states + q kept`. Its layers may mix options; with the whole numbers left out, the fastest mix within some bytes runs along the
-lower convex hull of the options' (bytes, seconds), and over several groups the steepest edge of any hull is worth the next
-byte (`relaxed_seconds`). Nothing is faster: it is the linear program of `search.ilp` with the largest moment taken at its
-smallest. All bounds here take the moment of one layer alone, its own window with it; it is no larger than that of the program.
+lower convex hull of the options' (bytes, seconds) (`Options.at`).
+
+All bounds take the moment of one layer alone, its own window with it (`Option.peak`): of that whose backward pass runs last of
+its group, which nobody frees anything for. So `n` layers need at least `n` times the fewest bytes of any option, and
+`Options.tail` besides: the fewest bytes with `peak`, less the fewest bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Costs(NamedTuple):
     once_seconds: Seconds
     state_bytes: Bytes
     kept: Bytes
-    peak: Bytes
+    alone: Bytes
     ending: Bytes
     inside: Bytes
     window: Bytes
@@ -112,23 +114,32 @@ class Columns(Sequence[Column]):
 
 
 class Option(NamedTuple):
-    """A column on a stage: seconds of one slot, bytes, bytes while its backward pass runs; bytes when it has run, and those
-    that it takes at its end; of a layer, what of `peak` is its own, and what is its neighbours'."""
+    """A column on a stage: seconds of one slot, bytes, and bytes when its backward pass has run; the rest as in `LayerStep`."""
 
     seconds: Seconds
     bytes: Bytes
-    peak: Bytes
+    alone: Bytes
     left: Bytes
     ending: Bytes
     inside: Bytes
     window: Bytes
     column: Column
 
+    @property
+    def kept(self) -> Bytes:
+        """Of one micro-batch."""
+        return self.bytes - self.left
+
+    @property
+    def peak(self) -> Bytes:
+        """What it holds besides in its moment, with a neighbour like itself."""
+        return self.alone + self.inside + self.window
+
 
 def _on_stage(costs: Iterable[Any], slots: float, in_flight: int) -> tuple[Any, ...]:
     """The numbers of an `Option`, from those of `Costs`: of one column, or of all as arrays."""
-    slot, once, state, kept, peak, *rest = costs
-    return slot + once / slots, state + in_flight * kept, peak, state + (in_flight - 1) * kept, *rest
+    slot, once, state, kept, alone, *rest = costs
+    return slot + once / slots, state + in_flight * kept, alone, state + (in_flight - 1) * kept, *rest
 
 
 class Vertex(NamedTuple):
@@ -147,10 +158,14 @@ class Options(Sequence[Option]):
 
     def __init__(self, columns: Sequence[Column], costs: Floats) -> None:
         self._columns, self._costs = columns, costs
-        self.peak: Bytes = float(costs[2].min())
-        """The smallest, as the two below."""
+        peak = costs[2] + costs[5] + costs[6]
+        self.peak: Bytes = float(peak.min())
+        """The smallest, as those below."""
+        self.bytes: Bytes = float(costs[1].min())
         self.left: Bytes = float(costs[3].min())
         self.ending: Bytes = float(costs[4].min())
+        self.tail: Bytes = float((costs[1] + peak).min()) - self.bytes
+        """Besides the fewest bytes of every layer: see the module."""
 
     @staticmethod
     def of(columns: Sequence[Column], slots: float, in_flight: int) -> Options:
@@ -185,27 +200,16 @@ class Options(Sequence[Option]):
         faster = _records(seconds)
         return tuple(_hull(zip(self._costs[1][order][faster].tolist(), seconds[faster].tolist(), strict=True)))
 
-    @cached_property
-    def stairs(self) -> tuple[list[Bytes], list[Bytes]]:
-        """Peaks, and the fewest bytes of a layer with at most this peak: with every step up fewer."""
-        order = np.lexsort((self._costs[1], self._costs[2]))
-        size = self._costs[1][order]
-        fewer = _records(size)
-        return self._costs[2][order][fewer].tolist(), size[fewer].tolist()
-
     def fit(self, number: int, limit: Bytes, peak: Bytes) -> bool:
-        """Whether so many layers can be within the limit: `fits`, of one group."""
-        if number * self.left + self.ending > limit:
-            return False
-        peaks, sizes = self.stairs
-        return any(max(at, peak) + number * size <= limit for at, size in zip(peaks, sizes, strict=True))
+        """Whether so many layers can be within the limit: `bounds.fits`, of one group beside something with such a peak."""
+        return number * self.left + self.ending <= limit and number * self.bytes + max(self.tail, peak) <= limit
 
     def most(self, limit: Bytes, peak: Bytes, seconds: Seconds) -> int:
         """How many layers fit at most, and are within some seconds as well in the fastest mix that fits: those numbers for which
         `fit(number, limit, peak)` and `number at((limit - max(peak, self.peak)) / number) <= seconds`."""
         room = limit - max(peak, self.peak)
-        peaks, sizes = self.stairs
-        bounds = [max((limit - max(at, peak)) / size if size else inf for at, size in zip(peaks, sizes, strict=True))]
+        beside = limit - max(self.tail, peak)
+        bounds = [beside / self.bytes if self.bytes else inf if beside >= 0 else 0.0]
         if self.left:
             bounds.append((limit - self.ending) / self.left)
         elif self.ending > limit:
@@ -244,8 +248,10 @@ class FewOptions(Options):
     def __init__(self, options: Sequence[Option]) -> None:
         self._all = options
         self.peak = min(option.peak for option in options)
+        self.bytes = min(option.bytes for option in options)
         self.left = min(option.left for option in options)
         self.ending = min(option.ending for option in options)
+        self.tail = min(option.bytes + option.peak for option in options) - self.bytes
 
     @cached_property
     def _options(self) -> list[Option]:
@@ -259,11 +265,6 @@ class FewOptions(Options):
     def hull(self) -> tuple[Vertex, ...]:
         return tuple(_hull(_falling(sorted((option.bytes, option.seconds) for option in self._all))))
 
-    @cached_property
-    def stairs(self) -> tuple[list[Bytes], list[Bytes]]:
-        steps = list(_falling(sorted((option.peak, option.bytes) for option in self._all)))
-        return [peak for peak, _ in steps], [size for _, size in steps]
-
 
 class Group(NamedTuple):
     """`number` equal layers of a stage: of a body (or the outer part), in a chunk, or in others with as many micro-batches in
@@ -273,6 +274,8 @@ class Group(NamedTuple):
     chunk: int
     number: int
     options: Options
+    frees: bool = True
+    """Whether layers that run their backward pass before others free what they kept for them: all are in one chunk."""
 
     @property
     def fastest(self) -> Option:
@@ -309,52 +312,3 @@ def _hull(points: Iterable[tuple[Bytes, Seconds]]) -> list[Vertex]:
 def _above(a: Vertex, b: Vertex, c: Vertex) -> bool:
     """Whether b lies on or above the line from a to c."""
     return (b.seconds - a.seconds) * (c.bytes - a.bytes) >= (c.seconds - a.seconds) * (b.bytes - a.bytes)
-
-
-def least_bytes(groups: Sequence[Group]) -> Bytes:
-    """No choice of options needs less."""
-    return max(min(_sizes(groups)), _afterwards(groups))
-
-
-def fits(groups: Sequence[Group], limit: Bytes) -> bool:
-    """Whether `least_bytes` is within the limit."""
-    return _afterwards(groups) <= limit and any(size <= limit for size in _sizes(groups))
-
-
-def _sizes(groups: Sequence[Group]) -> Iterator[Bytes]:
-    """The fewest bytes for every largest moment that there may be, from the largest one down."""
-    steps = [(group.number, *group.options.stairs) for group in groups]
-    lowest = max(peaks[0] for _, peaks, _ in steps)
-    moments = {lowest, *(at for _, peaks, _ in steps for at in peaks if at > lowest)}
-    for moment in sorted(moments, reverse=True):
-        yield moment + sum(number * sizes[bisect_right(peaks, moment) - 1] for number, peaks, sizes in steps)
-
-
-def _afterwards(groups: Sequence[Group]) -> Bytes:
-    return sum(group.number * group.options.left for group in groups) + max(group.options.ending for group in groups)
-
-
-def least_seconds(groups: Sequence[Group]) -> Seconds:
-    """No choice of options is faster, whatever memory it takes."""
-    return sum(group.number * group.fastest.seconds for group in groups)
-
-
-def relaxed_seconds(groups: Sequence[Group], limit: Bytes) -> Seconds:
-    """No choice of options that fits into `limit` bytes is faster; infinite when none fits."""
-    if not fits(groups, limit):
-        return inf
-    leanest = sum(group.number * group.options.hull[0].bytes for group in groups)
-    spare = max(0.0, limit - leanest - max(group.options.peak for group in groups))
-    seconds = sum(group.number * group.options.hull[0].seconds for group in groups)
-    edges = [
-        ((b.seconds - a.seconds) / (b.bytes - a.bytes), group.number * (b.bytes - a.bytes))
-        for group in groups
-        for a, b in pairwise(group.options.hull)
-    ]
-    for slope, size in sorted(edges):
-        taken = min(size, spare)
-        seconds += slope * taken
-        spare -= taken
-        if spare <= 0:
-            break
-    return seconds

@@ -1,7 +1,7 @@
 """One mesh, micro-batch, schedule and outer strategy: the best cut into stages and strategy of every layer, with its bounds.
 
 A stage's price is a number for every run of layers that it may take: its least seconds `u(s, i, j)` under its memory. It is
-known from below by the relaxed mix of options (`search.options`) and exactly by the integer program (`search.ilp`). The step
+known from below by the relaxed mix of options (`search.bounds`) and exactly by the integer program (`search.ilp`). The step
 is `many max_s u + few sum_s u + hops` (cost.model), so that the best cut is found on those numbers alone (`search.cuts`):
 first on bounds; then the runs that the best cut uses are solved exactly, and again, until the best cut uses solved runs only
 (`Staging.solve`). No other cut is better, since every number that was not solved is a bound.
@@ -20,11 +20,12 @@ from math import inf
 
 from autoplan.cost.model import OUTER, Cut
 from autoplan.schedule import ScheduleKind, exposed_hops, in_flight_by_chunk, slots
+from autoplan.search.bounds import fits, least_bytes, relaxed_seconds
 from autoplan.search.columns import Outer, Priced, Tables
 from autoplan.search.cuts import Value, best_cut, farthest, least_bottleneck
 from autoplan.search.dominance import Floats
 from autoplan.search.ilp import Choice, choose, memory
-from autoplan.search.options import Column, Group, Options, fits, least_bytes, relaxed_seconds
+from autoplan.search.options import Column, Group, Options
 from autoplan.strategy import Strategy
 from autoplan.units import Bytes, Seconds
 
@@ -107,7 +108,9 @@ class Staging:
                 for chunk, size in enumerate(chunk_sizes(number, self.chunks)):
                     alike[flight[chunk]] = alike.get(flight[chunk], 0) + size
                 found += [
-                    Group(g, flight.index(held), size, self._layer_options(g, held)) for held, size in alike.items() if size
+                    Group(g, flight.index(held), size, self._layer_options(g, held), frees=self.chunks == 1)
+                    for held, size in alike.items()
+                    if size
                 ]
             if self.outer is None:
                 found.append(Group(OUTER, 0, 1, self._layer_options(OUTER, flight[0])))
@@ -145,7 +148,7 @@ class Staging:
             self._outer_stages[s] = (
                 sum(step.seconds(self.slots) for step in steps),
                 sum(step.bytes(flight) for step in steps),
-                max((step.peak for step in steps), default=0.0),
+                max((step.alone for step in steps), default=0.0),
             )
         return self._outer_stages[s]
 

@@ -76,6 +76,6 @@ def test_a_layer_is_beside_the_largest_window_of_its_neighbours() -> None:
     together = memory([Held(three, 1), Held(one, 1), Held(outer, 1)], [1], 0.0)
     inside = max(three.inside, one.inside)
     held = sum(step.bytes(1) for step in (three, one, outer))
-    assert together.total == pytest.approx(max(held + max(inside + three.window, outer.peak), sum(
+    assert together.total == pytest.approx(max(held + max(inside + three.window, outer.alone), sum(
         step.bytes(0) for step in (three, one, outer)) + outer.ending))  # fmt: skip
     assert together.total > min(each)

@@ -40,7 +40,7 @@ def direct(staging: Staging) -> tuple[float, float]:
         last = staging.layers if s == staging.ranks - 1 else first + 1
         layers, *outer = staging.groups(s, first, last)
         beside = sum(group.fastest.seconds for group in outer)
-        size, moment = sum(group.fastest.bytes for group in outer), max((group.fastest.peak for group in outer), default=0.0)
+        size, moment = sum(group.fastest.bytes for group in outer), max((group.fastest.alone for group in outer), default=0.0)
         peak = problem.add_variable(f"p{s}", moment / MIB, None)
         inside, window = (problem.add_variable(f"{name}{s}", 0, None) for name in "iw")
         problem += inside + window <= peak
@@ -49,11 +49,13 @@ def direct(staging: Staging) -> tuple[float, float]:
         seconds: list[tuple[Any, float]] = []
         held: list[tuple[Any, float]] = []
         counts: list[tuple[Any, float]] = []
-        for o, option in enumerate(layers.options):
+        freed: list[tuple[Any, float]] = []
+        for o, option in enumerate(sorted(layers.options, key=lambda option: option.inside)):  # the last layers first
             x = problem.add_variable(f"x{s}_{o}", 0, staging.layers, "Integer")
             y = problem.add_variable(f"y{s}_{o}", 0, 1, "Integer")
             problem += pulp.LpAffineExpression([(x, 1.0), (y, -float(staging.layers))]) <= 0
-            problem += pulp.LpAffineExpression([(y, option.inside / MIB), (inside, -1.0)]) <= 0
+            problem += pulp.LpAffineExpression([(y, option.inside / MIB), (inside, -1.0), *freed]) <= 0
+            freed.append((x, (option.left - option.bytes) / MIB))
             problem += pulp.LpAffineExpression([(y, option.window / MIB), (window, -1.0)]) <= 0
             seconds.append((x, option.seconds * 1e3))
             held.append((x, option.bytes / MIB))

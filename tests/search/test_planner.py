@@ -12,7 +12,7 @@ from typing import TypeVar
 import pytest
 
 from autoplan.cost.model import OUTER, CostModel, Cut
-from autoplan.cost.rank import Held, memory, seconds
+from autoplan.cost.rank import Held, held_layers, memory, seconds
 from autoplan.cost.step import LayerStep
 from autoplan.errors import NothingFits, SolverError, UsageError
 from autoplan.files.plan import dump_plan
@@ -81,7 +81,8 @@ def brute_force(tables: Tables, gpus: int, limit: float) -> float:
                         for outer, steps in product(outers, product(*choices)):
                             ranks: list[list[Held]] = [[] for _ in range(mesh.pp)]
                             for k, (first, last) in enumerate(edges):
-                                ranks[k % mesh.pp] += [Held(step, 1, k // mesh.pp) for step in steps[first:last]]
+                                runs = [(g, step, 1) for g, step in zip(bodies[first:last], steps[first:last], strict=True)]
+                                ranks[k % mesh.pp] += held_layers(runs, k // mesh.pp, chunks)
                                 if regions := costs.outer.within(first, last):
                                     ranks[k % mesh.pp].append(Held(outer[regions], 1, k // mesh.pp))
                             each = [seconds(rank, slots(m, mesh.pp, chunks)) for rank in ranks]

@@ -95,6 +95,17 @@ def test_a_plan_does_what_it_says(name: str, title: str) -> None:
         assert memory.measured <= memory.predicted <= 1.6 * memory.measured  # in models so small bounds weigh much
 
 
+def test_logits_that_the_model_still_holds_are_counted() -> None:
+    """With a large vocabulary over tp the loss's forward pass holds most: logits, the same in float32, and their softmax."""
+    sizes = "size=125M&layers=2&hidden=64&heads=4&kv_heads=4&ffn=128&vocab=16384&seq_len=512"
+    loaded = autoplan.load_model(f"{EXAMPLES / 'llama.py'}?{sizes}")
+    known = autoplan.inspect(loaded)
+    plan = autoplan.plan(known, gpus=2, fixed={"tp": 2}, hardware="cpu-gloo", global_batch=1)
+    assert plan.outer_strategy.sharding.layout("head.weight").sharded
+    (memory,) = dry_run(plan, loaded, known).memory
+    assert memory.measured <= memory.predicted <= 1.1 * memory.measured
+
+
 def changed(plan: Plan, zero: Zero) -> Plan:
     strategies = tuple((name, replace(strategy, zero=zero)) for name, strategy in plan.strategies)
     return replace(plan, strategies=strategies)
