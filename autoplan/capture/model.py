@@ -28,6 +28,19 @@ ExampleInputs = Callable[[int], Mapping[str, Any]]
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 
 
+@contextmanager
+def _young_garbage_alone() -> Iterator[None]:
+    """Python's collector leaves out what is there already: a walk through all of torch takes longer than a layer's recording."""
+    ours = not gc.get_freeze_count()
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()
+
+
 def capture(loaded: LoadedModel, *, compute_dtype: str = "bfloat16", stubs: bool = True) -> Graph:
     """The graph of the model in a user's file. `stubs=False` traces every layer, not only the different ones.
 
@@ -39,6 +52,7 @@ def capture(loaded: LoadedModel, *, compute_dtype: str = "bfloat16", stubs: bool
     )
 
 
+@_young_garbage_alone()
 def capture_module(
     module: nn.Module,
     example_inputs: ExampleInputs,
@@ -75,20 +89,6 @@ def capture_module(
         return merge(title, compute_dtype, each[0][0], [recorders[0] for _, recorders in each], sizes)
 
 
-@contextmanager
-def _young_garbage_alone() -> Iterator[None]:
-    """Python's collector leaves out what is there already: a walk through all of torch takes longer than a layer's recording."""
-    ours = not gc.get_freeze_count()
-    if ours:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if ours:
-            gc.unfreeze()
-
-
-@_young_garbage_alone()
 def record(
     module: nn.Module,
     example_inputs: ExampleInputs,
