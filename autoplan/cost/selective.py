@@ -77,7 +77,7 @@ class Selection:
     def operation(self, index: int, outcome: Outcome) -> Kept:
         """Of running operation `index` as `outcome` says."""
         model, op, values = self.model, self.model.body.ops[index], self.model.body.values
-        received = sum(model.exchanged(op, outcome)) + sum(model.whole_bytes(values[i]) for i in model.gathers(index, False))
+        received = sum(model.exchanged(op, outcome)) + sum(model.gathers(index, outcome, False))
         for kind, size, group in model.dealing(index).forward:
             if group > 1:
                 received += size / (group if kind == "all_to_all" else 1)
