@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from autoplan.apply import data_parallel, expert_parallel, stages, tensor_parallel
 from autoplan.apply._torch import HashStore
 from autoplan.apply.check import check_pipeline, check_world, parameter_shards
-from autoplan.apply.context_parallel import cut_inputs, is_context
+from autoplan.apply.context_parallel import cut_inputs
 from autoplan.apply.loss import LossFn, loss_of
 from autoplan.apply.materialize import Source, materialize, source
 from autoplan.apply.model import ParallelModel
@@ -157,7 +157,7 @@ def _wrap_forwards(model: nn.Module, plan: Plan, spread: DeviceMesh | None, deal
         expert_parallel.install(model, plan, dealing["ep"], spread)
     if spread is None:
         return
-    if is_context(spread):
+    if plan.mesh.cp > 1:
         cut_inputs(model, dict(plan.context), spread)
     tensor_parallel.wrap_forward(model, spread)
 
@@ -176,9 +176,9 @@ def _dealing_mesh(plan: Plan, device: torch.device) -> DeviceMesh | None:
 
 
 def spread_over(plan: Plan, mesh: DeviceMesh) -> DeviceMesh | None:
-    """The axis over which the tensors of one micro-batch are spread; None when every device has them whole."""
-    axis = "tp" if plan.mesh.tp > 1 else "cp"
-    return mesh[axis] if getattr(plan.mesh, axis) > 1 else None
+    """The axes over which the tensors of one micro-batch are spread; None when every device has them whole."""
+    axes = tuple(axis for axis in ("cp", "tp") if getattr(plan.mesh, axis) > 1)
+    return mesh[axes] if axes else None
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from autoplan.apply import two_axes
 from autoplan.apply.outside import running
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
@@ -57,8 +58,12 @@ def redistribute(tensor: torch.Tensor, source: Layout, target: Layout, mesh: Dev
 def _redistribute(tensor: torch.Tensor, source: Layout, target: Layout, mesh: DeviceMesh) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         tensor = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
-    moved: torch.Tensor = _Redistribute.apply(tensor, value_placement(target), gradient_placement(source))
-    return moved
+
+    def move(part: DTensor) -> DTensor:
+        moved: DTensor = _Redistribute.apply(part, value_placement(target), gradient_placement(source))
+        return moved
+
+    return two_axes.on_one_axis(tensor, two_axes.TP, move) if two_axes.over_both(tensor) else move(tensor)
 
 
 def install(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:

@@ -32,8 +32,18 @@ from autoplan.strategy import key_copies
 
 
 def is_context(mesh: DeviceMesh) -> bool:
-    """Whether tensors are spread over the cp axis, not over tp."""
+    """Whether tensors are spread over the cp axis alone, not over tp."""
     return mesh.mesh_dim_names == ("cp",)
+
+
+def _cp(mesh: DeviceMesh) -> DeviceMesh:
+    """The cp axis, where tp may be another (`two_axes`)."""
+    return mesh if mesh.ndim == 1 else mesh["cp"]
+
+
+def _spread(mesh: DeviceMesh, placement: Placement) -> list[Placement]:
+    """`placement` over cp; whole over any other axis."""
+    return [placement, *[Replicate()] * (mesh.ndim - 1)]
 
 
 def cut_inputs(model: nn.Module, dims: dict[str, int], mesh: DeviceMesh) -> None:
@@ -66,13 +76,14 @@ def _cut(value: Any, path: list[str], dim: int, name: str, mesh: DeviceMesh) -> 
         raise UsageError(f"input '{name}' is a {type(value).__name__}, in which '{key}' can't be cut.", "Pass tensors or dicts.")
     if not isinstance(value, torch.Tensor) or isinstance(value, DTensor):
         return value
-    if value.ndim <= dim or value.shape[dim] % mesh.size():
+    cp = _cp(mesh)
+    if value.ndim <= dim or value.shape[dim] % cp.size():
         raise UsageError(
-            f"input '{name}' {list(value.shape)} can't be cut into {mesh.size()} equal parts along dim {dim}.",
-            f"Give sequences whose length divides by cp {mesh.size()}.",
+            f"input '{name}' {list(value.shape)} can't be cut into {cp.size()} equal parts along dim {dim}.",
+            f"Give sequences whose length divides by cp {cp.size()}.",
         )
-    part = value.chunk(mesh.size(), dim)[mesh.get_local_rank()].contiguous()
-    return DTensor.from_local(part, mesh, [Shard(dim)], run_check=False)
+    part = value.chunk(cp.size(), dim)[cp.get_local_rank()].contiguous()
+    return DTensor.from_local(part, mesh, _spread(mesh, Shard(dim)), run_check=False)
 
 
 def whole_parameter(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -86,13 +97,25 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, mesh: DeviceMesh) -> DTensor:
-        return DTensor.from_local(tensor.view_as(tensor), mesh, [Replicate()], run_check=False)
+        if not isinstance(tensor, DTensor):
+            ctx.tp = None
+            return DTensor.from_local(tensor.view_as(tensor), mesh, _spread(mesh, Replicate()), run_check=False)
+        ctx.tp, ctx.shape, ctx.stride = tensor.device_mesh, tensor.shape, tensor.stride()
+        placements = [Replicate(), tensor.placements[0]]
+        return DTensor.from_local(
+            tensor.to_local(), mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
 
     @staticmethod
     def backward(ctx: Any, gradient: DTensor) -> tuple[torch.Tensor, None]:
-        if gradient.placements[0].is_partial():
-            return gradient.to_local() * gradient.device_mesh.size(), None
-        return gradient.redistribute(placements=[Replicate()]).to_local(), None
+        over_cp = gradient.placements[0]
+        wanted = [over_cp if over_cp.is_partial() else Replicate()]
+        wanted += [placement if ctx.tp is not None else Replicate() for placement in gradient.placements[1:]]
+        local = gradient.redistribute(placements=wanted).to_local()
+        local = local * gradient.device_mesh.size(0) if over_cp.is_partial() else local
+        if ctx.tp is None:
+            return local, None
+        return DTensor.from_local(local, ctx.tp, wanted[1:], run_check=False, shape=ctx.shape, stride=ctx.stride), None
 
 
 def rows(x: torch.Tensor) -> Placement | None:
@@ -194,15 +217,28 @@ def regroup(x: torch.Tensor, shape: tuple[int, ...]) -> DTensor | None:
     rest = x.numel() // max(prod(size for size in shape if size != -1), 1)
     placement, sizes = x.placements[0], [rest if size == -1 else size for size in shape]
     if sizes == list(x.shape):
-        return _View.apply(x, placement, torch.Size(sizes)) if _joined(placement, x) else None
+        return _View.apply(x, x.placements, torch.Size(sizes)) if _joined(placement, x) else None
+    moved = -1
     if placement == Shard(1) and x.ndim > 1 and sizes == [x.shape[0] * x.shape[1], *x.shape[2:]]:
         into: Placement = Shard(0) if x.shape[0] == 1 else StridedShard(0, split_factor=x.shape[0])
     elif (batch := _joined(placement, x)) and sizes == [batch, x.shape[0] // batch, *x.shape[1:]]:
-        into = Shard(1)
+        into, moved = Shard(1), 1
     else:
         return None
-    found: DTensor = _View.apply(x, into, torch.Size(sizes))
+    others = [_moved(other, moved) for other in x.placements[1:]]
+    if None in others:
+        return None
+    found: DTensor = _View.apply(x, (into, *others), torch.Size(sizes))
     return found
+
+
+def _moved(placement: Placement, by: int) -> Placement | None:
+    """A placement over tp of a tensor whose first two dims become one, or the other way; None where it cuts these."""
+    if isinstance(placement, StridedShard):
+        return StridedShard(placement.dim + by, split_factor=placement.split_factor) if placement.dim > (by < 0) else None
+    if isinstance(placement, Shard):
+        return Shard(placement.dim + by) if placement.dim > (by < 0) else None
+    return placement
 
 
 def _joined(placement: Placement, x: DTensor) -> int:
@@ -216,11 +252,13 @@ class _View(torch.autograd.Function):
     """A rank's rows seen as a part of `shape`. (DTensor of torch 2.10 can't view rows that are cut in strides.)"""
 
     @staticmethod
-    def forward(ctx: Any, x: DTensor, placement: Shard, shape: torch.Size) -> DTensor:
-        ctx.placements, ctx.shape, ctx.stride, ctx.into = x.placements, x.shape, x.stride(), (placement,)
+    def forward(ctx: Any, x: DTensor, into: tuple[Placement, ...], shape: torch.Size) -> DTensor:
+        ctx.placements, ctx.shape, ctx.stride, ctx.into = x.placements, x.shape, x.stride(), into
         local, mesh = x.to_local(), x.device_mesh
-        ctx.local = local.shape
-        part = [size // mesh.size() if dim == placement.dim else size for dim, size in enumerate(shape)]
+        ctx.local, part = local.shape, list(shape)
+        for axis, placement in enumerate(into):
+            if isinstance(placement, Shard | StridedShard):
+                part[placement.dim] //= mesh.size(axis)
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local.reshape(part), mesh, ctx.into, run_check=False, shape=shape, stride=stride)
 
@@ -242,23 +280,26 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    of_rows: Callable[..., torch.Tensor] = lambda rows, *args, **options: F.cross_entropy(_rows(rows), *args, **options),
 ) -> DTensor | None:
-    """The loss of each rank's rows, added up; None where the rows are not cut, or there is more to it."""
+    """The loss of each rank's rows, added up; None where the rows are not cut, or there is more to it. `of_rows` is the loss of
+    a rank's own."""
     placement = rows(input)
     plain = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum")
     if placement is None or placement.dim or input.ndim != 2 or not plain or target.is_floating_point():  # type: ignore[attr-defined]
         return None
     assert isinstance(input, DTensor)
     mesh = input.device_mesh
-    local_target = _target(target, placement, mesh)
-    total = F.cross_entropy(
-        _rows(input), local_target, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
-    )
+    local_target = _target(target, placement, _cp(mesh))
+    options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "sum", "label_smoothing": label_smoothing}
+    total = of_rows(input, local_target, **options)
     if reduction == "mean":
         count = (local_target != ignore_index).sum()
-        dist.all_reduce(count, group=mesh.get_group())
+        dist.all_reduce(count, group=_cp(mesh).get_group())
         total = total / count
-    return DTensor.from_local(total, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
+    part = DTensor.from_local(total, mesh, _spread(mesh, Partial()), run_check=False)
+    return part.redistribute(placements=_spread(mesh, Replicate()))
 
 
 def _target(target: torch.Tensor, placement: Placement, mesh: DeviceMesh) -> torch.Tensor:

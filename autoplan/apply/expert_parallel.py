@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from autoplan.apply._torch import StridedShard, all_to_all
-from autoplan.apply.local_ops import whole
+from autoplan.apply.packed import whole
 from autoplan.plan import Plan
 from autoplan.strategy import Experts
 

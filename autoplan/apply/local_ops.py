@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 
-from autoplan.apply import context_parallel, packed
+from autoplan.apply import context_parallel, heads, packed, two_axes
 from autoplan.apply._torch import tree_map_only
 from autoplan.apply.cross_entropy import vocab_parallel_cross_entropy
+from autoplan.apply.packed import whole
 from autoplan.apply.randomness import own_randomness
 
 _active = threading.local()
@@ -47,6 +48,9 @@ class LocalOps(TorchFunctionMode):
         super().__init__()
         self.mesh = mesh
         self.context = context_parallel.is_context(mesh)
+        cp, self.tp = two_axes.axes(mesh) if two_axes.is_both(mesh) else (None, mesh)
+        """Where tensors are that are not cut along the sequence, unless cp is the only axis."""
+        self.of_cp = LocalOps(cp) if cp is not None else None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -59,11 +63,17 @@ class LocalOps(TorchFunctionMode):
             return func(*args, **kwargs)
         if self.context:
             return self._along_sequence(func, args, kwargs)
+        if any(map(two_axes.over_both, tensors)):
+            return self._over_both(func, args, kwargs)
+        return self._over_tp(func, args, kwargs)
+
+    def _over_tp(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         handler = _HANDLERS.get(func)
         if handler is not None:
             result = handler(*args, **kwargs)
             if result is not None:
                 return result
+        tensors = list(_tensors((*args, *kwargs.values())))
         meets_packed = any(packed.packing(tensor) is not None for tensor in tensors)
         if meets_packed and not _writes(func) and not packed.is_left_to_dtensor(func, args, kwargs):
             args, kwargs = tree_map_only(DTensor, _unpacked, (args, kwargs))
@@ -79,6 +89,21 @@ class LocalOps(TorchFunctionMode):
                 return result
         return self._by_dtensor(func, args, kwargs)
 
+    def _over_both(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.of_cp is not None and not _writes(func) and two_axes.are_numbers(_tensors((*args, *kwargs.values()))):
+            args, kwargs = tree_map_only(DTensor, lambda tensor: two_axes.along(tensor, two_axes.CP), (args, kwargs))
+            result = self.of_cp._along_sequence(func, args, kwargs)
+            return tree_map_only(DTensor, lambda tensor: two_axes.both(tensor, two_axes.CP, self.mesh, Replicate()), result)
+        if func in two_axes.HANDLERS:
+            run = lambda *own, **named: self._over_tp(func, own, named)  # noqa: E731
+            result = two_axes.HANDLERS[func](run, *args, **kwargs)
+            if result is not None:
+                return result
+        args, kwargs = tree_map_only(torch.Tensor, lambda tensor: two_axes.lifted(tensor, self.mesh), (args, kwargs))
+        if not _writes(func) and not packed.is_left_to_dtensor(func, args, kwargs):
+            args, kwargs = tree_map_only(DTensor, two_axes.unpacked, (args, kwargs))
+        return self._by_dtensor(func, args, kwargs)
+
     def _by_dtensor(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             return func(*args, **kwargs)
@@ -92,22 +117,29 @@ class LocalOps(TorchFunctionMode):
             return tensor
         if self.context and tensor.requires_grad:
             return context_parallel.whole_parameter(tensor, self.mesh)
-        return DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
+        return DTensor.from_local(tensor, self.tp, [Replicate()], run_check=False)
 
     def _replicated(self, func: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> Any:
         """Run what DTensor can't on replicated tensors; an error that remains is the model's own."""
-        if _writes(func) and isinstance(args[0], DTensor) and not args[0].placements[0].is_replicate():
+        if _writes(func) and isinstance(args[0], DTensor) and not all(each.is_replicate() for each in args[0].placements):
             raise error  # the replicated copy would be written, not the tensor
+        over_both = any(map(two_axes.over_both, _tensors((*args, *kwargs.values()))))
 
         def local(tensor: DTensor) -> torch.Tensor:
-            return whole(tensor).to_local(grad_placements=[Replicate()])
+            found = two_axes.whole(tensor) if over_both else whole(tensor)
+            return found.to_local(grad_placements=found.placements)
+
+        def wrapped(tensor: torch.Tensor) -> torch.Tensor:
+            if not over_both:
+                return self._wrapped(tensor)
+            return DTensor.from_local(tensor, self.mesh, [Replicate(), Replicate()], run_check=False)
 
         try:
             args, kwargs = tree_map_only(DTensor, local, (args, kwargs))
             result = func(*args, **kwargs)
         except Exception:
             raise error from None
-        return tree_map_only(torch.Tensor, self._wrapped, result)
+        return tree_map_only(torch.Tensor, wrapped, result)
 
 
 _UNTOUCHED = {"__get__", "__set__", "__delete__", "register_hook", "backward", "requires_grad_", "detach_", "as_subclass"}
@@ -132,13 +164,6 @@ def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 def _unpacked(tensor: DTensor) -> torch.Tensor:
     return tensor if packed.packing(tensor) is None else packed.gathered(tensor)
-
-
-def whole(tensor: DTensor) -> DTensor:
-    """`tensor` replicated."""
-    if packed.packing(tensor) is not None:
-        return packed.gathered(tensor)  # type: ignore[return-value]
-    return tensor if tensor.placements[0].is_replicate() else tensor.redistribute(placements=[Replicate()])
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
@@ -220,50 +245,6 @@ def _embedding(
     return DTensor.from_local(out.masked_fill(elsewhere[..., None], 0.0), mesh, [Partial()], run_check=False)
 
 
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> DTensor:
-    """Attention of each rank's own heads; of all heads on every rank where they are not sharded."""
-    tensors = [query, key, value]
-    mesh = next(tensor.device_mesh for tensor in [*tensors, attn_mask] if isinstance(tensor, DTensor))
-    by_heads = query.ndim == 4 and all(isinstance(t, DTensor) and t.placements[0] == Shard(1) for t in tensors)
-    placement: Placement = Shard(1) if by_heads else Replicate()
-
-    def local(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, DTensor):
-            return tensor
-        tensor = tensor if by_heads else whole(tensor)
-        return tensor.to_local(grad_placements=[placement])
-
-    mask = attn_mask
-    if mask is not None:
-        mask = _local_mask(mask, query.shape[1], mesh) if by_heads else local(mask)
-    with own_randomness(mesh, by_heads and dropout_p > 0):
-        out = F.scaled_dot_product_attention(
-            local(query), local(key), local(value), mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    return DTensor.from_local(out, mesh, [placement], run_check=False)
-
-
-def _local_mask(mask: torch.Tensor, heads: int, mesh: DeviceMesh) -> torch.Tensor:
-    """The mask of this rank's heads."""
-    per_head = mask.ndim >= 3 and mask.shape[-3] == heads and heads > 1
-    if not isinstance(mask, DTensor):
-        share = heads // mesh.size()
-        return mask.narrow(-3, mesh.get_local_rank() * share, share) if per_head else mask
-    if not per_head:
-        return whole(mask).to_local(grad_placements=[Partial()])
-    placement = Shard(mask.ndim - 3)
-    return mask.redistribute(placements=[placement]).to_local(grad_placements=[placement])
-
-
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """Dropout: ranks agree on replicated tensors and draw their own for their shards. (DTensor draws in step on CUDA alone.)"""
     if not training or p == 0.0 or not isinstance(input, DTensor):
@@ -332,7 +313,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     F.embedding: _embedding,
-    F.scaled_dot_product_attention: _attention,
+    F.scaled_dot_product_attention: heads.attention,
     F.dropout: _dropout,
     F.cross_entropy: _cross_entropy,
     torch.topk: _picking(torch.topk, 1),

@@ -21,8 +21,8 @@ def packing(tensor: Any) -> tuple[int, int] | None:
     """(dim, number of parts) of a packed tensor, None of any other."""
     if type(tensor) is not DTensor and not isinstance(tensor, DTensor):
         return None
-    placement = tensor.placements[0]
-    if tensor.device_mesh.ndim != 1 or not isinstance(placement, StridedShard):
+    mesh, placement = tensor.device_mesh, tensor.placements[-1]
+    if not isinstance(placement, StridedShard) or (mesh.ndim != 1 and mesh.mesh_dim_names != ("cp", "tp")):
         return None
     return placement.dim, int(placement.split_factor)
 
@@ -37,6 +37,13 @@ def gathered(tensor: DTensor) -> torch.Tensor:
     """The tensor replicated: what any operation that is not known here gets."""
     dim, _ = _packing(tensor)
     return torch.cat([part.redistribute(placements=[Replicate()]) for part in to_parts(tensor)], dim)
+
+
+def whole(tensor: DTensor) -> DTensor:
+    """`tensor` replicated."""
+    if packing(tensor) is not None:
+        return gathered(tensor)  # type: ignore[return-value]
+    return tensor if tensor.placements[0].is_replicate() else tensor.redistribute(placements=[Replicate()])
 
 
 def linear(x: DTensor, weight: DTensor, bias: torch.Tensor | None = None) -> DTensor:

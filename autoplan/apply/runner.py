@@ -136,7 +136,8 @@ class _Arrive(torch.autograd.Function):
     def forward(ctx: Any, local: torch.Tensor, wire: Wire, mesh: DeviceMesh) -> DTensor:
         ctx.placements = [_gradient(placement) for placement in wire.placements or ()]
         shape, stride = torch.Size(wire.shape), wire.stride
-        return DTensor.from_local(local, mesh, wire.placements, run_check=False, shape=shape, stride=stride)
+        over = mesh if len(ctx.placements) == mesh.ndim else mesh["tp"]  # not cut along the sequence
+        return DTensor.from_local(local, over, wire.placements, run_check=False, shape=shape, stride=stride)
 
     @staticmethod
     def backward(ctx: Any, gradient: DTensor) -> tuple[torch.Tensor, None, None]:

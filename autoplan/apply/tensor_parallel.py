@@ -69,9 +69,9 @@ def plain(tensor: DTensor) -> torch.Tensor:
 
 
 def _plain(tensor: DTensor) -> torch.Tensor:
-    if tensor.ndim > 0 and not tensor.placements[0].is_replicate():
+    if tensor.ndim > 0 and not all(placement.is_replicate() for placement in tensor.placements):
         return tensor
-    local: torch.Tensor = _Plain.apply(tensor.redistribute(placements=[Replicate()]))
+    local: torch.Tensor = _Plain.apply(tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim))
     return local
 
 
@@ -86,4 +86,4 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> DTensor:
-        return DTensor.from_local(gradient, ctx.mesh, [Replicate()], run_check=False)
+        return DTensor.from_local(gradient, ctx.mesh, [Replicate()] * ctx.mesh.ndim, run_check=False)

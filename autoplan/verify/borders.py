@@ -69,9 +69,9 @@ def _passes(
 
 def _over_cp(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
     op, outcome, values = step.op, step.outcome, model.body.values
-    for gather in model.gathered.get(step.index, ()):
-        brought = (("all_gather", model.whole_bytes(values[gather.value])),)
-        yield _Sent(step.index, True, () if gather.backward else brought, brought if gather.backward else ())
+    brought, back = (tuple(("all_gather", size) for size in model.gathers(step.index, outcome, b)) for b in (False, True))
+    if brought or back:
+        yield _Sent(step.index, True, brought, back)
     if op.kind == "attention":
         exchanged = tuple(("all_to_all", size) for size in model.exchanged(op, outcome))
         yield _Sent(step.index, True, exchanged, exchanged)

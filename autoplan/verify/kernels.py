@@ -40,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     if len(shape) != 1:
         return _original(x, shape, weight, eps)
-    if weight is not None and isinstance(x, DTensor) and not isinstance(weight, DTensor):
+    if weight is not None and isinstance(x, DTensor) and getattr(weight, "device_mesh", None) != x.device_mesh:
         weight = whole_parameter(weight, x.device_mesh)
     normed: Tensor = _RMSNorm.apply(x, weight, 1e-6 if eps is None else eps)
     return normed
