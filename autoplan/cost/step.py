@@ -273,7 +273,12 @@ def layer_step(
         slot_seconds=forward + backward + adding + every,
         once_seconds=once + dp.optimizer,
         state_bytes=sum(states.values()) + unsharded - moments.less,
-        **moments._asdict(),
+        less=moments.less,
+        whole=moments.whole,
+        ending=moments.ending,
+        alone=moments.alone,
+        inside=moments.inside,
+        window=moments.window,
     )
 
 
