@@ -27,7 +27,7 @@ from autoplan.plan import Plan
 from autoplan.profile.catalog import find_hardware
 from autoplan.schedule import ScheduleKind
 from autoplan.search.columns import Tables
-from autoplan.search.space import unplaceable, unstageable
+from autoplan.search.space import uncombined, unplaceable, unstageable
 from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Zero, shard
 from autoplan.workload import Workload
 from benchmarks.parity_ranks import Cell, in_float64, reference, run
@@ -87,10 +87,13 @@ PLANS: dict[str, Wish] = {
     "HSDP 2 x 2": Wish(Mesh(dp_replicate=2, dp_shard=2), 1),
     "tp 2 x FSDP 2": Wish(Mesh(dp_shard=2, tp=2), 2),
     "cp 2 x FSDP 2": Wish(Mesh(dp_shard=2, cp=2), 2),
+    "cp 2 x tp 2": Wish(Mesh(cp=2, tp=2), 4),
+    "cp 2 x tp + sp 2": Wish(Mesh(cp=2, tp=2), 4, SEQUENCE),
     "pp 2 x FSDP 2": Wish(Mesh(pp=2, dp_shard=2), 1),
     "pp 2 x tp 2": Wish(Mesh(pp=2, tp=2), 2),
     "pp 2 x cp 2": Wish(Mesh(pp=2, cp=2), 2),
     "pp 2 x FSDP 2 x tp 2": Wish(Mesh(pp=2, dp_shard=2, tp=2), 1),
+    "FSDP 2 x cp 2 x tp 2": Wish(Mesh(dp_shard=2, cp=2, tp=2), 2),
 }
 
 
@@ -146,7 +149,8 @@ def plan_of(known: Tables, wish: Wish) -> Plan | str:
     refused = unstageable(mesh, graph, known.costs.outer.order)
     if refused is not None:
         return refused.reason
-    unable = known.costs.context.refusal(mesh.cp, mesh.tp) or known.costs.mixtures.refusal(mesh.ep)
+    context, mixtures = known.costs.context, known.costs.mixtures
+    unable = context.refusal(mesh.cp, mesh.tp) or mixtures.refusal(mesh.ep) or uncombined(context, mixtures, mesh)
     if unable:
         return unable
     if wish.stream not in known.streams(mesh.tp):

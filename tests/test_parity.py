@@ -76,6 +76,8 @@ CASES: dict[int, dict[str, Case]] = {
         "cp x fsdp": Case(Mesh(dp_shard=2, cp=2), 2),
         "cp, heads of keys shared": Case(Mesh(cp=4), 8),
         "cp x dp": Case(Mesh(dp_replicate=2, cp=2), 2, recompute="full"),
+        "cp x tp": Case(Mesh(cp=2, tp=2), 4, zero=1),
+        "cp x tp + sp, recompute": Case(Mesh(cp=2, tp=2), 4, SEQUENCE, "full"),
     },
 }
 PIPELINES: dict[int, dict[str, Case]] = {

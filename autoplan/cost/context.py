@@ -13,11 +13,11 @@ is whole and meets what is cut (learned positions) are: these are small, and tol
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from autoplan.cost.rules import through_view
+from autoplan.cost.rules import Outcome, through_view
 from autoplan.graph import Body, Graph, Op, Value
 from autoplan.strategy import key_copies, shard
 
@@ -52,6 +52,8 @@ class Gather(NamedTuple):
 
     value: int
     backward: bool
+    dim: int = 0
+    """Of a gradient: the dim that runs over positions."""
 
 
 @dataclass
@@ -156,7 +158,15 @@ def _gathers(op: Op, body: Body, arriving: Dims, leaving: Dims) -> Iterator[Gath
         elif dim is None and op.kind == "pointwise" and value.requires_grad and leaving[0] is not None:
             own = leaving[0] - (rank - len(value.shape))
             if own >= 0 and value.shape[own] > 1:
-                yield Gather(i, backward=True)
+                yield Gather(i, backward=True, dim=own)
+
+
+def misplaced(gathers: Iterable[Gather], op: Op, outcome: Outcome) -> bool:
+    """Whether a tensor that cp has whole and that meets one which cp cuts is itself cut over tp along the positions: it would be
+    cut in other places."""
+    layouts = dict(zip(op.inputs, outcome.inputs, strict=True))
+    along = [(layouts[each.value], each.dim) for each in gathers if each.backward]
+    return any(layout.sharded and layout.dim == dim for layout, dim in along)
 
 
 def _before_last(op: Op, values: Sequence[Value], results: Sequence[Value], dims: Dims) -> int | None:

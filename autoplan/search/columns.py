@@ -74,7 +74,7 @@ class Tables:
             self.classes[block.body] = self.classes.get(block.body, 0) + 1
         self._stretches: dict[tuple[int, int], int] = {}
         self._kinds: dict[tuple[int, ...], int] = {}
-        self._lattices: dict[tuple[int, int, Layout, bool], Lattice] = {}
+        self._lattices: dict[tuple[int, int, Layout, bool, bool], Lattice] = {}
         self._wholes: dict[tuple[int, int, int], tuple[float, float]] = {}
         self._ways: dict[tuple[int, Within, int, Layout], Ways] = {}
         self._priced: dict[Hashable, Priced | None] = {}
@@ -161,11 +161,12 @@ class Tables:
             if wish.recompute in (None, again)
         ]
 
-    def lattice(self, g: int, tp: int, stream: Layout, ep: int = 1) -> Lattice:
-        """Whatever ep is, where it is above 1: its size changes prices alone."""
-        key = (g, tp, stream, ep > 1 and self._has_experts(g))
+    def lattice(self, g: int, tp: int, stream: Layout, ep: int = 1, cp: int = 1) -> Lattice:
+        """Whatever ep and cp are, where they are above 1: their sizes change prices alone."""
+        gathers = cp > 1 and tp > 1 and any(of == g for of, _ in self.costs.context.gathered)
+        key = (g, tp, stream, ep > 1 and self._has_experts(g), gathers)
         if key not in self._lattices:
-            model = self.costs.layer_model(g, tp, 1, ep=ep)
+            model = self.costs.layer_model(g, tp, 1, cp if gathers else 1, ep)
             self._lattices[key] = Lattice(model, stream, self._wish(g).layouts if tp > 1 else None)
         return self._lattices[key]
 
@@ -175,7 +176,7 @@ class Tables:
         key = (g, within, micro_batch, stream)
         if key not in self._ways:
             model = self.costs.layer_model(g, within.tp, micro_batch, within.cp, within.ep)
-            self._ways[key] = Ways(model, self.lattice(g, within.tp, stream, within.ep))
+            self._ways[key] = Ways(model, self.lattice(g, within.tp, stream, within.ep, within.cp))
         return self._ways[key]
 
     def fastest(self, g: int, within: Within, micro_batch: int, stream: Layout) -> Seconds | None:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from autoplan.cost.context import misplaced
 from autoplan.cost.prices import LayerModel
 from autoplan.cost.rules import Outcome, conversions, outcomes
 from autoplan.cost.walk import changes_memory, saved_values, stream_layout
@@ -231,7 +232,8 @@ class Lattice:
             yield from self._calls(index, arriving)
         else:
             for outcome in outcomes(op, body, arriving, model.tp, model.packings.get(index, ())):
-                if not self.wanted or self._as_wanted(op, outcome):
+                strewn = misplaced(model.gathered.get(index, ()), op, outcome)
+                if (not self.wanted or self._as_wanted(op, outcome)) and not strewn:
                     yield outcome
 
     def _as_wanted(self, op: Op, outcome: Outcome) -> bool:

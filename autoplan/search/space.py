@@ -23,7 +23,7 @@ def divisors(number: int) -> list[int]:
 def meshes(gpus: int, fixed: Mapping[str, int], cps: Sequence[int] = (1,), eps: Sequence[int] = (1,)) -> Iterator[Mesh]:
     """Every way to arrange exactly `gpus` devices, with the axes in `fixed` as given, cp one of `cps` and ep one of `eps`.
 
-    cp and tp are not combined: nothing runs them together yet. Where experts are dealt, they are over all of cp and tp.
+    Where experts are dealt, they are over all of cp and tp.
 
     Raises `UsageError` when an axis is unknown or its size does not divide `gpus`.
     """
@@ -34,14 +34,13 @@ def meshes(gpus: int, fixed: Mapping[str, int], cps: Sequence[int] = (1,), eps: 
             raise UsageError(
                 f"{axis} {size} does not divide {gpus} devices.", f"Use one of {', '.join(map(str, divisors(gpus)))}."
             )
-    if fixed.get("cp", 1) > 1 and fixed.get("tp", 1) > 1:
-        raise UsageError(f"cp {fixed['cp']} and tp {fixed['tp']} can't be combined yet.", "Ask for one of them.")
     found = [
         mesh
         for pp, dp_replicate, dp_shard in product(divisors(gpus), repeat=3)
         if gpus % (pp * dp_replicate * dp_shard) == 0
         for rest in [gpus // (pp * dp_replicate * dp_shard)]
-        for cp, tp in {(1, rest), (rest, 1)}
+        for cp in divisors(rest)
+        for tp in [rest // cp]
         for ep in dict.fromkeys((1, *eps, fixed.get("ep", 1)))
         if ep == 1 or (ep % (cp * tp) == 0 and dp_shard % (ep // (cp * tp)) == 0)
         for mesh in [Mesh(pp, dp_replicate, dp_shard, cp, tp, ep)]
@@ -115,6 +114,28 @@ def uncut(gpus: int, fixed: Mapping[str, int], context: Context) -> tuple[list[i
         for cp in refused[:1]
     ]
     return [size for size in sizes if size not in refused], told
+
+
+def uncombined(context: Context, mixtures: Mixtures, mesh: Mesh) -> str:
+    """Why the model can't have cp and tp of the mesh together; "" when it can."""
+    if mesh.cp == 1 or mesh.tp == 1:
+        return ""
+    return "experts and cp x tp are not run together yet" if mixtures.numbers else context.refusal(mesh.cp, mesh.tp)
+
+
+def combined(
+    gpus: int, fixed: Mapping[str, int], cps: Sequence[int], eps: Sequence[int], context: Context, mixtures: Mixtures
+) -> tuple[list[Mesh], list[Candidate]]:
+    """The `meshes` but for those whose cp and tp the model can't have together, and of these the first for each reason."""
+    possible: list[Mesh] = []
+    refused: dict[str, Candidate] = {}
+    for mesh in meshes(gpus, fixed, cps, eps):
+        reason = uncombined(context, mixtures, mesh)
+        if reason:
+            refused.setdefault(reason, Candidate(mesh=mesh, micro_batch=1, status="illegal", reason=reason))
+        else:
+            possible.append(mesh)
+    return possible, list(refused.values())
 
 
 def undealt(gpus: int, fixed: Mapping[str, int], mixtures: Mixtures) -> tuple[list[int], list[Candidate]]:

@@ -36,7 +36,7 @@ from autoplan.search.baselines import baselines
 from autoplan.search.candidates import slower
 from autoplan.search.columns import Priced, Tables
 from autoplan.search.ilp import UnsolvedError
-from autoplan.search.space import indivisible, meshes, micro_batches, schedules, uncut, undealt, unplaceable, unstageable
+from autoplan.search.space import combined, indivisible, micro_batches, schedules, uncut, undealt, unplaceable, unstageable
 from autoplan.search.stages import Solution, Staging
 from autoplan.strategy import DEGREES, Layout, Mesh, Within
 from autoplan.units import Bytes, Seconds
@@ -157,8 +157,9 @@ class Tree:
         load, order = tables.costs.workload, tables.costs.outer.order
         cps, uncuttable = uncut(gpus, fixed, tables.costs.context)
         eps, undivided = undealt(gpus, fixed, tables.costs.mixtures)
-        self.refused += [*undivided, *uncuttable]
-        for mesh in meshes(gpus, fixed, cps, eps):
+        possible, apart = combined(gpus, fixed, cps, eps, tables.costs.context, tables.costs.mixtures)
+        self.refused += [*undivided, *uncuttable, *apart]
+        for mesh in possible:
             if not all(constraints.allows(axis, getattr(mesh, axis)) for axis in DEGREES):
                 continue
             refused = unstageable(mesh, tables.graph, order)

@@ -8,13 +8,13 @@ from functools import cache
 import pytest
 
 import autoplan
-from autoplan.cost.context import Context, context_inputs
+from autoplan.cost.context import Context, context_inputs, misplaced
 from autoplan.cost.model import CostModel
-from autoplan.errors import UsageError
+from autoplan.cost.rules import Outcome
 from autoplan.graph import Graph, Op
 from autoplan.search.planner import search
-from autoplan.search.space import meshes
-from autoplan.strategy import UNSHARDED, Mesh, Strategy
+from autoplan.search.space import combined, meshes
+from autoplan.strategy import REPLICATE, UNSHARDED, Mesh, Strategy, shard
 from autoplan.workload import Workload
 from tests.hardware import machine
 
@@ -89,14 +89,42 @@ def test_cutting_divides_work_and_activations_and_costs_exchanges() -> None:
     assert step.state_bytes == costs.layer_step(0, Strategy(), Mesh(dp_shard=2), 4).state_bytes
 
 
-def test_cp_and_tp_are_not_combined() -> None:
+def test_meshes_combine_cp_and_tp() -> None:
     found = list(meshes(8, {}, (1, 2, 4, 8)))
-    assert any(mesh.cp > 1 for mesh in found)
-    assert not any(mesh.cp > 1 and mesh.tp > 1 for mesh in found)
+    assert {(mesh.cp, mesh.tp) for mesh in found} >= {(1, 8), (8, 1), (2, 2), (2, 4), (4, 2)}
     assert len(set(found)) == len(found)
     assert all(mesh.size == 8 for mesh in found)
-    with pytest.raises(UsageError, match="cp 2 and tp 2 can't be combined yet"):
-        list(meshes(8, {"cp": 2, "tp": 2}, (1, 2)))
+
+
+def test_the_planner_combines_cp_and_tp_where_heads_allow_it() -> None:
+    wish = {"cp": 2, "tp": 2}
+    plan = search(llama(), machine(), Workload(global_batch=2), gpus=4, fixed=wish)
+    assert plan.mesh == Mesh(cp=2, tp=2)
+    assert plan.context == (("input_ids", 1), ("labels", 1))
+    free = search(llama(), machine(), Workload(global_batch=16), gpus=16)
+    reasons = [candidate.reason for candidate in free.candidates if candidate.mesh.cp > 1 and candidate.mesh.tp > 1]
+    assert any("do not divide over cp 8 x tp 2" in reason for reason in reasons)
+
+
+def test_experts_are_not_combined_with_cp_and_tp() -> None:
+    graph = autoplan.inspect(autoplan.load_model("examples/moe.py", **CHANGES, size="1B", experts=8, chosen=2))
+    wish = 4, {"pp": 1, "dp_replicate": 1}, (1, 2), (1,)
+    both = Mesh(cp=2, tp=2)
+    assert both in combined(*wish, Context(llama()), CostModel(llama(), machine(), Workload(global_batch=2)).mixtures)[0]
+    possible, refused = combined(*wish, Context(llama()), CostModel(graph, machine(), Workload(global_batch=2)).mixtures)
+    assert Mesh(dp_shard=2, cp=2) in possible
+    assert both not in possible
+    assert [(each.mesh, each.reason) for each in refused] == [(both, "experts and cp x tp are not run together yet")]
+
+
+def test_learned_positions_are_not_cut_over_tp_where_cp_cuts_what_they_meet() -> None:
+    """Each rank of tp would have rows of the whole sequence, not of its part."""
+    graph = autoplan.inspect(autoplan.load_model("examples/gpt.py", layers=2, hidden=64, heads=8, vocab=128, seq_len=96))
+    ((at, gathers),) = ((at, some) for at, some in Context(graph).gathered.items() if any(each.backward for each in some))
+    op = graph.outer.ops[at[1]]
+    for positions, wrong in ((REPLICATE, False), (shard(1), False), (shard(0), True)):
+        inputs = tuple(positions if i == gathers[0].value else shard(positions.dim + 1) for i in op.inputs)
+        assert misplaced(gathers, op, Outcome(inputs, inputs[:1], True)) == wrong
 
 
 def test_long_sequences_are_cut_where_there_is_one_for_many_devices() -> None:

@@ -33,6 +33,8 @@ SELECTIVE = {
     "selective, tp + sp x fsdp": Case(Mesh(dp_shard=2, tp=2), 2, SEQUENCE, "selective"),
     "selective, tp, pp": Case(Mesh(pp=2, tp=2), 2, recompute="selective", zero=1, schedule="interleaved-1f1b", chunks=2),
     "selective, cp x fsdp": Case(Mesh(dp_shard=2, cp=2), 2, recompute="selective", zero=2),
+    "selective, cp x tp + sp": Case(Mesh(cp=2, tp=2), 4, SEQUENCE, "selective"),
+    "cp x tp x fsdp": Case(Mesh(dp_shard=2, cp=2, tp=2), 2),
 }
 WHAT: dict[str, dict[str, Case]] = {
     "llama": {
@@ -48,7 +50,10 @@ WHAT: dict[str, dict[str, Case]] = {
     | SELECTIVE,
     "hf_llama": {name: {**CASES[2], **CASES[4]}[name] for name in ("hsdp, zero 1, recompute", "cp x dp")}
     | {name: PIPELINES[4][name] for name in ("zero 2, gpipe, recompute",)}
-    | {"selective, cp": Case(Mesh(cp=2), 2, recompute="selective")},
+    | {
+        "selective, cp": Case(Mesh(cp=2), 2, recompute="selective"),
+        "pp, cp x tp + sp, recompute": Case(Mesh(pp=2, cp=2, tp=2), 2, SEQUENCE, "full"),
+    },
     "transformer": {name: {**CASES[2], **CASES[4]}[name] for name in ("tp + sp, recompute",)}
     | {
         "tp + sp, interleaved, recompute": PIPELINES[4]["tp + sp, interleaved, recompute"],
