@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from json import dumps
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from autoplan.units import Bytes, Flops
 
@@ -129,6 +129,8 @@ class Op:
     """For `pointwise`: f(a + b) = f(a) + f(b), so that a Partial may pass (add, cast, scaling by a number)."""
     causal: bool = False
     """For `attention`: a causal mask, so that the kernel skips half of the products. FLOPs are counted in full all the same."""
+    dropout: bool = False
+    """For `attention`: some of the weights are dropped."""
     leaf: str = ""
     """For `enter` and `exit`: which argument or output it is: "0", "mask", "1.0" (joined by "," when passed several times)."""
     block: int = -1
@@ -293,9 +295,14 @@ class Graph:
         """A hash of everything that a plan depends on: the model's structure, not its place on disk."""
         parts = {
             "dtype": self.compute_dtype,
-            "outer": asdict(self.outer),
-            "bodies": [asdict(body) for body in self.bodies],
+            "outer": asdict(self.outer, dict_factory=_told),
+            "bodies": [asdict(body, dict_factory=_told) for body in self.bodies],
             "blocks": [asdict(block) for block in self.blocks],
             "tied": self.tied,
         }
         return hashlib.sha256(dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _told(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What a fingerprint is made of: fields that came later are in it where they say something, so that older ones hold."""
+    return {name: value for name, value in fields if name != "dropout" or value}

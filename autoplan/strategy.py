@@ -19,7 +19,9 @@ A `Border` redistributes one tensor where it passes a module's border; the colle
     PARTIAL -> GATHERED     all_reduce      all_reduce
     PARTIAL -> shard        reduce_scatter  all_gather
 
-On the `cp` axis nothing is chosen: activations are cut along the sequence, parameters are whole (`cost.context`).
+On the `cp` axis nothing is chosen but its kind: activations are cut along the sequence, parameters are whole (`cost.context`).
+Attention brings the parts of a sequence together in one of two ways (`CpKind`): "ulysses" exchanges them for heads
+(`apply.context_parallel`), "ring" passes keys and values round (`apply.ring`).
 
 `ep` is no axis of its own: it folds into the three that share a batch, `dp_shard x cp x tp = efsdp x ep`. Everywhere else these
 axes mean what they mean; the experts of a layer (`Experts`) are dealt over the `ep` innermost of their devices, and FSDP cuts
@@ -32,16 +34,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from autoplan.errors import UsageError
 
 Recompute = Literal["none", "selective", "full"]
 Zero = Literal[1, 2, 3]
 Kind = Literal["replicate", "gathered", "partial", "shard"]
+CpKind = Literal["ulysses", "ring"]
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """The axes of a mesh, outermost first."""
+
+CP_KINDS: tuple[CpKind, ...] = get_args(CpKind)
 
 DEGREES = (*AXES, "ep")
 """What a mesh is told by: the axes, and the one that folds into them."""
@@ -54,14 +59,19 @@ class Within(NamedTuple):
     cp: int = 1
     ep: int = 1
     """Over how many devices experts are dealt: those of the two, and of dp_shard."""
+    cp_kind: CpKind = "ulysses"
 
     @property
     def size(self) -> int:
         return self.tp * self.cp
 
     def __str__(self) -> str:
-        axes = (("cp", self.cp), ("tp", self.tp), ("ep", self.ep))
+        axes = ((_cp_name(self.cp_kind), self.cp), ("tp", self.tp), ("ep", self.ep))
         return " x ".join(f"{axis} {size}" for axis, size in axes if size > 1) or "1 device"
+
+
+def _cp_name(kind: CpKind) -> str:
+    return "cp" if kind == "ulysses" else f"{kind} cp"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -75,6 +85,8 @@ class Mesh:
     tp: int = 1
     ep: int = 1
     """Devices over which experts are dealt, of dp_shard x cp x tp."""
+    cp_kind: CpKind = "ulysses"
+    """How attention brings the parts of a sequence together; "ulysses" where cp is 1."""
 
     @property
     def dp(self) -> int:
@@ -83,7 +95,7 @@ class Mesh:
 
     @property
     def within(self) -> Within:
-        return Within(self.tp, self.cp, self.ep)
+        return Within(self.tp, self.cp, self.ep, self.cp_kind)
 
     @property
     def shards(self) -> int:
@@ -100,7 +112,8 @@ class Mesh:
         return self.pp * self.dp * self.cp * self.tp
 
     def __str__(self) -> str:
-        axes = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        names = {"cp": _cp_name(self.cp_kind)}
+        axes = [f"{names.get(axis, axis)} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
         return (" x ".join(axes) or "1 device") + (f", ep {self.ep}" if self.ep > 1 else "")
 
 

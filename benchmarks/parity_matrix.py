@@ -78,6 +78,7 @@ PLANS: dict[str, Wish] = {
     "tp 2": Wish(Mesh(tp=2), 4),
     "tp + sp 2": Wish(Mesh(tp=2), 4, SEQUENCE),
     "cp 2": Wish(Mesh(cp=2), 4),
+    "ring cp 2": Wish(Mesh(cp=2, cp_kind="ring"), 4),
     "pp 2, gpipe": Wish(Mesh(pp=2), 2, schedule="gpipe"),
     "pp 2, 1f1b": Wish(Mesh(pp=2), 2),
     "pp 2, interleaved": Wish(Mesh(pp=2), 2, schedule="interleaved-1f1b", chunks=2),
@@ -89,6 +90,8 @@ PLANS: dict[str, Wish] = {
     "cp 2 x FSDP 2": Wish(Mesh(dp_shard=2, cp=2), 2),
     "cp 2 x tp 2": Wish(Mesh(cp=2, tp=2), 4),
     "cp 2 x tp + sp 2": Wish(Mesh(cp=2, tp=2), 4, SEQUENCE),
+    "ring cp 2 x FSDP 2": Wish(Mesh(dp_shard=2, cp=2, cp_kind="ring"), 2),
+    "ring cp 4": Wish(Mesh(cp=4, cp_kind="ring"), 4),
     "pp 2 x FSDP 2": Wish(Mesh(pp=2, dp_shard=2), 1),
     "pp 2 x tp 2": Wish(Mesh(pp=2, tp=2), 2),
     "pp 2 x cp 2": Wish(Mesh(pp=2, cp=2), 2),
@@ -151,6 +154,7 @@ def plan_of(known: Tables, wish: Wish) -> Plan | str:
         return refused.reason
     context, mixtures = known.costs.context, known.costs.mixtures
     unable = context.refusal(mesh.cp, mesh.tp) or mixtures.refusal(mesh.ep) or uncombined(context, mixtures, mesh)
+    unable = known.costs.context.refusal(mesh.cp, mesh.tp, mesh.cp_kind) or known.costs.mixtures.refusal(mesh.ep)
     if unable:
         return unable
     if wish.stream not in known.streams(mesh.tp):
@@ -264,7 +268,8 @@ off. What is refused, the planner never proposes; why, is told below by number.
 
 The names of plans are those of the axes of a mesh, with numbers of ranks: `dp` replicates the model, FSDP shards it (ZeRO 3
 unless told), HSDP is both; `tp` shards layers, `+ sp` also the activations between them, along the sequence; `cp` cuts the
-sequence everywhere; `pp` cuts the model into stages; `ep` deals experts over the ranks of FSDP, or of what is told.
+sequence everywhere, and attention exchanges it for heads, or passes keys and values round (`ring`); `pp` cuts the model into
+stages; `ep` deals experts over the ranks of FSDP, or of what is told.
 
 """
 

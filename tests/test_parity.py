@@ -66,6 +66,8 @@ CASES: dict[int, dict[str, Case]] = {
         "tp + sp, recompute": Case(Mesh(tp=2), 4, SEQUENCE, "full"),
         "cp": Case(Mesh(cp=2), 4),
         "cp, zero 1, recompute": Case(Mesh(cp=2), 1, recompute="full", zero=1),
+        "cp, ring": Case(Mesh(cp=2, cp_kind="ring"), 4),
+        "cp, ring, again": Case(Mesh(cp=2, cp_kind="ring"), 4, recompute="selective"),
     },
     4: {
         "hsdp": Case(Mesh(dp_replicate=2, dp_shard=2), 2),
@@ -75,6 +77,8 @@ CASES: dict[int, dict[str, Case]] = {
         "tp + sp x dp": Case(Mesh(dp_replicate=2, tp=2), 4, SEQUENCE),
         "cp x fsdp": Case(Mesh(dp_shard=2, cp=2), 2),
         "cp, heads of keys shared": Case(Mesh(cp=4), 8),
+        "ring": Case(Mesh(cp=4, cp_kind="ring"), 8),
+        "ring x fsdp": Case(Mesh(dp_shard=2, cp=2, cp_kind="ring"), 2, recompute="full"),
         "cp x dp": Case(Mesh(dp_replicate=2, cp=2), 2, recompute="full"),
         "cp x tp": Case(Mesh(cp=2, tp=2), 4, zero=1),
         "cp x tp + sp, recompute": Case(Mesh(cp=2, tp=2), 4, SEQUENCE, "full"),
@@ -103,6 +107,18 @@ PIPELINES: dict[int, dict[str, Case]] = {
         "tp + sp, interleaved, recompute": Case(Mesh(pp=2, tp=2), 2, SEQUENCE, "full", 3, "interleaved-1f1b", 2),
     },
 }
+RINGS: dict[int, dict[str, Case]] = {
+    2: {
+        "ring": Case(Mesh(cp=2, cp_kind="ring"), 4),
+        "ring, selective": Case(Mesh(cp=2, cp_kind="ring"), 8, recompute="selective"),
+    },
+    4: {
+        "ring": Case(Mesh(cp=4, cp_kind="ring"), 8, recompute="full"),
+        "ring x fsdp": Case(Mesh(dp_shard=2, cp=2, cp_kind="ring"), 2),
+        "pp x ring": Case(Mesh(pp=2, cp=2, cp_kind="ring"), 2),
+    },
+}
+"""Of the models without masks."""
 SHARES = {"transformer": (0, 1), "gpt": (0, 2), "llama": (0, 2), "hf_llama": (1, 2)}
 """The first case that a model tries, and how far on the next one is: decoders differ little, so that only the encoder-decoder
 tries all of them here. In benchmarks/parity_matrix.py all do."""
@@ -225,6 +241,14 @@ def check(name: str, world: int, cases: dict[str, Case]) -> None:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_parallel_model_computes_the_same(name: str, world: int) -> None:
     check(name, world, CASES[world])
+
+
+@pytest.mark.parametrize("world", list(RINGS))
+@pytest.mark.parametrize("name", ["llama", "gpt", "hf_llama"])
+def test_a_ring_computes_the_same(name: str, world: int) -> None:
+    plans = {title: plan_of(name, case) for title, case in RINGS[world].items()}
+    for wrong in run(world, on_rank, name, plans):
+        assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("world", list(PIPELINES))

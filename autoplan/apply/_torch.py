@@ -99,6 +99,56 @@ def all_to_all(
     return found.wait() if isinstance(found, AsyncCollectiveTensor) else found
 
 
+def passed_on(tensor: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], torch.Tensor]:
+    """Begin to send `tensor` to the next rank of a ring; what is called for gives that of the rank before. It is an all_to_all in
+    which one rank alone gets something, as in torch's own ring attention: of NCCL a send and a receive."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    sent = tensor.contiguous().view(-1)
+    lengths, received = ([sent.numel() * (other == (rank + way) % size) for other in range(size)] for way in (1, -1))
+    found = all_to_all_single(sent, received, lengths, group)
+
+    def arrived() -> torch.Tensor:
+        whole: torch.Tensor = found.wait() if isinstance(found, AsyncCollectiveTensor) else found
+        return whole.view(tensor.shape)
+
+    return arrived
+
+
+def flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and the log-sum-exp of every row, by a kernel that `has_flash`. (The public one keeps the latter to itself.)"""
+    if query.device.type == "cuda":
+        found = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
+    else:
+        found = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+    return found[0], found[1]
+
+
+def flash_backward(
+    gradient: torch.Tensor, query: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    causal: bool, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of query, key and value: what these keys and values have to do with `out` and `lse`, which may be of more."""
+    if query.device.type == "cuda":
+        numbers = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of a dropout that there isn't
+        found = _aten._scaled_dot_product_flash_attention_backward(
+            gradient, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, causal,
+            numbers, numbers[:0], scale=scale,
+        )  # fmt: skip
+    else:
+        found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradient, query, key, value, out, lse, 0.0, causal, scale=scale
+        )
+    return found[0], found[1], found[2]
+
+
+def has_flash(query: torch.Tensor) -> bool:
+    """Whether the kernel of its device takes queries of this format, and keys and values of the same."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.device.type != "cuda" or (half and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0)
+
+
 def flattened(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
     """One axis that runs over several neighbouring ones of `mesh`: what FSDP shards over dp_shard and cp."""
     return mesh[axes]._flatten("_".join(axes)) if len(axes) > 1 else mesh[axes[0]]
@@ -238,8 +288,12 @@ __all__ = [
     "beside",
     "blank",
     "call_module",
+    "flash",
+    "flash_backward",
     "flattened",
+    "has_flash",
     "memory_of",
+    "passed_on",
     "replace_call",
     "replaced_inits",
     "tree_flatten",

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autoplan.apply import data_parallel, expert_parallel, stages, tensor_parallel
+from autoplan.apply import data_parallel, expert_parallel, ring, stages, tensor_parallel
 from autoplan.apply._torch import HashStore
 from autoplan.apply.check import check_pipeline, check_world, parameter_shards
 from autoplan.apply.context_parallel import cut_inputs
@@ -178,7 +178,11 @@ def _dealing_mesh(plan: Plan, device: torch.device) -> DeviceMesh | None:
 def spread_over(plan: Plan, mesh: DeviceMesh) -> DeviceMesh | None:
     """The axes over which the tensors of one micro-batch are spread; None when every device has them whole."""
     axes = tuple(axis for axis in ("cp", "tp") if getattr(plan.mesh, axis) > 1)
-    return mesh[axes] if axes else None
+    if not axes:
+        return None
+    spread = mesh[axes]
+    ring.use(spread, plan.mesh.cp_kind)
+    return spread
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 
-from autoplan.apply import context_parallel, heads, packed, two_axes
+from autoplan.apply import context_parallel, heads, packed, ring, two_axes
 from autoplan.apply._torch import tree_map_only
 from autoplan.apply.cross_entropy import vocab_parallel_cross_entropy
 from autoplan.apply.packed import whole
@@ -48,6 +48,7 @@ class LocalOps(TorchFunctionMode):
         super().__init__()
         self.mesh = mesh
         self.context = context_parallel.is_context(mesh)
+        self.ring = ring.HANDLERS if ring.is_used(mesh) else {}
         cp, self.tp = two_axes.axes(mesh) if two_axes.is_both(mesh) else (None, mesh)
         """Where tensors are that are not cut along the sequence, unless cp is the only axis."""
         self.of_cp = LocalOps(cp) if cp is not None else None
@@ -83,7 +84,7 @@ class LocalOps(TorchFunctionMode):
 
     def _along_sequence(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         args, kwargs = tree_map_only(torch.Tensor, self._wrapped, (args, kwargs))
-        for handlers in (context_parallel.HANDLERS, _HANDLERS):
+        for handlers in (self.ring, context_parallel.HANDLERS, _HANDLERS):
             result = handlers[func](*args, **kwargs) if func in handlers else None
             if result is not None:
                 return result

@@ -14,10 +14,11 @@ reduction, whose result is kept, are not kept (`_Result.hollow`).
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -42,6 +43,41 @@ def contexts() -> tuple[Keeping, HandingOut]:
     """Of one call of a layer: what its forward pass and its second run are put in."""
     results: Results = defaultdict(deque)
     return Keeping(results), HandingOut(results)
+
+
+T = TypeVar("T")
+_at_work = threading.local()
+
+
+def as_one(key: Any, compute: Callable[[], T]) -> T:
+    """What `compute` returns, kept as the result of one operation: of those within nothing is. `key` says of which."""
+    mode: Keeping | HandingOut | None = getattr(_at_work, "mode", None)
+    return compute() if mode is None else mode.as_one(key, compute)
+
+
+class _Mode(TorchDispatchMode):
+    """What both have in common: they are known while they are on, and off within what counts as one operation."""
+
+    def __init__(self, results: Results) -> None:
+        super().__init__()
+        self._results = results
+        self._off = False
+
+    def __enter__(self) -> Self:
+        self._before, _at_work.mode = getattr(_at_work, "mode", None), self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _at_work.mode = self._before
+
+    def _uncut(self, compute: Callable[[], T]) -> T:
+        before, self._off = self._off, True
+        try:
+            return compute()
+        finally:
+            self._off = before
 
 
 class _Result:
@@ -73,26 +109,35 @@ Results = dict[Any, deque[_Result]]
 """By operation, those that were made first on the left."""
 
 
-class Keeping(TorchDispatchMode):
+class Keeping(_Mode):
     """The forward pass."""
 
     def __init__(self, results: Results) -> None:
-        super().__init__()
-        self._results = results
+        super().__init__(results)
         self._by_memory: dict[int, _Result] = {}
         self._joined: tuple[int, _Result] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if self._off:
+            return result
         if func in KEPT:
-            kept = _Result(result, _after(func, args, kwargs))
-            self._results[func].append(kept)
-            for tensor in _tensors(result):
-                self._by_memory[memory_of(tensor)] = kept
+            self._keep(func, result, _after(func, args, kwargs))
         if self._by_memory:
             self._heed(func, args, kwargs, result)
         return result
+
+    def as_one(self, key: Any, compute: Callable[[], T]) -> T:
+        result = self._uncut(compute)
+        self._keep(key, result, None)
+        return result
+
+    def _keep(self, key: Any, result: Any, randomness: Callable[[], None] | None) -> None:
+        kept = _Result(result, randomness)
+        self._results[key].append(kept)
+        for tensor in _tensors(result):
+            self._by_memory[memory_of(tensor)] = kept
 
     def _heed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """What becomes of what is kept."""
@@ -130,19 +175,22 @@ class Keeping(TorchDispatchMode):
                 kept.spoil()
 
 
-class HandingOut(TorchDispatchMode):
+class HandingOut(_Mode):
     """The second run."""
 
-    def __init__(self, results: Results) -> None:
-        super().__init__()
-        self._results = results
-
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if self._results.get(func):
+        if not self._off and self._results.get(func):
             kept = self._results[func].popleft()
             if kept.intact:
                 return kept.again()
         return func(*args, **kwargs or {})
+
+    def as_one(self, key: Any, compute: Callable[[], T]) -> T:
+        kept = self._results[key].popleft() if self._results.get(key) else None
+        if kept is not None and kept.intact:
+            found: T = kept.again()
+            return found
+        return self._uncut(compute)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

@@ -147,6 +147,7 @@ class _Merger:
             two.dim_map,
             two.linear,
             two.causal,
+            two.dropout,
             two.leaf,
             two.block,
             self._cost([call.forward.flops for call in calls]),

@@ -68,6 +68,7 @@ class Form:
     dim_map: tuple[int, ...] = ()
     linear: bool = False
     causal: bool = False
+    dropout: bool = False
 
 
 Args = tuple[Any, ...]
@@ -143,7 +144,8 @@ def _attention(func: Any, name: str, args: Args, kwargs: Kwargs, outputs: list[T
     names = ("query", "key", "value", "attn_mask")
     inputs = tuple(x for i, n in enumerate(names) if (x := _argument(args, kwargs, i, n)) is not None)
     causal = bool(_argument(args, kwargs, 5, "is_causal"))
-    return Form("attention", inputs, causal=causal) if all(x.dim() == 4 for x in inputs[:3]) else None
+    dropout = bool(_argument(args, kwargs, 4, "dropout_p"))
+    return Form("attention", inputs, causal=causal, dropout=dropout) if all(x.dim() == 4 for x in inputs[:3]) else None
 
 
 def _embedding(func: Any, name: str, args: Args, kwargs: Kwargs, outputs: list[Tensor]) -> Form | None:

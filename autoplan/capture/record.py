@@ -245,7 +245,7 @@ class Recorder(TorchFunctionMode):
         form = classify(call.func, call.args, call.kwargs, outputs)
         scope = self._scope
         call.kind, call.dims, call.dim_map = form.kind, form.dims, form.dim_map
-        call.linear, call.causal = form.linear, form.causal
+        call.linear, call.causal, call.dropout = form.linear, form.causal, form.dropout
         call.inputs = tuple(scope.find(tensor) for tensor in form.inputs)
         call.outputs = tuple(scope.value(tensor) for tensor in outputs)
         self._alive.append(outputs)

@@ -54,6 +54,7 @@ class Call:
     dim_map: tuple[int, ...] = ()
     linear: bool = False
     causal: bool = False
+    dropout: bool = False
     leaf: str = ""
     block: int = -1
     block_name: str = ""

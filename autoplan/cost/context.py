@@ -3,7 +3,8 @@
 The walk starts at the model's inputs of token numbers (`context_inputs`) and follows the dim through every operation:
 
     linear, embedding, norm, pointwise, dims, view, split, cat, along    keep it, while they work along other dims
-    attention        query, key and value [batch, heads, positions, head_dim]: exchanged for heads, then exchanged back
+    attention        query, key and value [batch, heads, positions, head_dim]: exchanged for heads, then exchanged back; or keys
+                     and values pass round
     cross_entropy    rows of positions: each device takes its own
 
 (`_follow`). Whatever else meets a tensor that is cut would need the whole of it: then the model is refused, with the place
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 from autoplan.cost.rules import Outcome, through_view
 from autoplan.graph import Body, Graph, Op, Value
-from autoplan.strategy import key_copies, shard
+from autoplan.strategy import CP_KINDS, CpKind, key_copies, shard
 
 Dims = tuple[int | None, ...]
 """Of each tensor the dim that is cut; None when it is whole."""
@@ -69,6 +70,10 @@ class Context:
     """By body (-1: the outer one) and operation."""
     reason: str = ""
     """Why it can't be cut at all."""
+    no_ring: str = ""
+    """Why no attention can pass its keys and values round."""
+    halves: bool = False
+    """Whether some attention is causal, which a ring deals out in halves."""
 
     def __post_init__(self) -> None:
         self._through: dict[tuple[int, Dims], Dims] = {}
@@ -85,10 +90,26 @@ class Context:
         if not self.heads and not self.reason:
             self.reason = "no attention was found between its positions"
 
-    def refusal(self, cp: int, tp: int) -> str:
+    def kinds(self, cp: int, tp: int) -> tuple[CpKind, ...]:
+        """In which ways attention can bring the parts of a sequence on `cp` devices together."""
+        return tuple(kind for kind in CP_KINDS[: 1 if cp == 1 else None] if not self.refusal(cp, tp, kind))
+
+    def refusal(self, cp: int, tp: int, kind: CpKind = "ulysses") -> str:
         """Why the model can't run on `cp` devices along the sequence, each with a share of 1/tp of the heads; "" when it can."""
         if cp == 1 or self.reason:
             return self.reason if cp > 1 else ""
+        return self._unringed(cp, tp) if kind == "ring" else self._unexchanged(cp, tp)
+
+    def _unringed(self, cp: int, tp: int) -> str:
+        if self.no_ring or tp > 1:
+            return self.no_ring or "ring attention and tp are not combined yet"
+        for length, place in self.lengths.items():
+            if length % (cp * (2 if self.halves else 1)):
+                twice = "twice " if self.halves and length % cp == 0 else ""
+                return f"{length} positions of {place} do not divide over {twice}cp {cp}"
+        return ""
+
+    def _unexchanged(self, cp: int, tp: int) -> str:
         for queries, keys, place in self.heads:
             for heads, copied in ((queries, 1), (keys, key_copies(keys // tp, cp))):
                 if heads % tp or heads // tp * copied % cp:
@@ -112,6 +133,8 @@ class Context:
             if op.kind == "attention" and any(dim is not None for dim in arriving):
                 queries, keys = (body.values[i].shape[1] for i in op.inputs[:2])
                 self.heads.append((queries, keys, f"attention in {where}"))
+                self.no_ring = self.no_ring or _no_ring(op, body, f"attention in {where}")
+                self.halves = self.halves or op.causal
             for i, dim in zip(op.outputs, leaving, strict=True):
                 known[i] = dim
                 if dim is not None and body.values[i].requires_grad:
@@ -128,6 +151,20 @@ class Context:
         if key not in self._through:
             self._through[key] = self._walk(block.body, body, arriving, f"{block.name}.")
         return self._through[key]
+
+
+def _no_ring(op: Op, body: Body, place: str) -> str:
+    """Why an attention can't pass its keys and values round; "" when it can."""
+    query, key, value = (body.values[i].shape for i in op.inputs[:3])
+    if len(op.inputs) > 3:
+        return f"a mask of {place} is of all positions"
+    if op.dropout:
+        return f"{place} drops weights out"
+    if query[3] != value[3] or key[:3] != value[:3]:
+        return f"values of {place} are not like its keys"
+    if query[1] % key[1] or (op.causal and query[2] != key[2]):
+        return f"queries and keys of {place} do not go together"
+    return ""
 
 
 def _follow(op: Op, values: Sequence[Value], results: Sequence[Value], dims: Dims, where: str) -> Dims:

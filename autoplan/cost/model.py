@@ -39,7 +39,7 @@ from autoplan.graph import DTYPE_BYTES, Graph, Value
 from autoplan.hardware import HardwareProfile
 from autoplan.plan import Plan, Prediction
 from autoplan.schedule import ScheduleKind, additive_seconds, exposed_hops, in_flight_by_chunk, slots
-from autoplan.strategy import Layout, Mesh, Sharding, Strategy, Zero
+from autoplan.strategy import CpKind, Layout, Mesh, Sharding, Strategy, Zero
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import Workload
 
@@ -62,9 +62,9 @@ class CostModel:
     def __init__(self, graph: Graph, hardware: HardwareProfile, workload: Workload) -> None:
         self.graph, self.hardware, self.workload = graph, hardware, workload
         hardware.device.peak_of(workload.compute_dtype)  # a profile without this dtype is the user's error, told early
-        self._models: dict[tuple[int, int, int, int, int], LayerModel] = {}
-        self._costs: dict[tuple[int, int, int, int, int, Sharding], LayerCost] = {}
-        self._parts: dict[tuple[int, int, int, int, Sharding], dict[tuple[int, ...], LayerCost]] = {}
+        self._models: dict[tuple[int, int, int, int, int, CpKind], LayerModel] = {}
+        self._costs: dict[tuple[int, int, int, int, int, CpKind, Sharding], LayerCost] = {}
+        self._parts: dict[tuple[int, int, int, int, CpKind, Sharding], dict[tuple[int, ...], LayerCost]] = {}
         self._dp: dict[Hashable, DataParallel] = {}
         self._ahead: dict[tuple[int, int], Bytes] = {}
         self._passed: dict[tuple[int, float], Bytes] = {}
@@ -76,10 +76,12 @@ class CostModel:
         other.workload = replace(self.workload, global_batch=global_batch)
         return other
 
-    def layer_model(self, body: int, tp: int, micro_batch: int, cp: int = 1, ep: int = 1) -> LayerModel:
+    def layer_model(
+        self, body: int, tp: int, micro_batch: int, cp: int = 1, ep: int = 1, cp_kind: CpKind = "ulysses"
+    ) -> LayerModel:
         """The table of prices of a body (an index, or OUTER)."""
         dealt = self.mixtures.dealt.get(body, ()) if ep > 1 else ()
-        key = (body, tp, micro_batch, cp, ep if dealt else 1)
+        key = (body, tp, micro_batch, cp, ep if dealt else 1, cp_kind)
         if key not in self._models:
             graph = self.graph
             blocks = tuple((block.name, block.body) for block in graph.blocks)
@@ -96,7 +98,8 @@ class CostModel:
                 ep=ep,
                 dealt=dealt,
                 imbalance=self.workload.expert_imbalance,
-                plain=self.layer_model(body, tp, micro_batch, cp) if dealt else None,
+                plain=self.layer_model(body, tp, micro_batch, cp, 1, cp_kind) if dealt else None,
+                cp_kind=cp_kind,
             )
         return self._models[key]
 
@@ -113,11 +116,13 @@ class CostModel:
     def _gathered(self, body: int) -> dict[int, tuple[Gather, ...]]:
         return {index: found for (of, index), found in self.context.gathered.items() if of == body}
 
-    def layer_cost(self, body: int, sharding: Sharding, tp: int, micro_batch: int, cp: int = 1, ep: int = 1) -> LayerCost:
+    def layer_cost(
+        self, body: int, sharding: Sharding, tp: int, micro_batch: int, cp: int = 1, ep: int = 1, cp_kind: CpKind = "ulysses"
+    ) -> LayerCost:
         """Cost of one layer for one micro-batch. Raises `UsageError` when the sharding is not legal for it."""
-        key = (body, tp, micro_batch, cp, ep if self.mixtures.dealt.get(body) else 1, sharding)
+        key = (body, tp, micro_batch, cp, ep if self.mixtures.dealt.get(body) else 1, cp_kind, sharding)
         if key not in self._costs:
-            model = self.layer_model(body, tp, micro_batch, cp, ep)
+            model = self.layer_model(body, tp, micro_batch, cp, ep, cp_kind)
             if body == OUTER:
                 self._parts[key[1:]] = self.outer.costs(model, sharding)
                 self._costs[key] = next(iter(self._parts[key[1:]].values()))
@@ -137,27 +142,27 @@ class CostModel:
     def layer_step(self, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int) -> LayerStep:
         """One layer's share of a step; OUTER: all that stands outside the layers."""
         key = (body, mesh.within, micro_batch, strategy.sharding)
-        cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp, mesh.ep)
+        cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp, mesh.ep, mesh.cp_kind)
         return self._step(key, cost, strategy, mesh, micro_batch, outer=body == OUTER)
 
     def outer_step(self, regions: tuple[int, ...], strategy: Strategy, mesh: Mesh, micro_batch: int) -> LayerStep:
         """The share of some regions of the outer body, see cost.outer."""
         if len(regions) == len(self.outer.busy):
             return self.layer_step(OUTER, strategy, mesh, micro_batch)
-        key = (regions, mesh.tp, micro_batch, mesh.cp, strategy.sharding)
+        key = (regions, mesh.tp, micro_batch, mesh.cp, mesh.cp_kind, strategy.sharding)
         cost = self._part(regions, strategy.sharding, mesh, micro_batch)
         return self._step(key, cost, strategy, mesh, micro_batch, outer=True)
 
     def _part(self, regions: tuple[int, ...], sharding: Sharding, mesh: Mesh, micro_batch: int) -> LayerCost:
-        self.layer_cost(OUTER, sharding, mesh.tp, micro_batch, mesh.cp)
-        return self._parts[mesh.tp, micro_batch, mesh.cp, 1, sharding][regions]
+        self.layer_cost(OUTER, sharding, mesh.tp, micro_batch, mesh.cp, 1, mesh.cp_kind)
+        return self._parts[mesh.tp, micro_batch, mesh.cp, 1, mesh.cp_kind, sharding][regions]
 
     def ideal_step(
         self, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int, regions: tuple[int, ...] | None = None
     ) -> LayerStep:
         """`layer_step`, or `outer_step` of some regions, with dp axes that cost nothing (cost.step.ideal_data_parallel)."""
         if regions is None or len(regions) == len(self.outer.busy):
-            cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp, mesh.ep)
+            cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp, mesh.ep, mesh.cp_kind)
         else:
             cost = self._part(regions, strategy.sharding, mesh, micro_batch)
         dp, again = ideal_data_parallel(cost, mesh, outer=body == OUTER), strategy.recompute

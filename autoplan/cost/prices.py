@@ -6,9 +6,9 @@ For an operation `o` of `micro_batch / cp` samples (a cp group shares the positi
                                                              skips half of the products
                                                              q_o = local / global bytes of its operands
 
-(`LayerModel.op`), and for attention an all_to_all over cp of every operand, forward and backward; a border costs the
-collectives of `autoplan.strategy`'s table (`.border`), a GATHERED parameter one all_reduce of its gradient
-(`.parameter_sync`).
+(`LayerModel.op`), and for attention an all_to_all over cp of every operand, forward and backward, or what a ring costs
+(cost.ring); a border costs the collectives of `autoplan.strategy`'s table (`.border`), a GATHERED parameter one all_reduce of
+its gradient (`.parameter_sync`).
 
 Inside a module of experts that are dealt over ep (cost.experts) a device works on 1/tp of the rows, the fullest one on
 `imbalance` times that, with 1/ep of the weights; rows arrive and leave by an all_to_all over ep each, forward and backward, and
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -27,10 +27,11 @@ from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import kernel_time
 from autoplan.cost.context import Gather, tokens_dim
 from autoplan.cost.experts import Dealt
+from autoplan.cost.ring import Ring, widened
 from autoplan.cost.rules import BORDER_COLLECTIVES, Outcome, packings
 from autoplan.graph import DTYPE_BYTES, Body, Op, Parameter, Value
 from autoplan.hardware import HardwareProfile
-from autoplan.strategy import GATHERED, Layout, expert_cut, key_copies
+from autoplan.strategy import GATHERED, CpKind, Layout, expert_cut, key_copies
 from autoplan.units import Bytes, Seconds
 
 
@@ -94,14 +95,6 @@ class LocalParameter:
         return ceil(self.shape[dim] / shards) * prod(self.shape) // max(self.shape[dim], 1)
 
 
-def border_leaf(body: Body, value: int) -> str:
-    """Where a block returns `value`: the leaf of the `exit` operation that made it."""
-    for op in body.ops:
-        if op.kind == "exit" and op.outputs[0] == value:
-            return op.leaf
-    return ""
-
-
 class LayerModel:
     """The prices of one body at one tp degree and micro-batch."""
 
@@ -121,9 +114,10 @@ class LayerModel:
         dealt: Sequence[Dealt] = (),
         imbalance: float = 1.0,
         plain: LayerModel | None = None,
+        cp_kind: CpKind = "ulysses",
     ) -> None:
         self.body, self.bodies, self.blocks = body, bodies, blocks
-        self.tp, self.cp, self.hardware, self.dtype = tp, cp, hardware, dtype
+        self.tp, self.cp, self.cp_kind, self.hardware, self.dtype = tp, cp, cp_kind, hardware, dtype
         self.gathered = gathered or {}
         """What operations (by index) bring together over cp."""
         self.samples = micro_batch / cp
@@ -224,9 +218,12 @@ class LayerModel:
         whole = sum(value.bytes_at(batch) for value, _ in operands)
         local = sum(self.local_bytes(value, layout) for value, layout in operands)
         fraction = local / whole if whole else 1.0
+        ring = self.ring(op, outcome)
+        rounds = ring.cp if ring else 1
 
         def seconds(flops: float, moved: float, kernels: int) -> Seconds:
-            return kernel_time(op.kind, flops / share, moved * fraction, kernels, self.dtype, self.hardware.device)
+            moved = moved * fraction * rounds
+            return kernel_time(op.kind, flops / share, moved, kernels * rounds, self.dtype, self.hardware.device)
 
         forward = seconds(op.forward_flops.at(batch), op.forward_bytes.at(batch), op.forward_kernels)
         backward = seconds(op.backward_flops.at(batch), op.backward_bytes.at(batch), op.backward_kernels)
@@ -235,22 +232,27 @@ class LayerModel:
             rows = self.body.values[op.inputs[0]].shape[0] * batch
             statistic = rows * DTYPE_BYTES["float32"]
             tp_forward = self._collective("all_reduce", statistic) + self._collective("all_reduce", 2 * statistic)
-        exchanged = sum(self._over_cp("all_to_all", size * self.cp) for size in self.exchanged(op, outcome))
+        sent_forward = sent_backward = sum(self._exchange(size) for size in self.exchanged(op, outcome))
+        if ring:
+            forward, backward, *apart = ring.seconds(forward, backward, self.hardware.device, partial(self._over_cp, "send_recv"))
+            sent_forward, sent_backward = sent_forward + apart[0], sent_backward + apart[1]
         gathered = [sum(self._over_cp("all_gather", size) for size in self.gathers(index, outcome, b)) for b in (False, True)]
         dealing = self.dealing(index)
         return OpCost(
             forward,
             backward,
-            tp_forward + exchanged + gathered[False] + sum(self._sent(*each) for each in dealing.forward),
-            exchanged + gathered[True] + sum(self._sent(*each) for each in dealing.backward),
+            tp_forward + sent_forward + gathered[False] + sum(self._sent(*each) for each in dealing.forward),
+            sent_backward + gathered[True] + sum(self._sent(*each) for each in dealing.backward),
             op.saved_extra.at(batch) / share * (2 if op.causal else 1) + self.copied(index, outcome),
-            max(self._temporary(op, outcome), dealing.held),
+            max(self._temporary(op, outcome), dealing.held, ring.held if ring else 0.0),
         )
 
     def copied(self, index: int, outcome: Outcome) -> Bytes:
-        """What cp has kept for the backward pass beyond a part of every tensor: copies of inputs, and of heads of keys and values
-        where these are fewer than devices."""
-        more = sum(part * (copies - 1) for part, copies in self._parts(self.body.ops[index], outcome))
+        """What cp has kept for the backward pass beyond a part of every tensor: copies of inputs, of heads of keys and values
+        where these are fewer than devices, and what a ring copies."""
+        op = self.body.ops[index]
+        ring = self.ring(op, outcome)
+        more = ring.kept if ring else sum(part * (copies - 1) for part, copies in self._parts(op, outcome))
         return self._cut_inputs.get(index, 0.0) + more
 
     @cached_property
@@ -295,8 +297,20 @@ class LayerModel:
 
     def exchanged(self, op: Op, outcome: Outcome) -> tuple[Bytes, ...]:
         """What a device sends of each operand of attention, to exchange the sequence for heads over cp, and of the result, to
-        exchange them back; as much again of their gradients (`apply.context_parallel`)."""
-        return tuple(part * copies for part, copies in self._parts(op, outcome))
+        exchange them back; as much again of their gradients (`apply.context_parallel`). Of a ring what is dealt out."""
+        ring = self.ring(op, outcome)
+        return ring.dealt if ring else tuple(part * copies for part, copies in self._parts(op, outcome))
+
+    def ring(self, op: Op, outcome: Outcome) -> Ring | None:
+        """How attention is run, if it is a ring."""
+        if op.kind != "attention" or self.cp_kind != "ring" or self.cp == 1:
+            return None
+        query, key, value, out = (part for part, _ in self._parts(op, outcome))
+        return Ring(query, key + value, out, self.cp, op.causal, widened(self.body.values[op.inputs[0]].dtype))
+
+    def _exchange(self, size: Bytes) -> Seconds:
+        """Over cp, of what one device has: by Ulysses with everyone, in a ring with one or two others."""
+        return self._over_cp("send_recv", size) if self.cp_kind == "ring" else self._over_cp("all_to_all", size * self.cp)
 
     def _parts(self, op: Op, outcome: Outcome) -> Iterator[tuple[Bytes, int]]:
         """A device's part of every tensor that is exchanged, and in how many copies it is sent."""
@@ -383,18 +397,3 @@ class LayerModel:
             shape[layout.dim] //= self.tp
         # FSDP cuts dim 0, but a packed parameter's dim 0 is strided already: it cuts dim 1 there
         return LocalParameter(parameter.name, tuple(shape), 1 if layout.blocks > 1 else 0, parameter.trainable)
-
-    def enters(self, index: int) -> Iterator[tuple[int, str, str]]:
-        """(position, block name, leaf) of the inputs of the `call` at `index` that an outer border may redistribute."""
-        op = self.body.ops[index]
-        name, body = self.blocks[op.block]
-        for position, leaf in enumerate(self.bodies[body].input_leaves):
-            if leaf:
-                yield position, name, leaf
-
-    def leaves(self, index: int) -> Iterator[tuple[int, str, str]]:
-        """(position, block name, leaf) of the outputs of the `call` at `index`."""
-        op = self.body.ops[index]
-        name, body = self.blocks[op.block]
-        for position, value in enumerate(self.bodies[body].outputs):
-            yield position, name, border_leaf(self.bodies[body], value)

@@ -98,7 +98,7 @@ def _call(model: LayerModel, sharding: Sharding, index: int, sources: tuple[Layo
     body, op = model.body, model.body.ops[index]
     targets = list(sources)
     moved = model.blocks[op.block][0] in sharding.modules
-    for position, name, leaf in model.enters(index) if moved else ():
+    for position, name, leaf in entering(model, index) if moved else ():
         targets[position] = cross((name, "in", leaf), body.values[op.inputs[position]], sources[position])
     for position, target in enumerate(targets):
         wanted = stream_layout(body.values[op.inputs[position]], sharding.stream)
@@ -107,9 +107,26 @@ def _call(model: LayerModel, sharding: Sharding, index: int, sources: tuple[Layo
                 f"block '{model.blocks[op.block][0]}' expects {wanted}, but its input {position} arrives as {target}."
             )
     results = [stream_layout(body.values[i], sharding.stream) for i in op.outputs]
-    for position, name, leaf in model.leaves(index) if moved else ():
+    for position, name, leaf in leaving(model, index) if moved else ():
         results[position] = cross((name, "out", leaf), body.values[op.outputs[position]], results[position])
     return Outcome(sources, tuple(results), False)
+
+
+def entering(model: LayerModel, index: int) -> Iterator[tuple[int, str, str]]:
+    """(position, block name, leaf) of the inputs of the `call` at `index` that an outer border may redistribute."""
+    name, body = model.blocks[model.body.ops[index].block]
+    for position, leaf in enumerate(model.bodies[body].input_leaves):
+        if leaf:
+            yield position, name, leaf
+
+
+def leaving(model: LayerModel, index: int) -> Iterator[tuple[int, str, str]]:
+    """(position, block name, leaf) of the outputs of the `call` at `index`: a leaf of the `exit` operation that made it."""
+    name, number = model.blocks[model.body.ops[index].block]
+    body = model.bodies[number]
+    for position, value in enumerate(body.outputs):
+        leaf = next((op.leaf for op in body.ops if op.kind == "exit" and op.outputs[0] == value), "")
+        yield position, name, leaf
 
 
 def _fixed(model: LayerModel, index: int, sources: tuple[Layout, ...]) -> Outcome:
@@ -171,11 +188,11 @@ def borders_of(index: int, model: LayerModel, outcome: Outcome, stream: Layout) 
         if source != target:
             yield Border(op.module, "in" if op.kind == "enter" else "out", op.leaf, source, target)
     elif op.kind == "call":
-        for position, name, leaf in model.enters(index):
+        for position, name, leaf in entering(model, index):
             target = stream_layout(model.body.values[op.inputs[position]], stream)
             if outcome.inputs[position] != target:
                 yield Border(name, "in", leaf, outcome.inputs[position], target)
-        for position, name, leaf in model.leaves(index):
+        for position, name, leaf in leaving(model, index):
             source = stream_layout(model.body.values[op.outputs[position]], stream)
             if outcome.outputs[position] != source:
                 yield Border(name, "out", leaf, source, outcome.outputs[position])

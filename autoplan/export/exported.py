@@ -138,7 +138,7 @@ def no_experts(plan: Plan, target: str) -> list[str]:
 
 def ring(plan: Plan, target: str) -> list[str]:
     """What a trainer changes that splits sequences, but passes keys and values on in a ring."""
-    if plan.mesh.cp == 1:
+    if plan.mesh.cp == 1 or plan.mesh.cp_kind == "ring":
         return []
     return [f"the all_to_all around attention: {target} passes keys and values round the {plan.mesh.cp} devices, in another time"]
 

@@ -51,7 +51,7 @@ def _mesh(plan: Plan, made: Choices) -> Flags:
     mesh = plan.mesh
     flags: Flags = {"tensor-model-parallel-size": mesh.tp, "pipeline-model-parallel-size": mesh.pp}
     if mesh.cp > 1:
-        flags |= {"context-parallel-size": mesh.cp, "cp-comm-type": "a2a"}
+        flags |= {"context-parallel-size": mesh.cp, "cp-comm-type": "p2p" if mesh.cp_kind == "ring" else "a2a"}
     if mesh.ep > 1:  # of each expert nothing is split over tp, and ep runs through tp and cp first, as in the plan
         flags |= {"expert-model-parallel-size": mesh.ep, "expert-tensor-parallel-size": 1}
         flags["moe-token-dispatcher-type"] = "alltoall"

@@ -12,7 +12,7 @@ from autoplan.files.document import did_you_mean, read_document, validate
 from autoplan.strategy import DEGREES, parse_layout
 
 _ADAPTER = TypeAdapter(with_config(ConfigDict(extra="forbid"))(Constraints))
-_CHOSEN = [*DEGREES, "micro_batch", "schedule"]
+_CHOSEN = [*DEGREES, "micro_batch", "schedule", "cp_kind"]
 
 
 def load_constraints(path: str | Path) -> Constraints:

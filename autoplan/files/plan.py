@@ -107,8 +107,9 @@ def document(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _mesh_document(mesh: dict[str, int]) -> dict[str, int]:
-    return {axis: size for axis, size in mesh.items() if axis != "ep" or size > 1}
+def _mesh_document(mesh: dict[str, Any]) -> dict[str, Any]:
+    usual = {"ep": 1, "cp_kind": "ulysses"}
+    return {axis: size for axis, size in mesh.items() if size != usual.get(axis)}
 
 
 def _pipeline_document(pipeline: Pipeline) -> dict[str, Any]:
@@ -259,6 +260,10 @@ def _check(plan: Plan) -> None:
     if mesh.cp > 1 and mesh.tp > 1:
         raise UsageError(f"mesh: cp {mesh.cp} and tp {mesh.tp} can't be combined yet.", "Set one of them to 1.")
     _check_experts(plan)
+    if mesh.cp_kind == "ring" and mesh.tp > 1:
+        raise UsageError(f"mesh: ring attention over cp and tp {mesh.tp} can't be combined yet.", "Set cp_kind to ulysses.")
+    if mesh.cp == 1 and mesh.cp_kind != "ulysses":
+        raise UsageError(f"mesh.cp_kind is {mesh.cp_kind}, but mesh.cp is 1.", "Leave cp_kind out.")
     if mesh.cp > 1 and not plan.context:
         raise UsageError(f"mesh.cp is {mesh.cp}, but no input is cut.", "Say which inputs and along which dim: context.")
 

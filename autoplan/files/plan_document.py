@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from autoplan.errors import AutoplanError
 from autoplan.plan import CandidateStatus, SolveStatus
 from autoplan.schedule import ScheduleKind
-from autoplan.strategy import REPLICATE, Layout, Recompute, Zero, parse_layout
+from autoplan.strategy import REPLICATE, CpKind, Layout, Recompute, Zero, parse_layout
 from autoplan.units import BYTE, SECOND, Unit, parse
 from autoplan.workload import Workload
 
@@ -69,6 +69,7 @@ class MeshDocument(_Document):
     cp: _Count = 1
     tp: _Count = 1
     ep: _Count = 1
+    cp_kind: CpKind = "ulysses"
 
 
 class ExpertsDocument(_Document):

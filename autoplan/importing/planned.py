@@ -68,8 +68,9 @@ def _check(told: Configuration, costs: CostModel, mesh: Mesh, micro_batch: int) 
         *undealt(mesh.size, fixed, costs.mixtures)[1],
         *([found] if (found := unstageable(mesh, graph, costs.outer.order)) else []),
     ]
-    if refused:
-        raise UsageError(f"{refused[0].reason}.", "Change that degree, or the model.")
+    reason = refused[0].reason if refused else costs.context.refusal(mesh.cp, mesh.tp, mesh.cp_kind)
+    if reason:
+        raise UsageError(f"{reason}.", "Change that degree, or the model.")
     next(meshes(mesh.size, fixed, (mesh.cp,), (mesh.ep,)))  # raises for axes that do not go together
 
 
@@ -142,7 +143,7 @@ class _Builder:
         sizes = {p.name: p.numel for p in self._parameters(g)}
 
         def rank(sharding: Sharding) -> tuple[bool, int, float]:
-            cost = costs.layer_cost(g, sharding, mesh.tp, self.micro_batch, mesh.cp, mesh.ep)
+            cost = costs.layer_cost(g, sharding, mesh.tp, self.micro_batch, mesh.cp, mesh.ep, mesh.cp_kind)
             cut = sum(sizes.get(name, 0) for name, layout in sharding.parameters if layout.sharded)
             odd = g != OUTER and not (by_the_book(sharding) and sequence_parallel(sharding) == stream.sharded)
             return odd, -cut, cost.forward + cost.tp_forward + cost.backward + cost.tp_backward

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from autoplan.strategy import Border, Experts, Layout, Mesh, Sharding
+from autoplan.strategy import Border, CpKind, Experts, Layout, Mesh, Sharding
 from autoplan.units import BYTE, FLOP, SECOND, show
 
 TIME_WORDS = {
@@ -89,13 +89,19 @@ def plural(number: int, noun: str) -> str:
     return f"{count(number)} {noun}{'es' if noun.endswith(('ch', 'sh')) else 's'}"
 
 
+CP_WORDS: dict[CpKind, str] = {
+    "ulysses": "attention exchanges it for heads (Ulysses)",
+    "ring": "attention passes keys and values round (ring)",
+}
+
+
 def mesh_meaning(mesh: Mesh) -> tuple[tuple[str, int, str], ...]:
     """(axis, size, what it does) of every axis that is used, outermost first."""
     meaning = (
         ("pp", mesh.pp, "stages, each with some of the layers; micro-batches pass from one to the next"),
         ("dp_replicate", mesh.dp_replicate, "copies of the model, each on its own samples (HSDP when there are shards too)"),
         ("dp_shard", mesh.dp_shard, "groups with their own samples; parameters, gradients and optimizer states are split (FSDP)"),
-        ("cp", mesh.cp, "devices that share every sample and split its sequence; attention exchanges it for heads (Ulysses)"),
+        ("cp", mesh.cp, f"devices that share every sample and split its sequence; {CP_WORDS[mesh.cp_kind]}"),
         ("tp", mesh.tp, "devices that share every sample and split the matrices inside a layer"),
         ("ep", mesh.ep, _dealing(mesh)),
     )

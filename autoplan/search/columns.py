@@ -175,7 +175,7 @@ class Tables:
         within = within if self._has_experts(g) else within._replace(ep=1)
         key = (g, within, micro_batch, stream)
         if key not in self._ways:
-            model = self.costs.layer_model(g, within.tp, micro_batch, within.cp, within.ep)
+            model = self.costs.layer_model(g, within.tp, micro_batch, within.cp, within.ep, within.cp_kind)
             self._ways[key] = Ways(model, self.lattice(g, within.tp, stream, within.ep, within.cp))
         return self._ways[key]
 
@@ -334,7 +334,7 @@ class Tables:
 
 
 def _best_arranged(mesh: Mesh) -> Mesh:
-    return Mesh(pp=mesh.pp, dp_shard=mesh.dp, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep)
+    return Mesh(pp=mesh.pp, dp_shard=mesh.dp, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep, cp_kind=mesh.cp_kind)
 
 
 def _zeros(mesh: Mesh, micro_batches: int, *, outer: bool) -> tuple[Zero, ...]:

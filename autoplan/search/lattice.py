@@ -26,7 +26,7 @@ import numpy as np
 from autoplan.cost.context import misplaced
 from autoplan.cost.prices import LayerModel
 from autoplan.cost.rules import Outcome, conversions, outcomes
-from autoplan.cost.walk import changes_memory, saved_values, stream_layout
+from autoplan.cost.walk import changes_memory, entering, saved_values, stream_layout
 from autoplan.graph import Op, Value
 from autoplan.search.dominance import Floats, Ints
 from autoplan.strategy import REPLICATE, Layout
@@ -244,7 +244,7 @@ class Lattice:
         """A block takes its inputs in the stream's layout, if a border can bring them there; its outputs may be brought
         elsewhere where something other than a block uses them."""
         op, model, body = self.body.ops[index], self.model, self.body
-        named = {position for position, _, _ in model.enters(index)}
+        named = {position for position, _, _ in entering(model, index)}
         for position, (i, source) in enumerate(zip(op.inputs, arriving, strict=True)):
             wanted = stream_layout(body.values[i], self.stream)
             reachable = conversions(body.values[i], source or REPLICATE, model.tp) if position in named else (source,)

@@ -9,6 +9,7 @@ from autoplan.errors import NothingFits
 from autoplan.plan import Candidate
 from autoplan.search.columns import Tables
 from autoplan.search.options import Group, Option
+from autoplan.search.space import of_each_kind
 from autoplan.search.stages import Staging
 from autoplan.strategy import Mesh
 from autoplan.units import BYTE, Bytes, show
@@ -87,12 +88,14 @@ def _gathered(staging: Staging) -> Bytes:
 def _enough_gpus(tables: Tables, limit: Bytes, gpus: int) -> int | None:
     """The smallest power-of-two multiple of `gpus` on which the leanest strategies fit, at one sample a group."""
     context = tables.costs.context
-    shared = [(1, tp) for tp in (1, 2, 4, 8)] + [(cp, 1) for cp in (2, 4, 8, 16, 32) if not context.refusal(cp, 1)]
+    shared = [(1, tp) for tp in (1, 2, 4, 8)] + [(cp, 1) for cp in (2, 4, 8, 16, 32) if context.kinds(cp, 1)]
     number = gpus * 2
     while number <= _MOST_GPUS:
         for cp, tp in shared:
-            if number % (cp * tp) == 0 and _fits(tables, Mesh(dp_shard=number // (cp * tp), cp=cp, tp=tp), limit):
-                return number
+            if number % (cp * tp) == 0:
+                mesh = Mesh(dp_shard=number // (cp * tp), cp=cp, tp=tp)
+                if any(_fits(tables, each, limit) for each in of_each_kind(mesh, context)):
+                    return number
         number *= 2
     return None
 

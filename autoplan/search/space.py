@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 
+from autoplan.constraints import Constraints
 from autoplan.cost.context import Context
 from autoplan.cost.experts import Mixtures
 from autoplan.errors import UsageError
@@ -108,7 +110,7 @@ def unstageable(mesh: Mesh, graph: Graph, order: Sequence[int]) -> Candidate | N
 def uncut(gpus: int, fixed: Mapping[str, int], context: Context) -> tuple[list[int], list[Candidate]]:
     """The sizes of cp that the model can be cut into, and the candidate of the first that it can't."""
     sizes = [size for size in divisors(gpus) if size == fixed.get("cp", size)]
-    refused = [size for size in sizes if context.refusal(size, 1)]
+    refused = [size for size in sizes if not context.kinds(size, 1)]
     told = [
         Candidate(mesh=Mesh(dp_shard=gpus // cp, cp=cp), micro_batch=1, status="illegal", reason=context.refusal(cp, 1))
         for cp in refused[:1]
@@ -136,6 +138,24 @@ def combined(
         else:
             possible.append(mesh)
     return possible, list(refused.values())
+
+
+def of_each_kind(mesh: Mesh, context: Context) -> Iterator[Mesh]:
+    """The mesh with every way in which attention can bring the parts of a sequence together."""
+    return (replace(mesh, cp_kind=kind) for kind in context.kinds(mesh.cp, mesh.tp))
+
+
+def legal(
+    gpus: int, fixed: Mapping[str, int], constraints: Constraints, context: Context, mixtures: Mixtures
+) -> tuple[list[Mesh], list[Candidate]]:
+    """The meshes that the constraints allow and the model can be cut into, with every kind of cp; and what is told of others."""
+    cps, uncuttable = uncut(gpus, fixed, context)
+    eps, undivided = undealt(gpus, fixed, mixtures)
+    possible, apart = combined(gpus, fixed, cps, eps, context, mixtures)
+    every = [each for mesh in possible for each in of_each_kind(mesh, context)]
+    degrees = [mesh for mesh in every if all(constraints.allows(axis, getattr(mesh, axis)) for axis in DEGREES)]
+    allowed = [mesh for mesh in degrees if mesh.cp == 1 or constraints.allows("cp_kind", mesh.cp_kind)]
+    return allowed, [*undivided, *uncuttable, *apart]
 
 
 def undealt(gpus: int, fixed: Mapping[str, int], mixtures: Mixtures) -> tuple[list[int], list[Candidate]]:

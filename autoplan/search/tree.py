@@ -1,8 +1,9 @@
 """Best-first branch and bound over meshes, micro-batches and schedules.
 
-A *family* is a size of tp, of cp and of ep with a layout in which activations pass between layers; it splits into *groups*, one a
-micro-batch, a group into *shapes*, one a number of stages and a schedule, and a shape into *stagings*, one a mesh and outer
-strategy, of which the outer strategy is settled last. Each has a lower bound on the step that is valid for everything in it:
+A *family* is a size of tp, of cp and of ep, and a kind of cp, with a layout in which activations pass between layers; it splits
+into *groups*, one a micro-batch, a group into *shapes*, one a number of stages and a schedule, and a shape into *stagings*, one a
+mesh and outer strategy, of which the outer strategy is settled last. Each has a lower bound on the step that is valid for
+everything in it:
 
     family, group   (m / pp) sum_g N_g least_seconds(g)            forward and backward of every operation at its cheapest;
                                                                    memory, bubble and the data-parallel axes ignored. m / pp is
@@ -36,9 +37,9 @@ from autoplan.search.baselines import baselines
 from autoplan.search.candidates import slower
 from autoplan.search.columns import Priced, Tables
 from autoplan.search.ilp import UnsolvedError
-from autoplan.search.space import combined, indivisible, micro_batches, schedules, uncut, undealt, unplaceable, unstageable
+from autoplan.search.space import indivisible, legal, micro_batches, schedules, unplaceable, unstageable
 from autoplan.search.stages import Solution, Staging
-from autoplan.strategy import DEGREES, Layout, Mesh, Within
+from autoplan.strategy import Layout, Mesh, Within
 from autoplan.units import Bytes, Seconds
 
 
@@ -132,7 +133,7 @@ class Tree:
         self.deadline, self.tell, self.constraints, self.top = deadline, tell, constraints, top
         self.meshes: dict[tuple[Within, int], list[Mesh]] = {}
         """By (tp, cp and ep; pp)."""
-        self.refused: list[Candidate] = []
+        self.refused: list[Candidate]
         self.stagings: list[Staging] = []
         self.verdicts: list[Candidate] = []
         self.crowded: set[tuple[Mesh, int]] = set()
@@ -155,13 +156,8 @@ class Tree:
         self.pushed = 0
         self._known_sizes: dict[tuple[Within, int | None], list[int]] = {}
         load, order = tables.costs.workload, tables.costs.outer.order
-        cps, uncuttable = uncut(gpus, fixed, tables.costs.context)
-        eps, undivided = undealt(gpus, fixed, tables.costs.mixtures)
-        possible, apart = combined(gpus, fixed, cps, eps, tables.costs.context, tables.costs.mixtures)
-        self.refused += [*undivided, *uncuttable, *apart]
-        for mesh in possible:
-            if not all(constraints.allows(axis, getattr(mesh, axis)) for axis in DEGREES):
-                continue
+        found, self.refused = legal(gpus, fixed, constraints, tables.costs.context, tables.costs.mixtures)
+        for mesh in found:
             refused = unstageable(mesh, tables.graph, order)
             if refused is None and not micro_batches(mesh, load):
                 refused = indivisible(mesh, load)

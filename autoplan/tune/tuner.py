@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from autoplan.capture import LoadedModel
+from autoplan.constraints import Constraints
 from autoplan.errors import AutoplanError, NothingFits, UsageError
 from autoplan.graph import Graph
 from autoplan.hardware import HardwareProfile
@@ -63,7 +64,9 @@ def candidates(graph: Graph, profile: HardwareProfile, load: Workload, gpus: int
         if found == top:
             return
         with suppress(NothingFits):
-            yield search(graph, profile, load, gpus=gpus, fixed={axis: getattr(mesh, axis) for axis in DEGREES})
+            fixed = {axis: getattr(mesh, axis) for axis in DEGREES}
+            kind = Constraints(only={"cp_kind": [mesh.cp_kind]})
+            yield search(graph, profile, load, gpus=gpus, fixed=fixed, constraints=kind)
             found += 1
 
 

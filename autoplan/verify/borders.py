@@ -73,8 +73,10 @@ def _over_cp(model: LayerModel, step: Step, stream: Layout) -> Iterator[_Sent]:
     if brought or back:
         yield _Sent(step.index, True, brought, back)
     if op.kind == "attention":
-        exchanged = tuple(("all_to_all", size) for size in model.exchanged(op, outcome))
-        yield _Sent(step.index, True, exchanged, exchanged)
+        exchanged, ring = model.exchanged(op, outcome), model.ring(op, outcome)
+        rounds = (ring.forward, ring.backward) if ring else ((), ())
+        forward, backward = (tuple(("all_to_all", size) for size in (*exchanged, *some)) for some in rounds)
+        yield _Sent(step.index, True, forward, backward)
     elif op.kind == "cross_entropy":  # how many labels there are, and the loss
         sizes = DTYPE_BYTES["int64"], DTYPE_BYTES[values[op.outputs[0]].dtype]
         yield _Sent(step.index, True, tuple(("all_reduce", float(size)) for size in sizes))

@@ -8,6 +8,8 @@ With `m` micro-batches, for every virtual stage of a pipeline rank:
                   a GATHERED parameter one all_reduce of its gradient            m times, with dp_shard and zero 1: once
     cp            attention: an all_to_all of every operand forward, of every gradient backward, repeated when the layer is
                   recomputed in full; the loss two small all_reduces                                                     m times
+                  ring: instead of these, messages of keys and values, and backward of their gradients too, and what a causal
+                  one deals out and back (cost.ring); each is an all_to_all in which one or two others get something     m times
     ep            where experts are dealt an all_to_all of their numbers, of the rows and of the results forward, two backward,
                   repeated when the layer is recomputed in full                                                  m times
     dp_shard, cp  zero 3: two gathers and one reduction of each FSDP unit, zero 2: one and one                   m times
@@ -83,7 +85,7 @@ class Stage:
 
     def model(self, body: int) -> LayerModel:
         mesh = self.plan.mesh
-        return self.costs.layer_model(body, mesh.tp, self.plan.micro_batch, mesh.cp, mesh.ep)
+        return self.costs.layer_model(body, mesh.tp, self.plan.micro_batch, mesh.cp, mesh.ep, mesh.cp_kind)
 
     def mine(self, step: Step) -> bool:
         """Does this stage run a step of the outer body?"""

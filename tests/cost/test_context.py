@@ -8,13 +8,15 @@ from functools import cache
 import pytest
 
 import autoplan
+from autoplan.constraints import Constraints
 from autoplan.cost.context import Context, context_inputs, misplaced
 from autoplan.cost.model import CostModel
 from autoplan.cost.rules import Outcome
 from autoplan.graph import Graph, Op
+from autoplan.plan import Plan
 from autoplan.search.planner import search
 from autoplan.search.space import combined, meshes
-from autoplan.strategy import REPLICATE, UNSHARDED, Mesh, Strategy, shard
+from autoplan.strategy import CP_KINDS, REPLICATE, UNSHARDED, Mesh, Strategy, shard
 from autoplan.workload import Workload
 from tests.hardware import machine
 
@@ -132,6 +134,65 @@ def test_long_sequences_are_cut_where_there_is_one_for_many_devices() -> None:
     plan = search(llama(), machine(), Workload(global_batch=2), gpus=4, fixed={"tp": 1, "pp": 1})
     assert plan.mesh.cp == 2
     assert plan.context == (("input_ids", 1), ("labels", 1))
-    refused = search(llama(), machine(), Workload(global_batch=24), gpus=24)
+    refused = search(llama(100), machine(), Workload(global_batch=24), gpus=24)
     reasons = [c.reason for c in refused.candidates if c.status == "illegal"]
     assert any("8 heads of attention in 'layers.0.attention' do not divide over cp 3" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("cp", "tp", "reason"),
+    [(2, 1, ""), (3, 1, ""), (16, 1, ""), (32, 1, "96 positions of 'embedding' do not divide over twice cp 32"), (2, 2, "tp")],
+)
+def test_in_a_ring_positions_alone_must_divide(cp: int, tp: int, reason: str) -> None:
+    told = Context(llama()).refusal(cp, tp, "ring")
+    assert reason in told
+    assert bool(told) == bool(reason)
+
+
+def test_masks_and_dropout_are_refused_in_a_ring() -> None:
+    graph = llama()
+    position, attention = next((i, op) for i, op in enumerate(graph.bodies[0].ops) if op.kind == "attention")
+    dropping = Context(with_op(graph, position, replace(attention, dropout=True)))
+    assert dropping.refusal(2, 1, "ring") == "attention in 'layers.0.attention' drops weights out"
+    masked = Context(with_op(graph, position, replace(attention, inputs=(*attention.inputs, attention.inputs[0]))))
+    assert "a mask of attention" in masked.refusal(2, 1, "ring")
+    assert dropping.kinds(2, 1) == masked.kinds(2, 1) == ("ulysses",)
+    assert Context(graph).kinds(2, 1) == ("ulysses", "ring")
+    assert Context(graph).kinds(3, 1) == ("ring",)
+    assert Context(graph).kinds(1, 1) == ("ulysses",)
+
+
+def test_dropout_is_captured_and_old_fingerprints_hold() -> None:
+    graph = llama()
+    position, attention = next((i, op) for i, op in enumerate(graph.bodies[0].ops) if op.kind == "attention")
+    assert not attention.dropout
+    assert with_op(graph, position, replace(attention, dropout=True)).fingerprint != graph.fingerprint
+
+
+def test_the_planner_takes_the_kind_that_is_legal() -> None:
+    """Three devices for one sequence: its eight heads do not divide."""
+    plan = search(llama(), machine(), Workload(global_batch=1), gpus=3, fixed={"cp": 3})
+    assert (plan.mesh.cp, plan.mesh.cp_kind) == (3, "ring")
+    assert "ring cp 3" in str(plan.mesh)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_the_planner_takes_the_cheaper_kind(batch: int) -> None:
+    def best(kinds: list[int | str]) -> Plan:
+        only = Constraints(only={"cp_kind": kinds})
+        return search(llama(), machine(), Workload(global_batch=batch), gpus=8, fixed={"cp": 8}, constraints=only)
+
+    free, apart = best(["ulysses", "ring"]), [best([kind]) for kind in CP_KINDS]
+    assert [plan.mesh.cp_kind for plan in apart] == ["ulysses", "ring"]
+    cheaper = min(apart, key=lambda plan: plan.prediction.step_time)
+    assert (free.mesh, free.prediction) == (cheaper.mesh, cheaper.prediction)
+
+
+def test_a_ring_hides_its_messages_behind_long_sequences() -> None:
+    def sent(seq_len: int) -> tuple[float, float]:
+        cost = CostModel(llama(seq_len), machine(), Workload(global_batch=8)).layer_cost(0, UNSHARDED, 1, 1, 4, cp_kind="ring")
+        return cost.tp_forward / cost.forward, cost.tp_backward / cost.backward
+
+    short, long = sent(96), sent(960_000)
+    assert long[0] < short[0] / 10
+    assert long[1] < short[1] / 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from autoplan.files.constraints import load_constraints
 from autoplan.plan import Plan
 from autoplan.search.planner import plans, search
 from autoplan.search.space import meshes
-from autoplan.strategy import PARTIAL, shard
+from autoplan.strategy import DEGREES, PARTIAL, shard
 from autoplan.workload import Workload
 from tests.bodies import model
 from tests.hardware import machine
@@ -114,7 +113,8 @@ def test_the_next_best_meshes_are_the_next_best() -> None:
     every = []
     for mesh in meshes(4, {}):
         with suppress(NothingFits):
-            every.append(search(GRAPH, TIGHT, LOAD, gpus=4, fixed=asdict(mesh)).prediction)
+            fixed = {axis: getattr(mesh, axis) for axis in DEGREES}
+            every.append(search(GRAPH, TIGHT, LOAD, gpus=4, fixed=fixed).prediction)
     best = sorted(prediction.step_time for prediction in every)[:3]
     assert [p.prediction.step_time for p in found] == pytest.approx(best, rel=1e-4)
     assert found[0].solve.status == "optimal"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import accumulate, combinations, pairwise, product
 from math import inf, isinf
 from typing import TypeVar
@@ -25,7 +25,7 @@ from autoplan.search.planner import Progress, search
 from autoplan.search.space import meshes, micro_batches, schedules, undealt, unstageable
 from autoplan.search.stages import Staging, chunk_sizes
 from autoplan.search.tree import Tree
-from autoplan.strategy import Layout, Mesh
+from autoplan.strategy import DEGREES, Layout, Mesh
 from autoplan.workload import Workload
 from tests.bodies import expert_block, model
 from tests.hardware import machine
@@ -234,7 +234,8 @@ def test_candidates_tell_prices_that_can_be_had(memory_size: float) -> None:
     best: dict[Mesh, float] = {}
     for mesh in {c.mesh for c in plan.candidates if c.status == "slower"}:
         with suppress(NothingFits):
-            best[mesh] = search(GRAPH, hardware, LOAD, gpus=4, fixed=asdict(mesh)).prediction.step_time
+            fixed = {axis: getattr(mesh, axis) for axis in DEGREES}
+            best[mesh] = search(GRAPH, hardware, LOAD, gpus=4, fixed=fixed).prediction.step_time
     priced = [c for c in plan.candidates if c.status == "slower" and not c.bound]
     assert priced
     for candidate in priced:

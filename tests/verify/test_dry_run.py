@@ -36,18 +36,25 @@ SELECTIVE = {
     "selective, cp x tp + sp": Case(Mesh(cp=2, tp=2), 4, SEQUENCE, "selective"),
     "cp x tp x fsdp": Case(Mesh(dp_shard=2, cp=2, tp=2), 2),
 }
+RING = {
+    "ring": Case(Mesh(cp=4, cp_kind="ring"), 4),
+    "ring, recompute": Case(Mesh(dp_shard=2, cp=2, cp_kind="ring"), 2, recompute="full", zero=1),
+    "ring, selective": Case(Mesh(cp=2, cp_kind="ring"), 4, recompute="selective"),
+}
 WHAT: dict[str, dict[str, Case]] = {
     "llama": {
         name: {**CASES[2], **CASES[4]}[name] for name in ("fsdp, accumulation, recompute", "zero 1, accumulation", "tp + sp x dp")
     }
     | {"deep": PIPELINES[4]["deep, fewer micro-batches"], "mixed": MIXED, "zero 1, tp + sp": ZERO}
-    | SELECTIVE,
+    | SELECTIVE
+    | RING,
     "gpt": {
         name: {**CASES[2], **CASES[4]}[name]
         for name in ("dp only", "zero 2, accumulation", "tp + sp x fsdp, recompute", "cp x fsdp")
     }
     | {name: PIPELINES[4][name] for name in ("zero 1, interleaved", "tp", "cp")}
-    | SELECTIVE,
+    | SELECTIVE
+    | RING,
     "hf_llama": {name: {**CASES[2], **CASES[4]}[name] for name in ("hsdp, zero 1, recompute", "cp x dp")}
     | {name: PIPELINES[4][name] for name in ("zero 2, gpipe, recompute",)}
     | {
