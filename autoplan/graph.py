@@ -182,6 +182,23 @@ class Body:
             alive += op.outputs
         return tuple(found)
 
+    @cached_property
+    def repeated(self) -> frozenset[int]:
+        """Calls that follow another call, of which the next one takes all results and nobody else does, and that are given
+        nothing besides that is not given to the one before: what holds of the first of such a row holds of each."""
+        users: dict[int, list[int]] = {}
+        for index, op in enumerate(self.ops):
+            for i in op.inputs:
+                users.setdefault(i, []).append(index)
+        found = set()
+        for index in range(1, len(self.ops) - 1):
+            before, op, after = self.ops[index - 1 : index + 2]
+            passed = all(users.get(i) == [index + 1] and i not in self.outputs for i in op.outputs)
+            alike = passed and not op.saved and set(op.inputs) <= {*before.inputs, *before.outputs}
+            if alike and before.kind == op.kind == after.kind == "call":
+                found.add(index)
+        return frozenset(found)
+
     def made(self, value: int) -> bool:
         """Whether an operation makes the memory in which a value lives."""
         return self.values[value].storage in self._made
