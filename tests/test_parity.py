@@ -66,8 +66,6 @@ CASES: dict[int, dict[str, Case]] = {
         "tp + sp, recompute": Case(Mesh(tp=2), 4, SEQUENCE, "full"),
         "cp": Case(Mesh(cp=2), 4),
         "cp, zero 1, recompute": Case(Mesh(cp=2), 1, recompute="full", zero=1),
-        "cp, ring": Case(Mesh(cp=2, cp_kind="ring"), 4),
-        "cp, ring, again": Case(Mesh(cp=2, cp_kind="ring"), 4, recompute="selective"),
     },
     4: {
         "hsdp": Case(Mesh(dp_replicate=2, dp_shard=2), 2),
@@ -77,8 +75,6 @@ CASES: dict[int, dict[str, Case]] = {
         "tp + sp x dp": Case(Mesh(dp_replicate=2, tp=2), 4, SEQUENCE),
         "cp x fsdp": Case(Mesh(dp_shard=2, cp=2), 2),
         "cp, heads of keys shared": Case(Mesh(cp=4), 8),
-        "ring": Case(Mesh(cp=4, cp_kind="ring"), 8),
-        "ring x fsdp": Case(Mesh(dp_shard=2, cp=2, cp_kind="ring"), 2, recompute="full"),
         "cp x dp": Case(Mesh(dp_replicate=2, cp=2), 2, recompute="full"),
         "cp x tp": Case(Mesh(cp=2, tp=2), 4, zero=1),
         "cp x tp + sp, recompute": Case(Mesh(cp=2, tp=2), 4, SEQUENCE, "full"),

@@ -285,7 +285,7 @@ def test_fixed_axes_are_kept() -> None:
     with pytest.raises(UsageError, match="tp 3 does not divide 8 devices"):
         search(GRAPH, machine(), LOAD, gpus=8, fixed={"tp": 3})
     with pytest.raises(UsageError, match="does not make 8 devices"):
-        search(GRAPH, machine(), LOAD, gpus=8, fixed={"pp": 1, "tp": 2, "dp_shard": 2, "dp_replicate": 1})
+        search(GRAPH, machine(), LOAD, gpus=8, fixed={"pp": 1, "cp": 1, "tp": 2, "dp_shard": 2, "dp_replicate": 1})
     with pytest.raises(UsageError, match="no mesh axis 'xp'"):
         search(GRAPH, machine(), LOAD, gpus=8, fixed={"xp": 2})
 
