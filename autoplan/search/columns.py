@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar, get_args
@@ -22,6 +22,7 @@ from autoplan.cost.step import NOTHING, DataParallel, LayerStep, best_of, data_p
 from autoplan.graph import DTYPE_BYTES
 from autoplan.search.corner import Corner
 from autoplan.search.dominance import Bools, unbeaten
+from autoplan.search.ilp import Choice
 from autoplan.search.lattice import Lattice
 from autoplan.search.options import Column, Columns, Costs
 from autoplan.search.rough import Rough, share_of
@@ -55,6 +56,8 @@ class Priced:
     """By body; without a pipeline OUTER is one of them."""
     outers: tuple[Outer, ...] = ()
     """With a pipeline: the outer strategies, of which all stages take the same."""
+    solved: dict[Hashable, dict[Hashable, Choice | None]] = field(default_factory=dict, init=False, compare=False)
+    """By schedule what `search.stages` has found for stages that have nothing of the outer body."""
 
     @cached_property
     def best_outer(self) -> Outer | None:

@@ -20,7 +20,7 @@ from math import inf
 
 from autoplan.cost.model import OUTER, Cut
 from autoplan.schedule import ScheduleKind, exposed_hops, in_flight_by_chunk, slots
-from autoplan.search.bounds import fits, least_bytes, relaxed_seconds
+from autoplan.search.bounds import Ranks, fits, least_bytes, level, relaxed_seconds
 from autoplan.search.columns import Outer, Priced, Tables
 from autoplan.search.cuts import Value, at_least, best_cut, chunk_sizes, farthest, least_bottleneck
 from autoplan.search.dominance import Floats
@@ -31,8 +31,6 @@ from autoplan.units import Bytes, Seconds
 
 RUNS = 3
 """Of inner ranks that a first bound looks at."""
-STEPS = 4
-"""... makes."""
 
 Assignment = dict[int, list[tuple[Column, int]]]
 """Body -> its columns with the number of layers that use each."""
@@ -75,6 +73,7 @@ class Staging:
         self._relaxed: dict[Hashable, Seconds] = {}
         self._outer_stages: dict[int, tuple[Seconds, Bytes, Bytes]] = {}
         self._exact: dict[Hashable, Choice | None] = {}
+        self._shared = priced.solved.setdefault((schedule, chunks), {})
 
     @cached_property
     def settled(self) -> list[Staging]:
@@ -188,29 +187,16 @@ class Staging:
         return max(self.quick_bound, self.many * slowest + self.few * self.fastest + self.hops)
 
     def _level(self) -> Seconds:
-        """No rank's slot can be shorter if the ranks have all layers together, parts of layers too: by `Options.part`, of some
-        ranks as of the last among them, which has the fewest micro-batches in flight.
-
-        What they have together grows ever more slowly with the seconds, so that Newton's steps from below never pass the end.
-        """
+        """No rank's slot can be shorter: `bounds.level`, of inner ranks in some runs as of the last in each, which has the fewest
+        micro-batches in flight."""
+        (g,) = self.tables.counts
         inner = range(1, self.ranks - 1)
         runs = [inner[i * len(inner) // RUNS : (i + 1) * len(inner) // RUNS] for i in range(RUNS)]
-        ranks = [(0, 1), (self.ranks - 1, 1), *((run[-1], len(run)) for run in runs if run)]
-        (g,) = self.tables.counts
-        slowest = self.fastest / self.ranks
-        for _ in range(STEPS):
-            placed = more = 0.0
-            for s, alike in ranks:
-                beside, size, peak = self._outer_at(s)
-                options = self._layer_options(g, min(self.flight(s)))
-                number, grows = options.part(self.limits[s] - size, peak, slowest - beside)
-                placed, more = placed + alike * max(number, 0.0), more + alike * grows
-            if placed >= self.layers * (1 - 1e-9):
-                break
-            if not more:
-                return inf
-            slowest += (self.layers - placed) / more
-        return slowest * (1 - 1e-9)
+        found = []
+        for s, alike in [(0, 1), (self.ranks - 1, 1), *((run[-1], len(run)) for run in runs if run)]:
+            beside, size, peak = self._outer_at(s)
+            found.append(Ranks(alike, self._layer_options(g, min(self.flight(s))), self.limits[s] - size, peak, beside))
+        return level(found, self.layers, self.fastest / self.ranks)
 
     def bound(self) -> Seconds:
         """A bound on the step with memory in it; infinite when nothing fits."""
@@ -341,9 +327,16 @@ class Staging:
             if not unsolved:
                 return self._solution(found.cost + self.hops, runs)
             for run in unsolved:
-                groups = self.groups(*run)
-                limit = self.limits[run[0]]
-                self._exact[self._key(*run)] = choose(groups, limit, gap=gap) if fits(groups, limit) else None
+                self._exact[self._key(*run)] = self._chosen(*run, gap)
+
+    def _chosen(self, s: int, i: int, j: int, gap: float) -> Choice | None:
+        """The exact best of a run; the same under all outer strategies where it has nothing of the outer body."""
+        known = {} if self._parts(s, i, j) or self.outer is None else self._shared
+        key = (self._key(s, i, j), gap)
+        if key not in known:
+            groups, limit = self.groups(s, i, j), self.limits[s]
+            known[key] = choose(groups, limit, gap=gap) if fits(groups, limit) else None
+        return known[key]
 
     def _known(self, s: int, i: int, j: int) -> Seconds:
         """The best that is known of a run: solved, or bounded."""

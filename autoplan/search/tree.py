@@ -32,6 +32,7 @@ from time import monotonic
 
 from autoplan.constraints import Constraints
 from autoplan.plan import Baseline, Candidate
+from autoplan.schedule import ScheduleKind
 from autoplan.search.baselines import baselines
 from autoplan.search.candidates import slower
 from autoplan.search.columns import Priced, Tables
@@ -60,7 +61,8 @@ Tell = Callable[[Progress], None]
 Found = tuple[Staging, Solution]
 
 DIVE = 0.03
-"""A staging that may be faster than what is known by more than this is solved at once: a good plan early prunes the rest."""
+"""A staging that may be faster than what is known by more than this, unlike any before, is solved at once: a good plan early
+prunes the rest."""
 RUNNERS_UP = 4
 """Other meshes that are solved after the proof, so that a reader sees what they would cost."""
 ATTEMPTS = 24
@@ -110,6 +112,7 @@ class Tree:
         self.open: list[tuple[Seconds, int, Node]] = []
         self.waiting: list[tuple[Seconds, int, Node]] = []
         """Likewise, until the first ones are done."""
+        self.dives: set[tuple[Within, int, ScheduleKind, int]] = set()
         self.pushed = 0
 
     def run(self) -> bool:
@@ -327,7 +330,9 @@ class Tree:
             self._prune(staging)
             return
         bound = max(bound, staging.bound())
-        if bound < (1 - DIVE) * self.known:
+        alike = (staging.priced.mesh.within, staging.ranks, staging.schedule, staging.chunks)
+        if bound < (1 - DIVE) * self.known and alike not in self.dives:
+            self.dives.add(alike)
             self._solve(staging, bound, self.known)
         else:
             self._push(bound, Bounded(staging))
