@@ -16,7 +16,7 @@ from autoplan.units import Bytes, Seconds
 LISTED = 64
 """Candidates that a plan lists, the best first; the proof covers all of them."""
 REFUSED = 24
-"""Of these, candidates at most that are out of memory or illegal."""
+"""Of these, candidates at most that are out of memory or illegal, of these one for every reason."""
 NEAR = 4
 """Sizes of tp and cp among which the nearest miss is sought when there is room on none."""
 
@@ -36,11 +36,18 @@ def candidates(tree: Tree) -> tuple[list[Candidate], int]:
         replace(c, status="chosen", reason="the fastest") if key == chosen else told(_no_later(tree, c), solution.seconds)
         for key, c in found.items()
     ]
+    listed += [_verdict(tree, p, solution.seconds) for key, p in sorted(pruned.items())[:LISTED] if key not in found]
+    listed += [c for key, c in list(refused.items()) if key not in found and key not in pruned]
     listed.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
-    rest = [_verdict(tree, p, solution.seconds) for key, p in sorted(pruned.items())[:LISTED] if key not in found]
-    rest += [c for key, c in list(refused.items())[:LISTED] if key not in found and key not in pruned]
-    rest.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
-    return [*listed[: LISTED - len(rest[:REFUSED])], *rest[:REFUSED]], len(covered)
+    slower_ones = [c for c in listed if c.step_time is not None]
+    others = _of_every_reason([c for c in listed if c.step_time is None])[:REFUSED]
+    return [*slower_ones[: LISTED - len(others)], *others], len(covered)
+
+
+def _of_every_reason(refused: list[Candidate]) -> list[Candidate]:
+    """What does not fit, and of what is illegal the first for every reason."""
+    reasons = {c.reason: c for c in reversed(refused) if c.status == "illegal"}
+    return [c for c in refused if c.status != "illegal" or reasons[c.reason] is c]
 
 
 def misses(tree: Tree) -> list[Staging]:
