@@ -188,10 +188,10 @@ def data_parallel(cost: HasParameters, mesh: Mesh, hardware: HardwareProfile, lo
     gather = reduction = final = 0.0
     numel = trainable = whole = whole_trainable = 0.0
     for dealt, shards, stride in ((False, mesh.shards, mesh.tp), (True, mesh.efsdp, mesh.ep)):
-        gathered, trained = cost.sizes(dealt, 1)
-        if not np.any(gathered):
-            continue
         local = cost.sizes(dealt, shards)
+        if not np.any(local.numel):
+            continue
+        gathered, trained = local.numel * shards, local.trainable * shards  # with what FSDP fills up the last shards
         numel, trainable = numel + local.numel, trainable + local.trainable
         whole, whole_trainable = whole + gathered, whole_trainable + trained
 
