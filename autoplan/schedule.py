@@ -38,7 +38,7 @@ from typing import Literal, NamedTuple
 from autoplan.errors import UsageError
 from autoplan.units import Seconds
 
-ScheduleKind = Literal["gpipe", "1f1b", "interleaved-1f1b"]
+ScheduleKind = Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble"]
 
 WARM = 8
 """Multiples of the number of stages after which a pipeline is taken to repeat itself."""
@@ -50,6 +50,8 @@ class Task(NamedTuple):
     chunk: int
     micro_batch: int
     backward: bool
+    weights: bool = False
+    """Of a backward pass that is split: the gradients of weights; else those of inputs come with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,9 @@ def order(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunk
         _single(kind, chunks)
         forward = [Task(0, i, False) for i in range(micro_batches)]
         return forward + [Task(0, i, True) for i in range(micro_batches)]
+    if kind == "zero-bubble":
+        _single(kind, chunks)
+        return _split(stage, stages, micro_batches)
     if kind == "1f1b":
         _single(kind, chunks)
         ahead = min(stages - stage - 1, micro_batches)
@@ -96,6 +101,22 @@ def order(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunk
     forward = [Task(c, first + i, False) for first in groups for c in range(chunks) for i in range(stages)]
     backward = [Task(c, first + i, True) for first in groups for c in reversed(range(chunks)) for i in range(stages)]
     return _alternate(forward, backward, _ahead(stage, stages, chunks, len(forward)))
+
+
+def _split(stage: int, stages: int, micro_batches: int) -> list[Task]:
+    """As 1f1b; the gradients of weights follow those of inputs `stage` micro-batches later, so that they fill what is left."""
+    rounds = max(1, micro_batches // stages)
+    if micro_batches % rounds:
+        raise UsageError(
+            f"zero-bubble runs micro-batches in rounds of its {stages} stages: {micro_batches} do not divide into {rounds} rounds."
+        )
+    ahead = min(stages - stage - 1, micro_batches)
+    tasks = [Task(0, i, False) for i in range(ahead)]
+    for i in range(micro_batches):
+        tasks += [Task(0, i + ahead, False)] if i + ahead < micro_batches else []
+        tasks += [Task(0, i, True)]
+        tasks += [Task(0, i - stage, True, True)] if i >= stage else []
+    return tasks + [Task(0, i, True, True) for i in range(max(0, micro_batches - stage), micro_batches)]
 
 
 def in_flight(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> int:

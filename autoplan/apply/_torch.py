@@ -15,6 +15,7 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 # The stages and schedules of a pipeline, of which `LeanStage` and `AnyCount` change a little.
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -230,8 +231,8 @@ class LeanStage(PipelineStage):
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        self.submod.before_backward(bwd_chunk_id)  # type: ignore[operator]
-        result = super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        with self.submod.backward_pass(bwd_chunk_id):  # type: ignore[operator]
+            result = super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         if not self.is_last:
             self._release(self.grad_recv_info[bwd_chunk_id])
         return result
@@ -250,6 +251,42 @@ class LeanStage(PipelineStage):
         for info in infos:
             if getattr(info, "buffer", None) is not None:
                 info.buffer = torch.empty_like(info.buffer, device="meta").requires_grad_(info.buffer.requires_grad)
+
+
+def end_backward(module: FSDPModule, reduced: set[int]) -> None:
+    """What FSDP does when a module's gradients have come: for those that come outside a backward pass.
+
+    `reduced` are the parameters that had gradients before in this step: these are reduced each time, for FSDP adds up what it
+    has reduced over dp_shard before it goes over dp_replicate.
+    """
+    for group in _groups(module):
+        for parameter in group.fsdp_params:
+            gathered = getattr(parameter, "_unsharded_param", None)
+            if gathered is None:
+                continue
+            if gathered.grad is not None or parameter.unsharded_accumulated_grad is not None:
+                reduced.add(id(parameter))
+            elif id(parameter) in reduced:
+                gathered.grad = torch.zeros_like(gathered)
+        group.post_backward()
+
+
+def end_step(root: FSDPModule) -> None:
+    """What FSDP does at the end of a backward pass, for one that it has not seen; `root` has been told that it is the last."""
+    root._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def gathered_ids(module: FSDPModule) -> set[int]:
+    """Ids of the module's own parameters as they are when they are gathered; FSDP uses the same objects again."""
+    found = (parameter for group in _groups(module) for parameter in group.fsdp_params)
+    return {id(parameter._unsharded_param) for parameter in found if hasattr(parameter, "_unsharded_param")}
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    """Since 2.13 there may be several."""
+    state = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)
+    return [state._fsdp_param_group] if several is None and state._fsdp_param_group else list(several or ())
 
 
 class AnyCount(PipelineScheduleSingle):
@@ -288,9 +325,12 @@ __all__ = [
     "beside",
     "blank",
     "call_module",
+    "end_backward",
+    "end_step",
     "flash",
     "flash_backward",
     "flattened",
+    "gathered_ids",
     "has_flash",
     "memory_of",
     "passed_on",
