@@ -1,10 +1,10 @@
 """The backward pass in two parts, for the zero-bubble schedule: gradients of inputs at once, those of weights later.
 
-Only products with a weight are split, where half of the work is the weight's gradient: `F.linear`, and `addmm`, `mm`, `matmul` by
-a parameter. While `splitting` is on, a mode puts `_Product` in their place, which computes the same and whose backward pass leaves
-to a `Later` what the weight's gradient is made of: the product's input and its output's gradient. All else has its backward pass
-at once, and the graph is freed, with all that is not needed any more. `torch.distributed.pipelining` awaits just this of a
-`dw_builder`; what it does without one keeps the whole graph until then, and would recompute a layer once for every weight.
+Only `F.linear` by a parameter is split, where half of the work is the weight's gradient. While `splitting` is on, a mode puts
+`_Product` in its place, which computes the same and whose backward pass leaves to a `Later` what the weight's gradient is made of:
+the product's input and its output's gradient. All else has its backward pass at once, and the graph is freed, with all that is
+not needed any more. `torch.distributed.pipelining` awaits just this of a `dw_builder`; what it does without one keeps the whole
+graph until then, and would recompute a layer once for every weight.
 
 Everything works on DTensors as on tensors: the formulas are autograd's own, so that they redistribute alike.
 """
@@ -30,14 +30,11 @@ class Product(NamedTuple):
     weight: nn.Parameter
     input: torch.Tensor
     gradient: torch.Tensor
-    transposed: bool
-    """The weight is (out, in), as that of `F.linear`."""
 
     @torch.no_grad()
     def add(self) -> None:
         """Add it to the weight's gradient."""
-        rows, made = _rows(self.input), _rows(self.gradient)
-        found = made.t().mm(rows) if self.transposed else rows.t().mm(made)
+        found = _rows(self.gradient).t().mm(_rows(self.input))
         if self.weight.grad is None:
             self.weight.grad = found
         else:
@@ -80,65 +77,42 @@ class _Splitting(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        found = _OPERANDS.get(func)
-        operands = found(*args, **(kwargs or {})) if found is not None and torch.is_grad_enabled() else None
-        if operands is None:
-            return func(*args, **(kwargs or {}))
-        return _Product.apply(*operands)
+        if func is F.linear and torch.is_grad_enabled():
+            return _linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
-Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, bool]
-"""Input, weight, bias, and whether the weight is (out, in)."""
-
-
-def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Operands | None:
-    return (input, weight, bias, True) if _is_weight(weight) else None
-
-
-def _addmm(bias: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, **scales: Any) -> Operands | None:
-    return (input, weight, bias, False) if _is_weight(weight) and bias.ndim == 1 and not scales else None
-
-
-def _matmul(input: torch.Tensor, weight: torch.Tensor, **options: Any) -> Operands | None:
-    return (input, weight, None, False) if _is_weight(weight) and input.ndim > 1 and not options else None
-
-
-_OPERANDS: dict[Any, Callable[..., Operands | None]] = {
-    F.linear: _linear,
-    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _addmm),
-    **dict.fromkeys((torch.mm, torch.matmul, torch.Tensor.mm, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
-}
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if not _is_weight(weight):
+        return F.linear(input, weight, bias)
+    made: torch.Tensor = _Product.apply(input, weight, bias)
+    return made
 
 
 def _is_weight(tensor: Any) -> bool:
-    return isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.ndim == 2
+    """Whether it is a parameter itself: of what is made of one autograd brings the gradient back."""
+    return isinstance(tensor, nn.Parameter) and tensor.is_leaf and tensor.requires_grad and tensor.ndim == 2
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.transposed, ctx.weight = transposed, weight  # what is unpacked of a layer that runs again is not the parameter itself
-        if transposed:
-            made = F.linear(input, weight, bias)
-        else:
-            made = input.matmul(weight) if bias is None else torch.addmm(bias, input, weight)
-        return made.detach()  # no view to autograd: those of functions like this one can't be written into
+        ctx.weight = weight  # what is unpacked of a layer that runs again is not the parameter itself
+        return F.linear(input, weight, bias).detach()  # no view to autograd: those of such functions can't be written into
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         rows = _rows(gradient)
-        passed = rows.mm(weight if ctx.transposed else weight.t()).view(input.shape) if ctx.needs_input_grad[0] else None
+        passed = rows.mm(weight).view(input.shape) if ctx.needs_input_grad[0] else None
         bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        product = Product(ctx.weight, input.detach(), gradient, ctx.transposed)
+        product = Product(ctx.weight, input.detach(), gradient)
         if Later.on is None:
             product.add()
         else:
             Later.on.products.append(product)
-        return passed, None, bias, None
+        return passed, None, bias
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -82,6 +82,8 @@ def schedules(mesh: Mesh, micro_batches: int, graph: Graph) -> list[tuple[Schedu
     if mesh.pp == 1:
         return [("1f1b", 1)]
     found: list[tuple[ScheduleKind, int]] = [("1f1b", 1), ("gpipe", 1)]
+    if micro_batches >= mesh.pp:  # with fewer nearly all gradients of weights come at the end
+        found.append(("zero-bubble", 1))
     if len(graph.bodies) == 1 and micro_batches % mesh.pp == 0:
         found += [("interleaved-1f1b", chunks) for chunks in _chunks(len(graph.blocks), mesh.pp)]
     return found
