@@ -253,18 +253,26 @@ class LeanStage(PipelineStage):
                 info.buffer = torch.empty_like(info.buffer, device="meta").requires_grad_(info.buffer.requires_grad)
 
 
-def end_backward(module: FSDPModule, reduced: set[int]) -> None:
+def end_backward(module: FSDPModule, whole: bool, reduced: set[int]) -> None:
     """What FSDP does when a module's gradients have come: for those that come outside a backward pass.
 
-    `reduced` are the parameters that had gradients before in this step: these are reduced each time, for FSDP adds up what it
-    has reduced over dp_shard before it goes over dp_replicate.
+    FSDP has brought those of the backward passes before it into the format in which it reduces, and wants one for all: under
+    ZeRO 1 (`whole`) that one, in which it adds them up; else that of the gradients, which takes less room. `reduced` are the
+    parameters that had gradients before in this step: these are reduced each time, for FSDP adds up what it has reduced over
+    dp_shard before it goes over dp_replicate.
     """
     for group in _groups(module):
         for parameter in group.fsdp_params:
             gathered = getattr(parameter, "_unsharded_param", None)
             if gathered is None:
                 continue
-            if gathered.grad is not None or parameter.unsharded_accumulated_grad is not None:
+            parameter.accumulate_unsharded_grad_if_needed()
+            if whole:
+                parameter.to_accumulated_grad_if_needed()
+            elif parameter.unsharded_accumulated_grad is not None:
+                gathered.grad = parameter.unsharded_accumulated_grad.to(gathered.dtype)
+                parameter.unsharded_accumulated_grad = None
+            if gathered.grad is not None or whole:
                 reduced.add(id(parameter))
             elif id(parameter) in reduced:
                 gathered.grad = torch.zeros_like(gathered)

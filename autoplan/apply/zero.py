@@ -57,10 +57,10 @@ def after_weights(units: Iterable[Unit], last: bool, reduced: set[int]) -> None:
     """Reduce gradients, as `before_backward` says of a backward pass that makes them all, when those of weights have come.
     `reduced`: see `end_backward`."""
     for module, zero in units:
-        if last or zero != 1:
+        if zero != 1:
             module.set_requires_gradient_sync(True, recurse=False)
-            before_backward([(module, zero)], last)
-            end_backward(module, reduced)
+        before_backward([(module, zero)], last)
+        end_backward(module, zero == 1, reduced)
 
 
 def spare(units: Iterable[Unit]) -> None:

@@ -21,10 +21,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from autoplan.cost.prices import LayerModel
+from autoplan.cost.rules import Outcome
 from autoplan.cost.step import LayerStep
 from autoplan.cost.walk import Step, shared_root, stream_layout, walk
 from autoplan.graph import DTYPE_BYTES, Op
-from autoplan.strategy import REPLICATE, Layout, Sharding
+from autoplan.strategy import GATHERED, REPLICATE, Layout, Sharding
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import Workload
 
@@ -46,14 +47,15 @@ def late(model: LayerModel, sharding: Sharding, regions: frozenset[int] | None =
     return Late(account.seconds, account.bytes, account.weights)
 
 
-def is_split(model: LayerModel, op: Op) -> str | None:
-    """The name of the weight whose gradient comes late; None where it doesn't."""
+def _split(model: LayerModel, op: Op, outcome: Outcome) -> str | None:
+    """The name of the weight whose gradient comes late; None where it doesn't. Packed ones and those that need an all_reduce over
+    tp are computed with as plain tensors (`apply.local_ops`), whose gradients autograd makes."""
     if op.kind != "linear" or len(op.inputs) < 2:
         return None
-    name = model.body.values[op.inputs[1]].parameter
+    name, layout = model.body.values[op.inputs[1]].parameter, outcome.inputs[1]
     if name is None or not model.body.parameter(name).trainable or model.holder(name):
         return None
-    return name if len(model.body.parameter(name).shape) == 2 else None
+    return None if model.tp > 1 and (layout == GATHERED or layout.blocks > 1) else name
 
 
 class _Account:
@@ -72,7 +74,7 @@ class _Account:
             self.root.update({i: i for i in op.outputs})  # as if it were moved: never less
         else:
             self.root.update({i: shared_root(model.body, op, i, self.root) for i in op.outputs})
-        name = is_split(model, op) if wanted else None
+        name = _split(model, op, outcome) if wanted else None
         if name is None:
             return
         forward, backward = op.forward_flops.at(1), op.backward_flops.at(1)
