@@ -53,7 +53,7 @@ def _split(model: LayerModel, op: Op, outcome: Outcome) -> str | None:
     if op.kind != "linear" or len(op.inputs) < 2:
         return None
     name, layout = model.body.values[op.inputs[1]].parameter, outcome.inputs[1]
-    if name is None or not model.body.parameter(name).trainable or model.holder(name):
+    if name is None or not model.body.parameter(name).trainable:
         return None
     return None if model.tp > 1 and (layout == GATHERED or layout.blocks > 1) else name
 
@@ -77,8 +77,8 @@ class _Account:
         name = _split(model, op, outcome) if wanted else None
         if name is None:
             return
-        forward, backward = op.forward_flops.at(1), op.backward_flops.at(1)
-        self.seconds += model.op(step.index, outcome).backward * (min(1.0, forward / backward) if backward else 0.0)
+        if not model.holder(name):  # experts that are dealt may be computed with as plain tensors, too
+            self._weight(step, name)
         self.bytes += sum(
             model.local_bytes(model.body.values[i], layout) for i, layout in zip(op.outputs, outcome.outputs, strict=True)
         )
@@ -86,9 +86,14 @@ class _Account:
         if root not in self.counted:
             self.counted.add(root)
             self.bytes += model.local_bytes(model.body.values[root], self.layouts.get(root, REPLICATE))
+
+    def _weight(self, step: Step, name: str) -> None:
+        op, model = step.op, self.model
+        forward, backward = op.forward_flops.at(1), op.backward_flops.at(1)
+        self.seconds += model.op(step.index, step.outcome).backward * (min(1.0, forward / backward) if backward else 0.0)
         if name not in self.named:
             self.named.add(name)
-            self.weights += model.local_parameter(model.body.parameter(name), outcome.inputs[1]).numel(1)
+            self.weights += model.local_parameter(model.body.parameter(name), step.outcome.inputs[1]).numel(1)
 
 
 def split_step(step: LayerStep, left: Late, trained: float, ranks: int, reduced: bool, load: Workload, outer: bool) -> LayerStep:
