@@ -7,12 +7,13 @@ work (`order`); the times then follow from the order, by the earliest start that
     forward(k, i)   after forward(k - 1, i) + p2p        and after the work before it on its stage
     backward(k, i)  after backward(k + 1, i) + p2p       (the last one: after its own forward)
 
-Under zero-bubble (ZB-H1 of Qi et al., "Zero Bubble Pipeline Parallelism", 2023) a backward pass is two tasks: that of the inputs,
-which the stage before waits for, and that of the weights, which only comes after it, on stage `s` by `s` micro-batches.
+(`timeline`). Under zero-bubble (ZB-H1 of Qi et al., "Zero Bubble Pipeline Parallelism", 2023) a backward pass is two tasks: that
+of inputs, which the stage before waits for, and that of weights, which comes after it, on stage `s` by `s` micro-batches.
 
-(`timeline`). For equal stages, `v = 1` and `p2p = 0` this gives the textbook (m + p - 1)(f + b) for gpipe and 1f1b; with
+For equal stages, `v = 1` and `p2p = 0` this gives the textbook (m + p - 1)(f + b) for gpipe and 1f1b; with
 `v` chunks of f / v and b / v, interleaving waits only (p - 1)(f + b) / v. With b = i + w, of inputs and of weights, zero-bubble
-waits (p - 1) max(f, i, f + i - w) if there are `p` micro-batches or more, else at most (p - 1)(f + i). No formula is known to us for unequal stages.
+waits (p - 1) max(f, i, f + i - w) if there are `p` micro-batches or more, else at most (p - 1)(f + i). No formula is known to us
+for unequal stages.
 
 Once warm, a schedule repeats itself every `2 p` micro-batches at most, so `pipeline_seconds` runs a timeline of less than
 `(WARM + 2) p` micro-batches and continues it with its last slope, or the busiest stage's work if that is more: thousands of
@@ -27,9 +28,9 @@ The search needs a price that is a sum. With `u_s` seconds of stage `s` for one 
                                                         interleaved; 2 (p - 1) (1 + (m - 1) / p) under 1f1b and zero-bubble,
                                                         which hides all but 4 (p - 1) of them if a hop is shorter than w / 2
 
-(`additive_seconds`). For equal stages it is the timeline's own length, but for the hops under 1f1b and zero-bubble; for unequal ones,
-whose backward passes take alike so many times their forward passes, it is never less, for it lets the slowest stage wait for
-the filling and draining of all others, some of which runs beside it.
+(`additive_seconds`). For equal stages it is the timeline's own length, but for up to two hops under 1f1b, and more of them under
+zero-bubble; for unequal ones, whose backward passes take alike so many times their forward passes, it is never less, for it lets
+the slowest stage wait for the filling and draining of all others, some of which runs beside it.
 
 Why an order and not a formula: what a picture draws, what a price says and what `torch.distributed.pipelining` runs are
 the same list, and no formula holds for unequal stages with p2p.

@@ -106,7 +106,6 @@ def test_zero_bubble_is_pytorchs_order(stages, micro_batches):
 
 @given(parts, stage_counts, st.integers(1, 24), st.floats(0.0, 1.0))
 def test_the_sum_is_the_zero_bubble_of_equal_stages(times, p, m, share):
-    f, i, w = times
     q = filling(*times, m >= p)
     sums, line = additive_seconds("zero-bubble", [sum(times)] * p, m, share=q), split("zero-bubble", [times] * p, m).seconds
     assert sums == pytest.approx(line) if m >= p else sums >= line * (1 - 1e-9)
@@ -168,7 +167,9 @@ def test_1f1b_holds_no_more_than_it_has_stages_ahead():
     assert [in_flight("interleaved-1f1b", s, 4, 16, 2) for s in range(4)] == [11, 9, 7, 5]
 
 
-@pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("zero-bubble", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 5)])
+@pytest.mark.parametrize(
+    ("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("zero-bubble", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 5)]
+)
 def test_what_every_chunk_holds_follows_from_the_order(kind, chunks):
     for p, m, s in product((2, 3, 4), (12, 24, 96), range(4)):
         held, most = [0] * chunks, [0] * chunks

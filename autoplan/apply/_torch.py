@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 # The stages and schedules of a pipeline, of which `LeanStage` and `AnyCount` change a little.
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleavedZeroBubble
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from torch.distributed.tensor import DTensor
 
@@ -317,12 +317,25 @@ class Any1F1B(AnyCount, Schedule1F1B):
     """1F1B of any number of micro-batches."""
 
 
+class AnyZeroBubble(ScheduleInterleavedZeroBubble):
+    """Zero-bubble, one stage a rank, of any number of micro-batches. PyTorch's constructor wants rounds of as many in each, which
+    mean something to several stages a rank alone; the order of actions that it makes is made anew for the other number."""
+
+    def __init__(self, stages: list[Any], n_microbatches: int, **options: Any) -> None:
+        super().__init__(stages, stages[0].num_stages, **options)
+        self._n_microbatches = self.microbatches_per_round = n_microbatches
+        orders = {rank: self._calculate_single_rank_operations(rank) for rank in range(self.pp_group_size)}
+        self.pipeline_order = orders
+        self._prepare_schedule_with_comms(self.pipeline_order)
+
+
 __all__ = [
     "JOIN",
     "KEPT",
     "REDUCTIONS",
     "Any1F1B",
     "AnyGPipe",
+    "AnyZeroBubble",
     "HashStore",
     "LeanStage",
     "PrefixStore",

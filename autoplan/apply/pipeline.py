@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
+from torch.distributed.pipelining import ScheduleInterleaved1F1B
 
 from autoplan.apply import stages, zero
-from autoplan.apply._torch import Any1F1B, AnyGPipe, LeanStage, end_step, gathered_ids
+from autoplan.apply._torch import Any1F1B, AnyGPipe, AnyZeroBubble, LeanStage, end_step, gathered_ids
 from autoplan.apply.local_ops import local_ops
 from autoplan.apply.outside import Finished
 from autoplan.apply.program import Program
@@ -251,7 +251,7 @@ class Pipeline:
             if kind == "interleaved-1f1b":
                 made = ScheduleInterleaved1F1B(built, count, **options)  # type: ignore[arg-type]
             elif kind == "zero-bubble":
-                made = ScheduleInterleavedZeroBubble(built, count, **options)  # type: ignore[arg-type]
+                made = AnyZeroBubble(built, count, **options)
             elif kind == "gpipe":
                 made = AnyGPipe(built[0], count, **options)
             else:

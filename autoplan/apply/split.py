@@ -1,8 +1,8 @@
 """The backward pass in two parts, for the zero-bubble schedule: gradients of inputs at once, those of weights later.
 
 Only `F.linear` by a parameter is split, where half of the work is the weight's gradient. While `splitting` is on, a mode puts
-`_Product` in its place, which computes the same and whose backward pass leaves to a `Later` what the weight's gradient is made of:
-the product's input and its output's gradient. All else has its backward pass at once, and the graph is freed, with all that is
+`_Product` in its place, which computes the same; its backward pass leaves to a `Later` what the weight's gradient is made of: the
+product's input and its output's gradient. All else has its backward pass at once, and the graph is freed, with all that is
 not needed any more. `torch.distributed.pipelining` awaits just this of a `dw_builder`; what it does without one keeps the whole
 graph until then, and would recompute a layer once for every weight.
 

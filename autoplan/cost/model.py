@@ -189,18 +189,17 @@ class CostModel:
         return hop * exposed_hops(schedule, mesh.pp, m, chunks, 2 * hop <= least * (len(self.graph.blocks) // mesh.pp))
 
     def _in_thirds(self, mesh: Mesh, micro_batch: int) -> list[tuple[Seconds, Seconds, Seconds]]:
-        """Of every body the forward pass, the backward pass of its inputs and that of its weights, as Megatron runs it: cut by tp,
-        with two all_reduces over tp in either pass."""
+        """Of every body the forward pass, the backward pass of its inputs and that of its weights, as Megatron runs it: cut by cp
+        and tp, with two all_reduces over tp in either pass."""
         key = (mesh.tp, micro_batch, mesh.cp)
         if key not in self._thirds:
             size = self.passed(mesh, micro_batch, REPLICATE)
             sent = 2 * collective_time("all_reduce", size, mesh.tp, 1, self.hardware) if mesh.tp > 1 else 0.0
-            found = []
+            self._thirds[key] = []
             for body in range(len(self.graph.bodies)):
-                cost = self.layer_cost(body, Sharding(), 1, micro_batch)
-                weights = late(self.layer_model(body, 1, micro_batch), Sharding()).seconds
-                found.append((cost.forward / mesh.tp + sent, (cost.backward - weights) / mesh.tp + sent, weights / mesh.tp))
-            self._thirds[key] = found
+                cost, cut = self.layer_cost(body, Sharding(), 1, micro_batch), mesh.tp * mesh.cp
+                w = late(self.layer_model(body, 1, micro_batch), Sharding()).seconds
+                self._thirds[key].append((cost.forward / cut + sent, (cost.backward - w) / cut + sent, w / cut))
         return self._thirds[key]
 
     def _part(self, regions: tuple[int, ...], sharding: Sharding, mesh: Mesh, micro_batch: int) -> LayerCost:
@@ -314,9 +313,7 @@ class CostModel:
         for k, (first, last) in enumerate(pairwise(edges)):
             rank, chunk = ranks[k % mesh.pp], k // mesh.pp
             runs = [(layer, len(list(equal))) for layer, equal in groupby(layers[first:last])]
-            priced = [
-                (body, self.layer_step(body, strategy, mesh, micro_batch, split=split), n) for (body, strategy), n in runs
-            ]
+            priced = [(body, self.layer_step(body, strategy, mesh, micro_batch, split=split), n) for (body, strategy), n in runs]
             rank += held_layers(priced, chunk, cut.chunks)
             regions = self.outer.within(first, last)
             if regions:

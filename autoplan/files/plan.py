@@ -211,9 +211,7 @@ def _plan(data: PlanDocument) -> Plan:
 
 def _stage(i: int, data: StageDocument) -> StagePrediction:
     memory = _parts(MemoryBreakdown, data.memory, f"prediction.stages.{i}.memory")
-    return StagePrediction(
-        forward=tuple(data.forward), backward=tuple(data.backward), weights=tuple(data.weights), memory=memory
-    )
+    return StagePrediction(forward=tuple(data.forward), backward=tuple(data.backward), weights=tuple(data.weights), memory=memory)
 
 
 def _pipeline(data: PipelineDocument) -> Pipeline:

@@ -99,8 +99,8 @@ class PipelineDocument(_Document):
 
 
 class StageDocument(_Document):
-    """What one pipeline rank should cost: seconds of one micro-batch by chunk (under zero-bubble also what of the backward pass are
-    gradients of weights), bytes by category."""
+    """What one pipeline rank should cost: seconds of one micro-batch by chunk (under zero-bubble also what of the backward pass
+    are gradients of weights), bytes by category."""
 
     forward: list[_Seconds]
     backward: list[_Seconds]

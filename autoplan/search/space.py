@@ -174,3 +174,9 @@ def unplaceable(mesh: Mesh, micro_batch: int) -> Candidate:
     """The candidate of a mesh on which some layer has no legal strategy."""
     reason = f"a packed weight of every sharding that may be used does not divide over dp_shard {mesh.dp_shard}"
     return Candidate(mesh=mesh, micro_batch=micro_batch, status="illegal", reason=reason)
+
+
+def unsplit(mesh: Mesh, micro_batch: int) -> Candidate:
+    """The candidate of a mesh under zero-bubble, where some layer must be recomputed."""
+    reason = "zero-bubble is searched without recomputation: what waits for gradients of weights is kept all the same"
+    return Candidate(mesh=mesh, micro_batch=micro_batch, schedule="zero-bubble", status="illegal", reason=reason)

@@ -37,7 +37,7 @@ from autoplan.search.baselines import baselines
 from autoplan.search.candidates import slower
 from autoplan.search.columns import Priced, Tables
 from autoplan.search.ilp import UnsolvedError
-from autoplan.search.space import indivisible, legal, micro_batches, schedules, unplaceable, unstageable
+from autoplan.search.space import indivisible, legal, micro_batches, schedules, unplaceable, unsplit, unstageable
 from autoplan.search.stages import Solution, Staging
 from autoplan.strategy import Layout, Mesh, Within
 from autoplan.units import Bytes, Seconds
@@ -300,6 +300,7 @@ class Tree:
             if priced is not None and shape.schedule == "zero-bubble":
                 priced = self.tables.split(priced)
                 if priced is None:
+                    self.refused.append(unsplit(mesh, shape.micro_batch))
                     continue
             if priced is None:
                 self.refused.append(unplaceable(mesh, shape.micro_batch))

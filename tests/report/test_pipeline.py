@@ -44,7 +44,9 @@ def test_a_short_step_is_drawn_whole(kind: ScheduleKind, pp: int, chunks: int) -
     assert film is not None
     assert film.folds == ()
     assert film.seconds == pytest.approx(max(end for _, end in slots.values()))
-    drawn = [(s, shot.chunk, shot.micro_batch, shot.backward, shot.weights) for s, shots in enumerate(film.shots) for shot in shots]
+    drawn = [
+        (s, shot.chunk, shot.micro_batch, shot.backward, shot.weights) for s, shots in enumerate(film.shots) for shot in shots
+    ]
     assert sorted(drawn) == sorted(slots)
     for s, shots in enumerate(film.shots):
         for shot in shots:
