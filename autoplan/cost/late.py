@@ -23,7 +23,7 @@ from typing import NamedTuple
 from autoplan.cost.prices import LayerModel
 from autoplan.cost.rules import Outcome
 from autoplan.cost.step import LayerStep
-from autoplan.cost.walk import Step, shared_root, stream_layout, walk
+from autoplan.cost.walk import Step, changes_memory, shared_root, stream_layout, walk
 from autoplan.graph import DTYPE_BYTES, Op
 from autoplan.strategy import GATHERED, REPLICATE, Layout, Sharding
 from autoplan.units import Bytes, Seconds
@@ -70,8 +70,11 @@ class _Account:
     def take(self, step: Step, wanted: bool) -> None:
         op, outcome, model = step.op, step.outcome, self.model
         self.layouts.update(zip(op.outputs, outcome.outputs, strict=True))
-        if op.kind in ("enter", "exit", "call"):
-            self.root.update({i: i for i in op.outputs})  # as if it were moved: never less
+        if op.kind in ("enter", "exit"):
+            apart = changes_memory(outcome.inputs[0], outcome.outputs[0]) or step.index in model.doors
+            self.root[op.outputs[0]] = op.outputs[0] if apart else self.root.get(op.inputs[0], op.inputs[0])
+        elif op.kind == "call":
+            self.root.update({i: i for i in op.outputs})
         else:
             self.root.update({i: shared_root(model.body, op, i, self.root) for i in op.outputs})
         name = _split(model, op, outcome) if wanted else None

@@ -43,7 +43,6 @@ RING = {
 }
 SPLIT = {
     "zero-bubble, deep": Case(Mesh(pp=4), 1, schedule="zero-bubble"),
-    "zero-bubble, hsdp": Case(Mesh(pp=2, dp_replicate=2, dp_shard=2), 1, schedule="zero-bubble"),
     "zero-bubble, tp + sp, zero 1": Case(Mesh(pp=2, dp_shard=2, tp=2), 1, SEQUENCE, zero=1, schedule="zero-bubble"),
 }
 WHAT: dict[str, dict[str, Case]] = {
@@ -72,7 +71,6 @@ WHAT: dict[str, dict[str, Case]] = {
     | {
         "tp + sp, interleaved, recompute": PIPELINES[4]["tp + sp, interleaved, recompute"],
         "past the encoder": PAST,
-        "zero-bubble, tp": Case(Mesh(pp=2, tp=2), 2, recompute="selective", schedule="zero-bubble"),
         "cp": Case(Mesh(cp=2), 2, recompute="full"),
         "selective, cp": Case(Mesh(cp=2), 2, recompute="selective"),
         "selective, tp + sp": Case(Mesh(tp=2), 2, SEQUENCE, "selective"),
