@@ -114,6 +114,7 @@ def split_step(
         waiting=waiting,
         unsharded=step.unsharded + whole,
         inside=step.inside if outer else step.inside + left.bytes,
+        reducing=step.buffer,
         ending=step.ending - (step.less - less),
         state_bytes=step.state_bytes + waiting + whole + step.less - less,
         late_seconds=left.seconds,

@@ -10,7 +10,7 @@ slots (`schedule.slots`; `q` is 1/v, under zero-bubble `CostModel.share`), and
 (`schedule.additive_seconds`): without a pipeline `m sum_l t_l + sum_l d_l`. `Prediction.simulated` is the same work on the
 exact timeline of the schedule. The breakdown is that of the slowest stage; the bubble is what it waits for the others.
 
-    bytes_s = receive + max of  sum_l (states_l + q_l kept_l) + max(max_l peak_l, max_l inside_l + max_l window_l)
+    bytes_s = receive + max of  sum_l (states_l + q_l kept_l) + max(max_l alone_l, max_l inside_l + max_l window_l)
                                 sum_l (states_l + (q_l - 1) kept_l) + max_l ending_l
 
 (`cost.rank.memory`), with `q_l` micro-batches in flight in the layer's chunk. Everything is a sum over layers but for the
@@ -34,7 +34,7 @@ from autoplan.cost.outer import OuterParts
 from autoplan.cost.prices import LayerModel
 from autoplan.cost.rank import Held, Rank, breakdown, held_layers, memory, simulated, stage_predictions
 from autoplan.cost.rank import seconds as rank_seconds
-from autoplan.cost.step import DataParallel, LayerStep, data_parallel, ideal_data_parallel, layer_step
+from autoplan.cost.step import DataParallel, LayerStep, data_parallel, layer_step
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES, Graph, Value
 from autoplan.hardware import HardwareProfile
@@ -205,17 +205,6 @@ class CostModel:
     def _part(self, regions: tuple[int, ...], sharding: Sharding, mesh: Mesh, micro_batch: int) -> LayerCost:
         self.layer_cost(OUTER, sharding, mesh.tp, micro_batch, mesh.cp, 1, mesh.cp_kind)
         return self._parts[mesh.tp, micro_batch, mesh.cp, 1, mesh.cp_kind, sharding][regions]
-
-    def ideal_step(
-        self, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int, regions: tuple[int, ...] | None = None
-    ) -> LayerStep:
-        """`layer_step`, or `outer_step` of some regions, with dp axes that cost nothing (cost.step.ideal_data_parallel)."""
-        if regions is None or len(regions) == len(self.outer.busy):
-            cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp, mesh.ep, mesh.cp_kind)
-        else:
-            cost = self._part(regions, strategy.sharding, mesh, micro_batch)
-        dp, again = ideal_data_parallel(cost, mesh, outer=body == OUTER), strategy.recompute
-        return layer_step(cost, dp, 3, again, 1, self.hardware, self.workload, outer=body == OUTER, pipelined=mesh.pp > 1)
 
     def _step(
         self, key: Hashable, cost: LayerCost, strategy: Strategy, mesh: Mesh, micro_batch: int, *, outer: bool

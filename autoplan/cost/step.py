@@ -25,11 +25,12 @@ comes the adding up of gradients, if there are several micro-batches; once a ste
 Bytes: states (parameters, gradients, optimizer) are cut by tp and by dp_shard; activations, `kept`, stay for every micro-batch
 in flight, the model's inputs for the whole step. A layer's backward pass holds at most `peak` (cost.peak) of its own, with what
 it recomputes, where those of its activations that were kept are counted already; its parameters, gathered, and those of its
-neighbour; and FSDP's buffer, in which the gradients of the layer after it are being reduced, as far as that is more than what
-that layer no longer keeps. At its end its own gradients are there, and the buffer into which they are copied, but nothing is
-kept of it any more. Under level 1 the gradients are added up in whole, and the buffer takes their place. Of these moments only
-the largest of a rank counts: the largest `inside` of any layer, less what later layers no longer keep (cost.rank), beside the
-largest `window` of any, since neighbours may differ.
+neighbour (`window`); and FSDP's buffer, in which the gradients of the layer after it are being reduced, as far as that is more
+than what that layer no longer keeps (`reducing`), or whole, where what that layer kept is counted as gone (`buffer`). At its end
+its own gradients are there, and the buffer into which they are copied, but nothing is kept of it any more. Under level 1 the
+gradients are added up in whole, and the buffer takes their place. Of these moments only the largest of a rank counts: the largest
+`inside` of any layer with what is reduced beside it, less what later layers no longer keep (cost.rank), beside the largest
+`window` of any, since neighbours may differ.
 
 The outer layer's own moment is `alone`, with a layer's parameters gathered ahead. While layers run, it holds no more than
 `beneath` of the micro-batch. Its gradients stay unreduced until the backward pass has ended; when they are reduced (`ending`),
@@ -102,7 +103,11 @@ class LayerStep(NamedTuple):
     inside: Bytes
     """While its backward pass runs, by itself."""
     window: Bytes
-    """Then, by what FSDP gathers and reduces beside it: for layers before and after it, whose windows may be larger."""
+    """Then, by what FSDP gathers of it and of its neighbour, whose window may be larger."""
+    reducing: Bytes
+    """Then, by FSDP's buffer with the gradients of the layer after it, if that is one like it: less what it no longer keeps."""
+    buffer: Bytes
+    """... when that is another, and what it no longer keeps is counted by itself (`cost.rank`)."""
     waiting: Bytes = 0.0
     """What passes of other micro-batches have left for later (cost.late), as `late_seconds` of every backward pass."""
     late_seconds: Seconds = 0.0
@@ -151,6 +156,10 @@ class LayerStep(NamedTuple):
     def end(self) -> MemoryBreakdown:
         """What they are after it."""
         return MemoryBreakdown(activations=self.less, unsharded=self.ending - self.less)
+
+
+NOTHING = LayerStep._make((0.0, 0.0) if name == "hidden" else 0.0 for name in LayerStep._fields)
+"""What takes nothing: of bounds."""
 
 
 class DataParallel(NamedTuple):
@@ -209,17 +218,6 @@ def _of_each(price: Callable[[Bytes], Seconds], sizes: Bytes) -> Seconds:
     return found
 
 
-def ideal_data_parallel(cost: HasParameters, mesh: Mesh, *, outer: bool) -> DataParallel:
-    """No dp axes are better: they take no time, and cut all states. What a layer gathers takes room at least once (under level
-    3, in which this is priced, twice in a moment; else as long as it stays), as do its gradients before they are reduced."""
-    dense = mesh.dp * mesh.cp
-    local = [cost.sizes(dealt, shards) for dealt, shards in ((False, dense), (True, max(1, dense * mesh.tp // mesh.ep)))]
-    whole = [cost.sizes(dealt, 1) for dealt in (False, True)]
-    numel, trainable = map(sum, zip(*local, strict=True))
-    gathered, trained = map(sum, zip(*whole, strict=True))
-    return DataParallel(0.0, 0.0, 0.0, 0.0, numel, trainable, gathered if outer else gathered / 2, trained)
-
-
 def layer_step(
     cost: LayerCost, dp: DataParallel, zero: Zero, again: Recompute, micro_batches: int, hardware: HardwareProfile,
     load: Workload, *, outer: bool, pipelined: bool, ahead: Bytes = 0.0,
@@ -232,9 +230,9 @@ def layer_step(
     backward = cost.backward + cost.tp_backward + rerun
     under_f, under_b = (0.0, 0.0) if outer else (forward, backward)
     sent = dp.reduce + (dp.gather if zero == 3 else 0.0)  # in the backward pass
-    f, f_hidden = _beside(under_f, dp.gather, hardware)
-    b, b_hidden = _beside(under_b, sent, hardware)
-    last, last_hidden = _beside(under_b, sent + dp.final, hardware)
+    f, f_hidden = beside(under_f, dp.gather, hardware)
+    b, b_hidden = beside(under_b, sent, hardware)
+    last, last_hidden = beside(under_b, sent + dp.final, hardware)
     every, every_hidden = (0.0, 0.0) if zero == 1 else (f + b, f_hidden + b_hidden)
     once, once_hidden = (f + last, f_hidden + last_hidden) if zero == 1 else (last - b, last_hidden - b_hidden)
     size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
@@ -282,6 +280,8 @@ def layer_step(
         alone=moments.alone,
         inside=moments.inside,
         window=moments.window,
+        reducing=moments.reducing,
+        buffer=moments.buffer,
     )
 
 
@@ -294,6 +294,8 @@ class Moments(NamedTuple):
     alone: Bytes
     inside: Bytes
     window: Bytes
+    reducing: Bytes
+    buffer: Bytes
 
 
 def _of_outer(cost: LayerCost, kept: Bytes, raw: Bytes, buffer: Bytes, between: bool, ahead: Bytes) -> tuple[Bytes, Moments]:
@@ -302,16 +304,19 @@ def _of_outer(cost: LayerCost, kept: Bytes, raw: Bytes, buffer: Bytes, between: 
     gradients = _smaller(cost.beneath, raw)  # nearly all that is beneath are gradients
     ending = kept + raw - cost.beneath + (0.0 if between else buffer)
     less = kept - (cost.beneath - gradients)
-    return gradients + (buffer if between else 0.0), Moments(less, ahead, ending, cost.peak + ahead - cost.beneath, 0.0, 0.0)
+    return gradients + (buffer if between else 0.0), Moments(
+        less, ahead, ending, cost.peak + ahead - cost.beneath, 0.0, 0.0, 0.0, 0.0
+    )
 
 
 def _of_layer(most: Bytes, kept: Bytes, gathered: Bytes, raw: Bytes, buffer: Bytes, between: bool, zero: Zero) -> Moments:
     """The moments of a layer that holds at most so much besides what is `kept`; `gathered` for a pass, not for good."""
-    reducing = 0.0 if zero == 1 else buffer if between else _larger(buffer - kept, 0.0)
-    window = 2 * gathered + reducing
+    passed_on = 0.0 if zero == 1 else buffer
+    reducing = passed_on if between else _larger(passed_on - kept, 0.0)
+    window = 2 * gathered
     at_end = buffer + (0.0 if zero == 1 else raw + gathered) - kept
-    inside = _larger(most, at_end - window)
-    return Moments(0.0, raw, 0.0, 0.0, inside, window)
+    inside = _larger(most, at_end - window - reducing)
+    return Moments(0.0, raw, 0.0, 0.0, inside, window, reducing, passed_on)
 
 
 def _recomputed(cost: LayerCost, again: Recompute) -> tuple[Seconds, Bytes, Bytes, Bytes]:
@@ -338,7 +343,7 @@ def _smaller(one: Bytes, other: Bytes) -> Bytes:
     return np.minimum(one, other) if isinstance(one, np.ndarray) or isinstance(other, np.ndarray) else min(one, other)
 
 
-def _beside(cover: Seconds, sent: Seconds, hardware: HardwareProfile) -> tuple[Seconds, Seconds]:
-    """e(c, q), and what is hidden."""
+def beside(cover: Seconds, sent: Seconds, hardware: HardwareProfile) -> tuple[Seconds, Seconds]:
+    """e(c, q) of the module, and what is hidden."""
     hidden = min(cover, sent) if isinstance(cover, float) and isinstance(sent, float) else np.minimum(cover, sent)
     return sent - hidden + hardware.overlap * hidden, hidden

@@ -9,9 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import inf
+from typing import NamedTuple
 
-from autoplan.search.options import Group
+from autoplan.search.options import Group, Options
 from autoplan.units import Bytes, Seconds
+
+STEPS = 4
+"""Of Newton's."""
+
+
+class Ranks(NamedTuple):
+    """`number` equal ranks of a pipeline whose layers are all alike, with `beside` seconds and a `peak` of what else is there."""
+
+    number: int
+    options: Options
+    room: Bytes
+    peak: Bytes
+    beside: Seconds
 
 
 def least_bytes(groups: Sequence[Group]) -> Bytes:
@@ -56,3 +70,22 @@ def relaxed_seconds(groups: Sequence[Group], limit: Bytes) -> Seconds:
         if spare <= 0:
             break
     return seconds
+
+
+def level(ranks: Sequence[Ranks], layers: int, low: Seconds) -> Seconds:
+    """No slot of the slowest rank is shorter if all ranks together have so many layers, parts of layers too; infinite when there
+    is no room for them. `low` must be a bound already.
+
+    What they have together grows ever more slowly with the seconds, so that Newton's steps from below never pass the end.
+    """
+    for _ in range(STEPS):
+        placed = more = 0.0
+        for rank in ranks:
+            number, grows = rank.options.part(rank.room, rank.peak, low - rank.beside)
+            placed, more = placed + rank.number * max(number, 0.0), more + rank.number * grows
+        if placed >= layers * (1 - 1e-9):
+            break
+        if not more:
+            return inf
+        low += (layers - placed) / more
+    return low * (1 - 1e-9)

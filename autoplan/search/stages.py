@@ -7,7 +7,7 @@ first on bounds; then the runs that the best cut uses are solved exactly, and ag
 (`Staging.solve`). No other cut is better, since every number that was not solved is a bound.
 
 With several chunks a rank, all layers must be of one body: a rank with `k` layers gives each of its chunks `k // v` of them and
-the last chunks, which are in flight for the shortest time, one more (`chunk_sizes`).
+the last chunks, which are in flight for the shortest time, one more (`cuts.chunk_sizes`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from math import inf
 
 from autoplan.cost.model import OUTER, Cut
 from autoplan.schedule import ScheduleKind, in_flight_by_chunk, slots
-from autoplan.search.bounds import fits, least_bytes, relaxed_seconds
+from autoplan.search.bounds import Ranks, fits, least_bytes, level, relaxed_seconds
 from autoplan.search.columns import Outer, Priced, Tables
-from autoplan.search.cuts import Value, best_cut, farthest, least_bottleneck
+from autoplan.search.cuts import Value, at_least, best_cut, chunk_sizes, farthest, least_bottleneck
 from autoplan.search.dominance import Floats
 from autoplan.search.ilp import Choice, choose, memory
 from autoplan.search.options import Column, Group, Options
 from autoplan.strategy import Strategy
 from autoplan.units import Bytes, Seconds
+
+RUNS = 3
+"""Of inner ranks that a first bound looks at."""
 
 Assignment = dict[int, list[tuple[Column, int]]]
 """Body -> its columns with the number of layers that use each."""
@@ -68,6 +71,7 @@ class Staging:
         self._relaxed: dict[Hashable, Seconds] = {}
         self._outer_stages: dict[int, tuple[Seconds, Bytes, Bytes]] = {}
         self._exact: dict[Hashable, Choice | None] = {}
+        self._shared = priced.solved.setdefault((schedule, chunks), {})
 
     @cached_property
     def settled(self) -> list[Staging]:
@@ -172,6 +176,26 @@ class Staging:
         """A bound on the step that costs nothing: memory ignored, layers spread as if they could be divided."""
         return self.many * self.fastest / self.ranks + self.few * self.fastest + self.hops
 
+    @cached_property
+    def early_bound(self) -> Seconds:
+        """A bound on the step with memory in it that costs little; infinite only when nothing fits."""
+        if self.ranks == 1:
+            return self.bound()
+        slowest = self._level() if self._alike else 0.0
+        return max(self.quick_bound, self.many * slowest + self.few * self.fastest + self.hops)
+
+    def _level(self) -> Seconds:
+        """No rank's slot can be shorter: `bounds.level`, of inner ranks in some runs as of the last in each, which has the fewest
+        micro-batches in flight."""
+        (g,) = self.tables.counts
+        inner = range(1, self.ranks - 1)
+        runs = [inner[i * len(inner) // RUNS : (i + 1) * len(inner) // RUNS] for i in range(RUNS)]
+        found = []
+        for s, alike in [(0, 1), (self.ranks - 1, 1), *((run[-1], len(run)) for run in runs if run)]:
+            beside, size, peak = self._outer_at(s)
+            found.append(Ranks(alike, self._layer_options(g, min(self.flight(s))), self.limits[s] - size, peak, beside))
+        return level(found, self.layers, self.fastest / self.ranks)
+
     def bound(self) -> Seconds:
         """A bound on the step with memory in it; infinite when nothing fits."""
         if self.ranks == 1:
@@ -191,6 +215,8 @@ class Staging:
 
     def can_beat(self, most: Seconds) -> bool:
         """Whether the bound with memory in it leaves room for a step of `most` seconds: cheaper than the bound itself."""
+        if self.quick_bound > most:
+            return False
         if self.ranks == 1:
             return self.bound() <= most
         room = most - self.hops - self.few * self.fastest  # for the slowest stage
@@ -227,7 +253,7 @@ class Staging:
         if most(number) * number < left:
             return False
         low = most(1)
-        return low >= self.least and (low * number >= left or _sum(most, 1, number) >= left)
+        return low >= self.least and at_least(left, most, number)
 
     def _quickly(self, s: int, slowest: Seconds) -> int:
         """How many layers at most stage `s` can have, no slower than that by `_quick`."""
@@ -299,9 +325,16 @@ class Staging:
             if not unsolved:
                 return self._solution(found.cost + self.hops, runs)
             for run in unsolved:
-                groups = self.groups(*run)
-                limit = self.limits[run[0]]
-                self._exact[self._key(*run)] = choose(groups, limit, gap=gap) if fits(groups, limit) else None
+                self._exact[self._key(*run)] = self._chosen(*run, gap)
+
+    def _chosen(self, s: int, i: int, j: int, gap: float) -> Choice | None:
+        """The exact best of a run; the same under all outer strategies where it has nothing of the outer body."""
+        known = {} if self._parts(s, i, j) or self.outer is None else self._shared
+        key = (self._key(s, i, j), gap)
+        if key not in known:
+            groups, limit = self.groups(s, i, j), self.limits[s]
+            known[key] = choose(groups, limit, gap=gap) if fits(groups, limit) else None
+        return known[key]
 
     def _known(self, s: int, i: int, j: int) -> Seconds:
         """The best that is known of a run: solved, or bounded."""
@@ -340,19 +373,17 @@ class Staging:
         return chunks
 
 
-def chunk_sizes(layers: int, chunks: int) -> list[int]:
-    """Layers of every chunk of a rank: as even as they go, the last chunks take the rest."""
-    return [layers // chunks + (chunk >= chunks - layers % chunks) for chunk in range(chunks)]
+class AnySchedule(Staging):
+    """No schedule of some is better: it has the bubble and the p2p of the best, and in flight as little as 1f1b."""
+
+    def __init__(self, tables: Tables, priced: Priced, schedules: Sequence[tuple[ScheduleKind, int]], limit: Bytes) -> None:
+        super().__init__(tables, priced, next(iter(priced.outers), None), "1f1b", 1, limit)
+        costs, mesh, size = tables.costs, priced.mesh, priced.micro_batch
+        self.few = min(costs.share(schedule, chunks, mesh, size) for schedule, chunks in schedules)
+        self.many = self.micro_batches - self.few
+        self.hops = min(costs.hops(schedule, chunks, mesh, size, priced.stream) for schedule, chunks in schedules)
 
 
 def edges_of(cut: Cut, layers: int) -> list[tuple[int, int]]:
     """(first, last + 1) of every virtual stage's layers."""
     return list(pairwise((0, *cut.starts, layers)))
-
-
-def _sum(number: Callable[[int], int], first: int, last: int) -> int:
-    """number(first) + ... + number(last) of a number that never falls, asked where it differs alone."""
-    if number(first) == number(last):
-        return number(first) * (last - first + 1)
-    middle = (first + last) // 2
-    return _sum(number, first, middle) + _sum(number, middle + 1, last)
