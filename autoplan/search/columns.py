@@ -205,21 +205,17 @@ class Tables:
     def split(self, priced: Priced) -> Priced | None:
         """The strategies of a mesh without recomputation, at their prices under zero-bubble (cost.late); None when some layer has
         none. Of shardings those are known that others don't beat under other schedules."""
-        key = ("split", priced.mesh, priced.micro_batch, priced.stream)
-        if key not in self._priced:
-            mesh, micro_batch, costs = priced.mesh, priced.micro_batch, self.costs
-            columns = {}
-            for g, known in priced.columns.items():
-                price = partial(_split_price, costs, g, mesh, micro_batch)
-                plain = [c for c in known if c.recompute == "none"]
-                columns[g] = Columns.of([replace(c, costs=Costs.of(price(c.strategy)), price=price) for c in plain])
-            outers = tuple(
-                Outer(o.strategy, {r: costs.outer_step(r, o.strategy, mesh, micro_batch, split=True) for r in o.parts})
-                for o in priced.outers
-            )
-            complete = all(columns.values())
-            self._priced[key] = replace(priced, columns=columns, outers=outers) if complete else None
-        return self._priced[key]
+        mesh, micro_batch, costs = priced.mesh, priced.micro_batch, self.costs
+        columns = {}
+        for g, known in priced.columns.items():
+            price = partial(_split_price, costs, g, mesh, micro_batch)
+            plain = [c for c in known if c.recompute == "none"]
+            columns[g] = Columns.of([replace(c, costs=Costs.of(price(c.strategy)), price=price) for c in plain])
+        outers = tuple(
+            Outer(o.strategy, {r: costs.outer_step(r, o.strategy, mesh, micro_batch, split=True) for r in o.parts})
+            for o in priced.outers
+        )
+        return replace(priced, columns=columns, outers=outers) if all(columns.values()) else None
 
     def rough(
         self, meshes: Sequence[Mesh], alike: Callable[[], Sequence[Mesh]], micro_batch: int, stream: Layout, largest: int
