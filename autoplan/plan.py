@@ -78,6 +78,8 @@ class StagePrediction:
 
     forward: tuple[Seconds, ...]
     backward: tuple[Seconds, ...]
+    weights: tuple[Seconds, ...] = ()
+    """What of `backward` are gradients of weights that come later; empty but under zero-bubble."""
     memory: MemoryBreakdown
 
 

@@ -4,16 +4,19 @@ recomputed alike. Each layer takes the fastest sharding of its kind, as in the p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from autoplan.cost.context import Context
 from autoplan.cost.model import CostModel
 from autoplan.plan import Plan, Solve
+from autoplan.schedule import ScheduleKind
 from autoplan.search.baselines import uniform
-from autoplan.search.columns import ALL_RECOMPUTES, Priced, Tables
+from autoplan.search.columns import ALL_RECOMPUTES, Outer, Priced, Tables
 from autoplan.search.planner import written
 from autoplan.search.space import meshes, micro_batches, schedules, uncut, unstageable
 from autoplan.search.stages import Solution, Staging
 from autoplan.strategy import Mesh, Zero
+from autoplan.units import Bytes
 
 _GIVEN = Solve(status="given", gap=0.0, bound=0.0, solver="none", candidates=1)
 
@@ -38,9 +41,19 @@ def _plans(costs: CostModel, gpus: int) -> Iterator[Plan]:
                     for recompute in ALL_RECOMPUTES:
                         one, outer = uniform(priced, zero, recompute)
                         for schedule, chunks in schedules(mesh, costs.micro_batches(mesh, micro_batch), costs.graph):
-                            solution = Staging(tables, one, outer, schedule, chunks, limit).solve(1e-4)
-                            if isinstance(solution, Solution):
-                                yield written(costs, one, solution, _GIVEN, [], [], limit)
+                            staging = _staging(tables, one, outer, schedule, chunks, limit)
+                            solution = staging.solve(1e-4) if staging is not None else None
+                            if staging is not None and isinstance(solution, Solution):
+                                yield written(costs, staging.priced, solution, _GIVEN, [], [], limit)
+
+
+def _staging(
+    tables: Tables, one: Priced, outer: Outer | None, schedule: ScheduleKind, chunks: int, limit: Bytes
+) -> Staging | None:
+    if schedule != "zero-bubble":
+        return Staging(tables, one, outer, schedule, chunks, limit)
+    split = tables.split(replace(one, outers=(outer,) if outer else ()))
+    return Staging(tables, split, split.best_outer, schedule, chunks, limit) if split is not None else None
 
 
 def _priced(tables: Tables, mesh: Mesh, micro_batch: int) -> Iterator[Priced]:

@@ -108,6 +108,9 @@ class LayerStep(NamedTuple):
     """Then, by FSDP's buffer with the gradients of the layer after it, if that is one like it: less what it no longer keeps."""
     buffer: Bytes
     """... when that is another, and what it no longer keeps is counted by itself (`cost.rank`)."""
+    waiting: Bytes = 0.0
+    """What passes of other micro-batches have left for later (cost.late), as `late_seconds` of every backward pass."""
+    late_seconds: Seconds = 0.0
 
     def seconds(self, slots: float) -> Seconds:
         """Seconds of one slot of a step of `slots` slots (`schedule.slots`): what happens once is spread over them."""
@@ -136,7 +139,7 @@ class LayerStep(NamedTuple):
             optimizer=self.optimizer,
             buffers=self.buffers,
             unsharded=self.unsharded,
-            activations=in_flight * self.kept - self.less,
+            activations=in_flight * self.kept - self.less + self.waiting,
         )
 
     @property

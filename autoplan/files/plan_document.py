@@ -99,10 +99,12 @@ class PipelineDocument(_Document):
 
 
 class StageDocument(_Document):
-    """What one pipeline rank should cost: seconds of one micro-batch by chunk, bytes by category."""
+    """What one pipeline rank should cost: seconds of one micro-batch by chunk (under zero-bubble also what of the backward pass
+    are gradients of weights), bytes by category."""
 
     forward: list[_Seconds]
     backward: list[_Seconds]
+    weights: list[_Seconds] = []
     memory: dict[str, _Bytes]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from autoplan.errors import UsageError
 from autoplan.plan import Pipeline, Plan
 from autoplan.report import words
+from autoplan.report.pipeline import virtual
 from autoplan.schedule import Slot, Timeline, timeline
 from autoplan.units import Seconds
 
@@ -33,30 +34,31 @@ def trace_json(plan: Plan) -> str:
 
 
 def _piped(plan: Plan, pipeline: Pipeline) -> Iterator[Event]:
-    stages, chunks, hop = plan.prediction.stages, range(pipeline.chunks), plan.prediction.hop
-    _check(4 * plan.micro_batches * pipeline.chunks * plan.mesh.pp)
-    forward = [stage.forward[c] for c in chunks for stage in stages]
-    backward = [stage.backward[c] for c in chunks for stage in stages]
-    made = timeline(pipeline.schedule, forward, backward, plan.micro_batches, hop, pipeline.chunks)
+    hop, split = plan.prediction.hop, pipeline.schedule == "zero-bubble"
+    _check((5 if split else 4) * plan.micro_batches * pipeline.chunks * plan.mesh.pp)
+    forward, backward, weights = virtual(plan, pipeline)
+    made = timeline(pipeline.schedule, forward, backward, plan.micro_batches, hop, pipeline.chunks, weights)
     for s, slots in enumerate(made.stages):
         held = ", ".join(words.fold(names) for names in plan.stages[s :: plan.mesh.pp])
         yield from _process(s, f"pp {s}: {held}", hop > 0)
         for slot in slots:
-            yield _slot(slot, pipeline.chunks)
+            yield _slot(slot, pipeline.chunks, split)
             if hop and _sends(slot, plan.mesh.pp, pipeline.chunks):
                 yield _slice(s, SEND, "send", slot.end, hop, {"micro_batch": slot.task.micro_batch, "chunk": slot.task.chunk})
     yield from _once(plan, made)
 
 
-def _slot(slot: Slot, chunks: int) -> Event:
+def _slot(slot: Slot, chunks: int, split: bool) -> Event:
     task = slot.task
-    name = f"{'backward' if task.backward else 'forward'} {task.micro_batch}"
+    name = f"{words.pass_of(task.backward, task.weights, split)} {task.micro_batch}"
     told = {"micro_batch": task.micro_batch, **({"chunk": task.chunk} if chunks > 1 else {})}
     return _slice(slot.stage, COMPUTE, name, slot.start, slot.end - slot.start, told)
 
 
 def _sends(slot: Slot, pp: int, chunks: int) -> bool:
     """All virtual stages but the last pass activations on, all but the first pass gradients back."""
+    if slot.task.weights:
+        return False
     k = slot.task.chunk * pp + slot.stage
     return k > 0 if slot.task.backward else k < pp * chunks - 1
 
@@ -105,7 +107,7 @@ def _slice(pid: int, tid: int, name: str, start: Seconds, seconds: Seconds, told
         "pid": pid,
         "tid": tid,
         "name": name,
-        "cat": name.split(" ")[0].lower(),
+        "cat": name.split(" ")[0].lower().rstrip(","),
         "ts": round(start * 1e6, 3),
         "dur": round(seconds * 1e6, 3),
         "args": told,

@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 from math import inf
 
 from autoplan.cost.model import OUTER, Cut
-from autoplan.schedule import ScheduleKind, exposed_hops, in_flight_by_chunk, slots
+from autoplan.schedule import ScheduleKind, in_flight_by_chunk, slots
 from autoplan.search.bounds import Ranks, fits, least_bytes, level, relaxed_seconds
 from autoplan.search.columns import Outer, Priced, Tables
 from autoplan.search.cuts import Value, at_least, best_cut, chunk_sizes, farthest, least_bottleneck
@@ -60,11 +60,9 @@ class Staging:
         costs, mesh = tables.costs, priced.mesh
         self.limit, self.ranks = limit, mesh.pp
         self.micro_batches = costs.micro_batches(mesh, priced.micro_batch)
-        self.slots = slots(self.micro_batches, mesh.pp, chunks)
-        self.many, self.few = self.micro_batches - 1 / chunks, 1 / chunks
-        self.hops = exposed_hops(schedule, mesh.pp, self.micro_batches, chunks) * costs.hop(
-            mesh, priced.micro_batch, priced.stream
-        )
+        self.few = costs.share(schedule, chunks, mesh, priced.micro_batch)
+        self.many, self.slots = self.micro_batches - self.few, slots(self.micro_batches, mesh.pp, self.few)
+        self.hops = costs.hops(schedule, chunks, mesh, priced.micro_batch, priced.stream)
         self.passing = costs.passing(mesh, priced.micro_batch, priced.stream, Cut(schedule, chunks))
         self.limits = [limit - size for size in self.passing]
         self.layers = len(tables.graph.blocks)
@@ -380,11 +378,10 @@ class AnySchedule(Staging):
 
     def __init__(self, tables: Tables, priced: Priced, schedules: Sequence[tuple[ScheduleKind, int]], limit: Bytes) -> None:
         super().__init__(tables, priced, next(iter(priced.outers), None), "1f1b", 1, limit)
-        m, mesh = self.micro_batches, priced.mesh
-        self.few = 1 / max(chunks for _, chunks in schedules)
-        self.many = m - self.few
-        hop = tables.costs.hop(mesh, priced.micro_batch, priced.stream)
-        self.hops = min(exposed_hops(schedule, mesh.pp, m, chunks) for schedule, chunks in schedules) * hop
+        costs, mesh, size = tables.costs, priced.mesh, priced.micro_batch
+        self.few = min(costs.share(schedule, chunks, mesh, size) for schedule, chunks in schedules)
+        self.many = self.micro_batches - self.few
+        self.hops = min(costs.hops(schedule, chunks, mesh, size, priced.stream) for schedule, chunks in schedules)
 
 
 def edges_of(cut: Cut, layers: int) -> list[tuple[int, int]]:

@@ -39,7 +39,7 @@ from autoplan.search.columns import Priced, Tables
 from autoplan.search.ilp import UnsolvedError
 from autoplan.search.meshes import Meshes
 from autoplan.search.nodes import Bounded, Depth, Family, Group, Node, Several, Shape, Unsettled, staging_of
-from autoplan.search.space import unplaceable
+from autoplan.search.space import unplaceable, unsplit
 from autoplan.search.stages import AnySchedule, Solution, Staging
 from autoplan.strategy import Layout, Mesh, Within
 from autoplan.units import Bytes, Seconds
@@ -280,6 +280,11 @@ class Tree:
             if not self._promises(self._best_case(shape, [mesh]), [mesh]):
                 continue
             priced = self.tables.priced(mesh, shape.micro_batch, shape.stream)
+            if priced is not None and shape.schedule == "zero-bubble":
+                priced = self.tables.split(priced)
+                if priced is None:
+                    self.refused.append(unsplit(mesh, shape.micro_batch))
+                    continue
             if priced is None:
                 self.refused.append(unplaceable(mesh, shape.micro_batch))
                 continue

@@ -82,6 +82,14 @@ def test_a_trace_is_the_timeline() -> None:
     assert max(event["ts"] + event["dur"] for event in events) == pytest.approx((plan.prediction.simulated or 0) * 1e6)
 
 
+def test_a_trace_parts_the_backward_pass_of_zero_bubble() -> None:
+    events = slices(piped("zero-bubble", batch=16))
+    work = [event for event in events if event["tid"] == 0 and event["args"]]
+    assert {event["cat"] for event in work} == {"forward", "backward"}
+    assert len([event for event in work if event["name"].startswith("backward, weights ")]) == 4 * 16
+    assert len([event for event in events if event["name"] == "send"]) == 3 * 16 * 2
+
+
 def test_a_trace_without_a_pipeline_adds_up_to_the_step() -> None:
     plan = llama()
     events = slices(plan)
