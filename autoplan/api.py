@@ -225,6 +225,7 @@ def estimate(
     Raises `UsageError` when the plan is not one of this model or breaks a sharding rule.
     """
     from autoplan.cost.model import CostModel
+    from autoplan.cost.simulated import simulated
 
     source = model if model is not None else plan.model
     graph = source if isinstance(source, Graph) else None
@@ -232,7 +233,8 @@ def estimate(
         loaded = load_model(source, **(model_kwargs or {})) if isinstance(source, str) else source
         assert not isinstance(loaded, Graph)
         graph = inspect(loaded, compute_dtype=plan.workload.compute_dtype)
-    return CostModel(graph, find_hardware(plan.hardware), plan.workload).predict_plan(plan)
+    costs = CostModel(graph, find_hardware(plan.hardware), plan.workload)
+    return simulated(costs, replace(plan, prediction=costs.predict_plan(plan)))
 
 
 def imported(
