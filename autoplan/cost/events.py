@@ -29,8 +29,8 @@ schedule is run for `WARM` times its stages and continued with the slope that it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from autoplan.cost.streams import ALL_REDUCE, COMPUTE, GATHER, REDUCE, Device, Message, Work
@@ -131,19 +131,17 @@ class _Run:
         self._arrivals: dict[Message, Seconds] = {}
         self._sent: list[Event] = []
         self._free: dict[tuple[int, bool], Seconds] = {}
-        self._ranks = [_Rank(step, rank, parts, Device(step.overlap, self._sender(rank))) for rank in range(step.ranks)]
+        self._ranks = [_Rank(step, rank, parts, Device(step.overlap, partial(self._send, rank))) for rank in range(step.ranks)]
         self._run()
 
     def _run(self) -> None:
         devices = [rank.device for rank in self._ranks]
         while not all(device.ended for device in devices):
-            if not any([device.run(self._arrivals) for device in devices]):
+            happened = [device.run(self._arrivals) for device in devices]
+            if not any(happened):
                 raise UsageError(f"the order of {self.step.schedule} waits for itself with {len(devices)} stages.")
 
-    def _sender(self, rank: int) -> Sender:
-        return Sender(self, rank)
-
-    def send(self, rank: int, message: Message, now: Seconds) -> None:
+    def _send(self, rank: int, message: Message, now: Seconds) -> None:
         """A message leaves; one after another in each direction."""
         way = rank, message.backward
         start = max(now, self._free.get(way, 0.0))
@@ -167,16 +165,6 @@ class _Run:
         return tuple(sorted((*found, *self._sent), key=lambda e: (e.rank, STREAMS.index(e.stream), e.start)))
 
 
-class Sender(NamedTuple):
-    """What a device calls when a message leaves it."""
-
-    run: _Run
-    rank: int
-
-    def __call__(self, message: Message, now: Seconds) -> None:
-        self.run.send(self.rank, message, now)
-
-
 class _Rank:
     """Queues the whole step of one pipeline rank on its device."""
 
@@ -192,18 +180,20 @@ class _Rank:
         tasks = order(step.schedule, rank, step.ranks, step.micro_batches, step.chunks)
         for number, task in enumerate(tasks):
             stage = task.chunk * step.ranks + rank
-            run = self._backward if task.backward else self._forward
-            run(stage, task, ends=step.ranks == 1 or number == len(tasks) - 1)
+            if task.backward:
+                self._backward(stage, task, ends=step.ranks == 1 or number == len(tasks) - 1)
+            else:
+                self._forward(stage, task)
         optimizer = sum(piece.unit.optimizer for stage in step.stages[rank :: step.ranks] for piece in stage)
         self._compute("optimizer", optimizer, -1)
 
-    def _forward(self, stage: int, task: Task, ends: bool) -> None:
+    def _forward(self, stage: int, task: Task) -> None:
         i = task.micro_batch
         begin = self._begin(stage, task)
         first = len(self._taken)
 
         def gather(piece: Piece, place: int) -> tuple[Work, ...]:
-            behind = (self._taken[-2],) if len(self._taken) - first >= 2 else ()
+            behind = self._taken[-2] if len(self._taken) - first >= 2 else None
             return self._gather(piece, (stage, place), i, after=(begin,), behind=behind)
 
         outer = _outer(self.step.stages[stage])
@@ -226,12 +216,12 @@ class _Rank:
         outer = _outer(pieces)
 
         def gather(piece: Piece, place: int) -> tuple[Work, ...]:
-            return self._gather(piece, (stage, place), i, after=(), behind=tuple(self._taken[-1:]))
+            return self._gather(piece, (stage, place), i, after=(), behind=self._taken[-1] if self._taken else None)
 
         self._take(gather(outer, -1), i)
         layers = [place for place, piece in enumerate(pieces) if not piece.outside]
         ahead = dict(zip(layers[1:], layers, strict=False))
-        waits = dict.fromkeys(layers, ())  # type: dict[int, tuple[Work, ...]]
+        waits: dict[int, tuple[Work, ...]] = dict.fromkeys(layers, ())
         if layers:
             waits[layers[-1]] = gather(pieces[layers[-1]], layers[-1])
         for place in reversed(range(len(pieces))):
@@ -270,16 +260,13 @@ class _Rank:
         self.device.queues[COMPUTE].append(work)
         return work
 
-    def _pass(
-        self, piece: Piece, i: int, parts: tuple[tuple[str, Seconds], ...], waits: tuple[Work, ...]
-    ) -> list[Work]:  # fmt: skip
+    def _pass(self, piece: Piece, i: int, parts: tuple[tuple[str, Seconds], ...], waits: tuple[Work, ...]) -> list[Work]:
         """A piece's computation, in parts or in one; the first work waits."""
-        if self.parts:
-            told = [part for part in parts if part[1]] or [parts[0]]
-            return [
-                self._compute(f"{piece.name} {what}", took, i, waits if n == 0 else ()) for n, (what, took) in enumerate(told)
-            ]
-        return [self._compute("", sum(took for _, took in parts), i, waits)]
+        if not self.parts:
+            return [self._compute("", sum(took for _, took in parts), i, waits)]
+        first, *others = [part for part in parts if part[1]] or parts[:1]
+        works = [self._compute(f"{piece.name} {first[0]}", first[1], i, waits)]
+        return works + [self._compute(f"{piece.name} {what}", took, i) for what, took in others]
 
     def _take(self, waits: tuple[Work, ...], i: int) -> None:
         """What stands outside the layers is there before anything of the stage begins."""
@@ -287,7 +274,7 @@ class _Rank:
             self._taken.append(self._compute("", 0.0, i, waits))
 
     def _gather(
-        self, piece: Piece, key: tuple[int, int], i: int, after: tuple[Work, ...], behind: tuple[Work, ...]
+        self, piece: Piece, key: tuple[int, int], i: int, after: tuple[Work, ...], behind: Work | None
     ) -> tuple[Work, ...]:
         """What waits for parameters waits for this; nothing if they are there, or whole on every device."""
         if piece.unit.gather <= 0 or key in self._gathered:
@@ -316,12 +303,3 @@ def _outer(pieces: tuple[Piece, ...]) -> Piece:
     parts = [piece for piece in pieces if piece.outside] or [Piece("", True, 3, UnitPrediction(layers=()))]
     sums = {name: sum(getattr(piece.unit, name) for piece in parts) for name in ("gather", "reduce", "all_reduce")}
     return parts[0]._replace(unit=UnitPrediction(layers=(), **sums))
-
-
-def busy(found: tuple[Event, ...]) -> Iterator[tuple[tuple[int, str], Seconds]]:
-    """Seconds in which each stream of each rank does something."""
-    totals: dict[tuple[int, str], Seconds] = {}
-    for event in found:
-        key = event.rank, event.stream
-        totals[key] = totals.get(key, 0.0) + event.end - event.start
-    yield from totals.items()

@@ -1,8 +1,8 @@
 """A plan's prediction with the event simulation in it, and a plan's steps as events.
 
 The plan carries what the simulation needs, `Prediction.units`: what each of its layers, and each part of what stands outside
-them, takes on every stream. They are what `cost.step` adds up, rounded to `DIGITS` so that people can read them; `step_of` is made
-of the plan alone, so that a file tells its whole step. Parts of what stands outside the layers (before the first layer: the
+them, takes on every stream. They are what `cost.step` adds up, rounded to `DIGITS` so that people can read them; `step_of` is
+made of the plan alone, so that a file tells its whole step. Parts of what stands outside the layers (before the first layer: the
 embedding; after the last: the head) are computed where they stand; their parameters are gathered, and gradients reduced, in one.
 """
 
@@ -102,7 +102,7 @@ def _outside(costs: CostModel, plan: Plan, names: list[str], regions: tuple[int,
         shares = {
             name: _share(whole, alone, number, name) for name in ("forward", "tp_forward", "recompute", "backward", "tp_backward")
         }
-        once = {name: 0.0 for name in ("gather", "reduce", "all_reduce", "optimizer")} if number else {}
+        once = dict.fromkeys(("gather", "reduce", "all_reduce", "optimizer"), 0.0) if number else {}
         yield replace(whole, layers=(names[min(region, len(names) - 1)],), place=place, **shares, **once)
 
 
@@ -133,4 +133,5 @@ def _unit(
 
 
 def _rounded(unit: UnitPrediction) -> UnitPrediction:
-    return replace(unit, **{name: float(f"{took:.{DIGITS}g}") for name, took in unit.seconds()})
+    rounded: dict[str, Any] = {name: float(f"{took:.{DIGITS}g}") for name, took in unit.seconds()}
+    return replace(unit, **rounded)

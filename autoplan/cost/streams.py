@@ -1,7 +1,7 @@
 """One device as its streams: a small discrete-event loop in which what runs at the same time slows each other down.
 
 A stream runs what was queued on it, one after another. A piece of work begins when its stream has come to it, everything that
-it comes `after` has ended and everything that it comes `behind` has begun. At any moment `n` streams communicate, and the
+it comes `after` has ended and what it comes `behind` has begun. At any moment `n` streams communicate, and the
 compute stream works or does not. With the profile's `overlap` o, in a second
 
     computation gets done    1 / (1 + o)  beside communication    1  alone
@@ -43,7 +43,7 @@ class Work:
     __slots__ = ("after", "behind", "end", "left", "micro_batch", "name", "seconds", "sends", "start", "waits")
 
     def __init__(
-        self, name: str, seconds: Seconds, micro_batch: int = -1, after: tuple[Work, ...] = (), behind: tuple[Work, ...] = ()
+        self, name: str, seconds: Seconds, micro_batch: int = -1, after: tuple[Work, ...] = (), behind: Work | None = None
     ) -> None:
         self.name, self.seconds, self.micro_batch = name, seconds, micro_batch
         self.after, self.behind = after, behind
@@ -55,13 +55,9 @@ class Work:
 
     def released(self) -> bool:
         """Whether all that it waits for on its own device has happened."""
-        for work in self.after:  # no generators: this is asked more often than anything else
-            if work.end is None:
-                return False
-        for work in self.behind:
-            if work.start is None:
-                return False
-        return True
+        if self.behind is not None and self.behind.start is None:
+            return False
+        return all(work.end is not None for work in self.after)
 
 
 class Device:
