@@ -23,8 +23,8 @@ So the first gather of a step is hidden by nothing, the next ones by what runs t
 (a layer beside its own gather and reduction) is here beside its neighbours'. `Steps.seconds` of one layer table is never less
 than the work of any of its streams; without communication of dp it is `schedule.timeline`'s (a message not longer than a pass).
 
-Many micro-batches repeat themselves. Without a pipeline all but the first and the last take equally long; with one, a
-schedule is run for `WARM` times its stages and continued with the slope that it has there, as in `schedule.pipeline_seconds`.
+Many micro-batches repeat themselves (`seconds`). Without a pipeline all but the first and the last take equally long. With one,
+as many are run as `WORKS` allows, and continued with the slope that is there, or that of the slowest rank alone if it is more.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ from autoplan.units import Seconds
 STREAMS = ("compute", "gather", "reduce", "all_reduce", "send", "send back")
 """Of a device, as `Event.stream` names them."""
 
+WORKS = 40_000
+"""What is queued in at most so many pieces is run as it is: a fraction of a second."""
+
 WARM = 4
-"""Multiples of the number of stages after which a pipeline is taken to repeat itself."""
+"""Multiples of the number of stages that are run in any case, before a pipeline is taken to repeat itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +94,27 @@ def seconds(step: Step) -> Seconds:
     def run(micro_batches: int) -> Seconds:
         return _Run(replace(step, micro_batches=micro_batches), parts=False).seconds
 
-    m, pp = step.micro_batches, step.ranks
-    if pp == 1 and step.chunks == 1:
-        period, warm = 1, 3  # the first, the last, and one between them
-    else:
-        period = 2 * pp
-        warm = WARM * pp + m % period
-    if m <= warm:
+    m, pp, piped = step.micro_batches, step.ranks, len(step.stages) > 1
+    period = 2 * pp if piped else 1
+    each = 5 * sum(map(len, step.stages)) + 4 * len(step.stages)
+    most = max(WARM * pp, WORKS // each) if piped else 3  # the first, the last, and one between them
+    if m <= most:
         return run(m)
+    warm = most - (most - m) % period
     late = run(warm)
-    busiest = max(sum(map(_computing, chunks)) for chunks in (step.stages[rank::pp] for rank in range(pp)))
-    each = max((late - run(warm - period)) / period, busiest)
-    return late + (m - warm) * each
+    pace = (late - run(warm - period)) / period
+    if piped:
+        alone = [_alone(step, rank, 2 * pp) - _alone(step, rank, pp) for rank in range(pp)]
+        pace = max(pace, max(alone) / pp)  # until ranks that differ a little have found their pace, they wait less
+    return late + (m - warm) * pace
+
+
+def _alone(step: Step, rank: int, micro_batches: int) -> Seconds:
+    """How long a rank takes for which everything has arrived."""
+    device = Device(step.overlap, lambda message, now: None)
+    _Rank(replace(step, micro_batches=micro_batches), rank, False, device)
+    device.run({work.waits: 0.0 for work in device.queues[COMPUTE] if work.waits is not None})
+    return device.now
 
 
 def events(step: Step) -> tuple[Event, ...]:
@@ -115,12 +127,6 @@ def count(step: Step) -> int:
     units = [piece.unit for stage in step.stages for piece in stage]
     passes = sum(len([took for _, took in unit.seconds() if took]) + (unit.gather > 0) for unit in units)
     return step.micro_batches * (passes + 2 * (len(step.stages) - 1) * (step.hop > 0))
-
-
-def _computing(stage: tuple[Piece, ...]) -> Seconds:
-    """Of one micro-batch."""
-    units = [piece.unit for piece in stage]
-    return sum(u.forward + u.tp_forward + u.recompute + u.backward + u.tp_backward for u in units)
 
 
 class _Run:
