@@ -13,8 +13,10 @@ from autoplan.cost.simulated import simulated, step_of
 from autoplan.errors import UsageError
 from autoplan.files.plan import dump_plan, load_plan
 from autoplan.plan import LayerRun, Pipeline, Plan
+from autoplan.schedule import ScheduleKind
 from autoplan.search.planner import search
-from autoplan.strategy import UNSHARDED, Mesh, Strategy
+from autoplan.strategy import UNSHARDED, Mesh, Strategy, Zero
+from autoplan.verify.expected import expected_traffic
 from autoplan.workload import Workload
 from tests.bodies import model
 from tests.hardware import machine
@@ -100,6 +102,24 @@ def test_a_pipeline_alone_is_its_schedules_timeline(found: Plan, batch: int) -> 
     once = max(sum(p.unit.optimizer for p in stage) for stage in step_of(plan).stages)
     assert prediction.scheduled - once <= prediction.simulated * (1 + 1e-5)
     assert prediction.simulated <= prediction.scheduled * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize(("pp", "schedule"), [(1, "1f1b"), (2, "1f1b"), (2, "gpipe"), (2, "interleaved-1f1b")])
+def test_it_gathers_and_reduces_as_often_as_dry_runs_count(found: Plan, zero: Zero, pp: int, schedule: ScheduleKind) -> None:
+    """`verify` holds what is expected against what PyTorch really sends."""
+    chunks = 2 if schedule == "interleaved-1f1b" else 1
+    names = [block.name for block in GRAPH.blocks]
+    starts = tuple(names[k * 8 // (pp * chunks)] for k in range(1, pp * chunks))
+    pipeline = Pipeline(schedule=schedule, chunks=chunks, split_before=starts) if pp > 1 else None
+    plan = by_hand(found, Mesh(pp=pp, dp_replicate=2, dp_shard=4), Strategy(zero=zero), pipeline)
+    shown = events.events(step_of(plan))
+    for rank in range(pp):
+        sent = expected_traffic(plan, COSTS, rank)
+        said = {stream: sum((e.rank, e.stream) == (rank, stream) for e in shown) for stream in ("gather", "reduce", "all_reduce")}
+        assert said["gather"] == sent["dp_shard", "all_gather"].count
+        assert said["reduce"] == sent["dp_shard", "reduce_scatter"].count
+        assert said["all_reduce"] == sent["dp_replicate", "all_reduce"].count - 1, "that one is of the loss"
 
 
 def test_what_stands_outside_is_computed_where_it_stands(found: Plan) -> None:
