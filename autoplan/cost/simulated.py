@@ -4,6 +4,7 @@ The plan carries what the simulation needs, `Prediction.units`: what each of its
 them, takes on every stream. They are what `cost.step` adds up, rounded to `DIGITS` so that people can read them; `step_of` is
 made of the plan alone, so that a file tells its whole step. Parts of what stands outside the layers (before the first layer: the
 embedding; after the last: the head) are computed where they stand; their parameters are gathered, and gradients reduced, in one.
+A model without layers is one such part.
 """
 
 from __future__ import annotations
@@ -62,8 +63,12 @@ def step_of(plan: Plan) -> events.Step:
         if ("after", name) in outside:
             yield events.Piece(f"after {name}", True, level, outside["after", name])
 
+    stages = tuple(tuple(piece for name in stage for piece in pieces(name)) for stage in plan.stages)
+    if not names:
+        level = zero(plan.outer_strategy.zero)
+        stages = (tuple(events.Piece("model", True, level, unit) for unit in plan.prediction.units),)
     return events.Step(
-        stages=tuple(tuple(piece for name in stage for piece in pieces(name)) for stage in plan.stages),
+        stages=stages,
         micro_batches=plan.micro_batches,
         schedule=pipeline.schedule,
         chunks=pipeline.chunks,
@@ -103,7 +108,7 @@ def _outside(costs: CostModel, plan: Plan, names: list[str], regions: tuple[int,
             name: _share(whole, alone, number, name) for name in ("forward", "tp_forward", "recompute", "backward", "tp_backward")
         }
         once = dict.fromkeys(("gather", "reduce", "all_reduce", "optimizer"), 0.0) if number else {}
-        yield replace(whole, layers=(names[min(region, len(names) - 1)],), place=place, **shares, **once)
+        yield replace(whole, layers=tuple(names[region : region + 1] or names[-1:]), place=place, **shares, **once)
 
 
 def _share(whole: UnitPrediction, alone: list[UnitPrediction], number: int, name: str) -> Seconds:

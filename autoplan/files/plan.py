@@ -232,8 +232,8 @@ def _unit(i: int, data: UnitDocument) -> UnitPrediction:
     found: list[tuple[Literal["", "before", "after"], str | None]] = [
         ("", data.layers), ("before", data.before), ("after", data.after)
     ]  # fmt: skip
-    named = [(place, unfold(text)) for place, text in found if text is not None]
-    if len(named) != 1 or (named[0][0] and len(named[0][1]) != 1):
+    named = [(place, unfold(text) if text else ()) for place, text in found if text is not None]
+    if len(named) != 1 or (named[0][0] and len(named[0][1]) > 1):
         raise UsageError(
             f"prediction.units.{i} is of some layers, or before or after one layer.", "Price the plan anew: autoplan estimate."
         )

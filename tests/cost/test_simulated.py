@@ -133,6 +133,18 @@ def test_what_stands_outside_is_computed_where_it_stands(found: Plan) -> None:
     assert units["after"].forward > units["before"].forward
 
 
+def test_a_model_without_layers_is_one_unit(tmp_path: Path) -> None:
+    plan = search(model(layers=0), COSTS.hardware, COSTS.workload, gpus=2)
+    path = tmp_path / "plan.yaml"
+    path.write_text(dump_plan(plan))
+    assert load_plan(path).prediction == plan.prediction
+    assert {e.name for e in events.events(step_of(plan)) if e.stream == "compute"} == {
+        "model forward",
+        "model backward",
+        "optimizer",
+    }
+
+
 def test_a_plan_without_units_is_told_so(found: Plan) -> None:
     silent = replace(found, prediction=replace(found.prediction, units=()))
     with pytest.raises(UsageError, match="does not say how long the layer"):
