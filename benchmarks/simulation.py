@@ -16,7 +16,7 @@ from pathlib import Path
 
 from autoplan import api
 from autoplan.cost.model import CostModel
-from autoplan.cost.simulated import simulated
+from autoplan.cost.simulated import predicted
 from autoplan.graph import Graph
 from autoplan.hardware import HardwareProfile
 from autoplan.plan import LayerRun, Pipeline, Plan
@@ -122,8 +122,7 @@ def rows(name: str, graph: Graph | None = None) -> Iterator[Row]:
 
 def priced(graph: Graph, hardware: HardwareProfile, plan: Plan) -> Plan:
     """Priced and simulated anew."""
-    costs = CostModel(graph, hardware, plan.workload)
-    return replace(plan, prediction=simulated(costs, replace(plan, prediction=costs.predict_plan(plan))))
+    return replace(plan, prediction=predicted(CostModel(graph, hardware, plan.workload), plan))
 
 
 def drawn() -> list[Plan]:

@@ -33,6 +33,11 @@ def simulated(costs: CostModel, plan: Plan) -> Prediction:
     return replace(found, simulated=events.seconds(step_of(replace(plan, prediction=found))))
 
 
+def predicted(costs: CostModel, plan: Plan) -> Prediction:
+    """A written plan priced and simulated anew. Raises `UsageError` when it is not one of the model."""
+    return simulated(costs, replace(plan, prediction=costs.predict_plan(plan)))
+
+
 def step_of(plan: Plan) -> events.Step:
     """What a plan says of its step. Raises `UsageError` when it does not say what its layers take."""
     layers, outside = dict[str, UnitPrediction](), dict[tuple[str, str], UnitPrediction]()

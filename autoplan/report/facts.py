@@ -195,7 +195,7 @@ def time_parts(plan: Plan) -> tuple[Part, ...]:
 def simulated(plan: Plan) -> str:
     """How far the sum that the search adds up is from the plan's event simulation; nothing where it was not simulated."""
     events, step = plan.prediction.simulated, plan.prediction.step_time
-    if events is None or not step:
+    if events is None or not step or not plan.prediction.units:
         return ""
     change = events / step - 1
     if abs(change) < 5e-6:

@@ -9,7 +9,7 @@ import pytest
 
 from autoplan.cost import events
 from autoplan.cost.model import CostModel
-from autoplan.cost.simulated import simulated, step_of
+from autoplan.cost.simulated import predicted, simulated, step_of
 from autoplan.errors import UsageError
 from autoplan.files.plan import dump_plan, load_plan
 from autoplan.plan import LayerRun, Pipeline, Plan
@@ -43,8 +43,7 @@ def by_hand(found: Plan, mesh: Mesh, layer: Strategy, schedule: Pipeline | None 
         runs=(LayerRun(layers=names, strategy="layer"),),
         pipeline=schedule,
     )
-    costs = COSTS.with_batch(batch)
-    return replace(plan, prediction=simulated(costs, replace(plan, prediction=costs.predict_plan(plan))))
+    return replace(plan, prediction=predicted(COSTS.with_batch(batch), plan))
 
 
 def apart(plan: Plan) -> float:

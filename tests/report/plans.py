@@ -238,6 +238,7 @@ def single() -> Plan:
             hidden_communication=0.0,
             tokens_per_second=4096 / time.total,
             mfu=0.31,
+            units=units(tuple(f"transformer.h.{i}" for i in range(12))),
         ),
         memory_limit=21 * GIB,
         baselines=(),

@@ -100,7 +100,7 @@ def test_a_trace_without_a_pipeline_has_the_streams_of_fsdp() -> None:
 
 def test_a_plan_that_does_not_say_what_its_layers_take_has_no_trace() -> None:
     with pytest.raises(UsageError, match=r"does not say how long the layer .transformer\.h\.0. takes"):
-        trace_json(single())
+        trace_json(replace(single(), prediction=replace(single().prediction, units=())))
 
 
 def test_a_trace_that_no_viewer_opens_is_refused() -> None:
