@@ -20,8 +20,8 @@ passes to the next stage and back to the one before. Everything is queued as if 
                direction; it neither slows anything down nor keeps its sender from computing.
 
 So the first gather of a step is hidden by nothing, the next ones by what runs then, and what `cost.step` adds up layer by layer
-(a layer beside its own gather and reduction) is here beside its neighbours'. `Steps.seconds` of one layer table is never less
-than the work of any of its streams; without communication of dp it is `schedule.timeline`'s (a message not longer than a pass).
+(a layer beside its own gather and reduction) is here beside its neighbours'. A step is never shorter than the work of any
+stream; without communication of dp it is `schedule.timeline`'s (a message not longer than a pass).
 
 Many micro-batches repeat themselves (`seconds`). Without a pipeline all but the first and the last take equally long. With one,
 as many are run as `WORKS` allows, and continued with the slope that is there, or that of the slowest rank alone if it is more.

@@ -57,7 +57,7 @@ class Work:
         """Whether all that it waits for on its own device has happened."""
         if self.behind is not None and self.behind.start is None:
             return False
-        return all(work.end is not None for work in self.after)
+        return None not in [work.end for work in self.after]
 
 
 class Device:
@@ -89,11 +89,12 @@ class Device:
         """Begin all that can. Whether any did; when the message comes that the compute stream waits for; whether it waits for
         one of which nothing is known."""
         begun, again, until = False, True, None
+        running, places = self._running, self._places
         while again:
             again = False
             for stream, queue in enumerate(self.queues):
-                while self._running[stream] is None and self._places[stream] < len(queue):
-                    work = queue[self._places[stream]]
+                while running[stream] is None and places[stream] < len(queue):
+                    work = queue[places[stream]]
                     if not work.released():
                         break
                     if work.waits is not None:
@@ -119,21 +120,22 @@ class Device:
         if work.sends is not None:
             self._send(work.sends, self.now)
 
-    def _rates(self) -> tuple[float, float]:
-        """What gets done in a second: of computation, and of each communication."""
-        computes, sending = self._running[COMPUTE] is not None, sum(work is not None for work in self._running[1:])
-        slow = self._slow if computes and sending else 1.0
-        return slow, slow / sending if sending else 1.0
+    def _rates(self) -> list[tuple[int, Work, float]]:
+        """Streams that do something, with what, and how much of it gets done in a second."""
+        running = [(stream, work) for stream, work in enumerate(self._running) if work is not None]
+        sending = len(running) - (self._running[COMPUTE] is not None)
+        if not sending or sending == len(running):
+            return [(stream, work, 1.0 / len(running)) for stream, work in running]
+        return [(stream, work, self._slow / sending if stream else self._slow) for stream, work in running]
 
     def _leap(self, until: Seconds | None) -> bool:
         """To when the next piece of work ends, or a message comes at `until`; False when there is nothing to wait for."""
-        computing, sending = self._rates()
-        running = [(stream, work, sending if stream else computing) for stream, work in enumerate(self._running) if work]
+        running = self._rates()
         if not running:
             if until is not None:
                 self.now = until
             return until is not None
-        step = min(work.left / rate for _, work, rate in running)
+        step = min([work.left / rate for _, work, rate in running])
         if until is not None and until - self.now < step:
             step, self.now = until - self.now, until
         else:
