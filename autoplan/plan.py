@@ -78,6 +78,8 @@ class StagePrediction:
 
     forward: tuple[Seconds, ...]
     backward: tuple[Seconds, ...]
+    weights: tuple[Seconds, ...] = ()
+    """What of `backward` are gradients of weights that come later; empty but under zero-bubble."""
     memory: MemoryBreakdown
 
 
@@ -93,6 +95,8 @@ class UnitPrediction:
     tp_forward: Seconds = 0.0
     recompute: Seconds = 0.0
     backward: Seconds = 0.0
+    weights: Seconds = 0.0
+    """What of `backward` comes later under zero-bubble."""
     tp_backward: Seconds = 0.0
     gather: Seconds = 0.0
     """Of its parameters; what stands outside the layers of a stage is gathered in one, and reduced."""

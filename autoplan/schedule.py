@@ -1,4 +1,4 @@
-"""When every pipeline stage runs which micro-batch: gpipe, 1f1b and interleaved 1f1b as an exact timeline.
+"""When every pipeline stage runs which micro-batch: gpipe, 1f1b, interleaved 1f1b and zero-bubble as an exact timeline.
 
 `p` stages hold `v` chunks of layers each; chunk `c` of stage `s` is the virtual stage `k = c p + s`, so that a
 micro-batch walks `k = 0 ... p v - 1` forward and back. A schedule is nothing but the *order* in which each stage runs its
@@ -7,8 +7,13 @@ work (`order`); the times then follow from the order, by the earliest start that
     forward(k, i)   after forward(k - 1, i) + p2p        and after the work before it on its stage
     backward(k, i)  after backward(k + 1, i) + p2p       (the last one: after its own forward)
 
-(`timeline`). For equal stages, `v = 1` and `p2p = 0` this gives the textbook (m + p - 1)(f + b) for gpipe and 1f1b; with
-`v` chunks of f / v and b / v, interleaving waits only (p - 1)(f + b) / v. No formula is known to us for unequal stages.
+(`timeline`). Under zero-bubble (ZB-H1 of Qi et al., "Zero Bubble Pipeline Parallelism", 2023) a backward pass is two tasks: that
+of inputs, which the stage before waits for, and that of weights, which comes after it, on stage `s` by `s` micro-batches.
+
+For equal stages, `v = 1` and `p2p = 0` this gives the textbook (m + p - 1)(f + b) for gpipe and 1f1b; with
+`v` chunks of f / v and b / v, interleaving waits only (p - 1)(f + b) / v. With b = i + w, of inputs and of weights, zero-bubble
+waits (p - 1) max(f, i, f + i - w) if there are `p` micro-batches or more, else at most (p - 1)(f + i). No formula is known to us
+for unequal stages.
 
 Once warm, a schedule repeats itself every `2 p` micro-batches at most, so `pipeline_seconds` runs a timeline of less than
 `(WARM + 2) p` micro-batches and continues it with its last slope, or the busiest stage's work if that is more: thousands of
@@ -17,12 +22,15 @@ micro-batches cost no more than a few dozen.
 The search needs a price that is a sum. With `u_s` seconds of stage `s` for one micro-batch (all its chunks, both passes) and
 `h` seconds of p2p,
 
-    step = (m - 1/v) max_s u_s + 1/v sum_s u_s + hops h         hops: 2 (p - 1) under gpipe, which hides the others;
-                                                                2 (p - 1) (1 + (m - 1) / p) under 1f1b; 2 (p v - 1) interleaved
+    step = (m - q) max_s u_s + q sum_s u_s + hops h     q: what another stage adds, of its u_s: 1/v; under zero-bubble at least
+                                                        its max(f, i, f + i - w) / u, for all stages the same (`filling`)
+                                                        hops: 2 (p - 1) under gpipe, which hides the others; 2 (p v - 1)
+                                                        interleaved; 2 (p - 1) (1 + (m - 1) / p) under 1f1b and zero-bubble,
+                                                        which hides all but 4 (p - 1) of them if a hop is shorter than w / 2
 
-(`additive_seconds`). For equal stages it is the timeline's own length, but for up to two hops under 1f1b; for unequal ones,
-whose backward passes take alike so many times their forward passes, it is never less, for it lets the slowest stage wait for
-the filling and draining of all others, some of which runs beside it.
+(`additive_seconds`). For equal stages it is the timeline's own length, but for up to two hops under 1f1b, and more of them under
+zero-bubble; for unequal ones, whose backward passes take alike so many times their forward passes, it is never less, for it lets
+the slowest stage wait for the filling and draining of all others, some of which runs beside it.
 
 Why an order and not a formula: what a picture draws, what a price says and what `torch.distributed.pipelining` runs are
 the same list, and no formula holds for unequal stages with p2p.
@@ -38,7 +46,7 @@ from typing import Literal, NamedTuple
 from autoplan.errors import UsageError
 from autoplan.units import Seconds
 
-ScheduleKind = Literal["gpipe", "1f1b", "interleaved-1f1b"]
+ScheduleKind = Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble"]
 
 WARM = 8
 """Multiples of the number of stages after which a pipeline is taken to repeat itself."""
@@ -50,6 +58,8 @@ class Task(NamedTuple):
     chunk: int
     micro_batch: int
     backward: bool
+    weights: bool = False
+    """Of a backward pass that is split: the gradients of weights; else those of inputs come with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +95,9 @@ def order(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunk
         _single(kind, chunks)
         forward = [Task(0, i, False) for i in range(micro_batches)]
         return forward + [Task(0, i, True) for i in range(micro_batches)]
+    if kind == "zero-bubble":
+        _single(kind, chunks)
+        return _split(stage, stages, micro_batches)
     if kind == "1f1b":
         _single(kind, chunks)
         ahead = min(stages - stage - 1, micro_batches)
@@ -98,11 +111,22 @@ def order(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunk
     return _alternate(forward, backward, _ahead(stage, stages, chunks, len(forward)))
 
 
+def _split(stage: int, stages: int, micro_batches: int) -> list[Task]:
+    """As 1f1b; the gradients of weights follow those of inputs `stage` micro-batches later: they fill what there is to wait."""
+    ahead = min(stages - stage - 1, micro_batches)
+    tasks = [Task(0, i, False) for i in range(ahead)]
+    for i in range(micro_batches):
+        tasks += [Task(0, i + ahead, False)] if i + ahead < micro_batches else []
+        tasks += [Task(0, i, True)]
+        tasks += [Task(0, i - stage, True, True)] if i >= stage else []
+    return tasks + [Task(0, i, True, True) for i in range(max(0, micro_batches - stage), micro_batches)]
+
+
 def in_flight(kind: ScheduleKind, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> int:
     """The most micro-batch chunks whose activations a stage holds at once: it follows from the order alone."""
     held = most = 0
     for task in order(kind, stage, stages, micro_batches, chunks):
-        held += -1 if task.backward else 1
+        held += 0 if task.weights else -1 if task.backward else 1
         most = max(most, held)
     return most
 
@@ -156,10 +180,13 @@ def timeline(
     micro_batches: int,
     p2p: Seconds = 0.0,
     chunks: int = 1,
+    weights: Sequence[Seconds] = (),
 ) -> Timeline:
     """Run a schedule. `forward[k]` and `backward[k]` are the seconds of virtual stage `k`, `p2p` those of passing one
-    micro-batch to the next stage; sending keeps nobody from computing."""
-    if len(forward) != len(backward) or len(forward) % chunks:
+    micro-batch to the next stage; sending keeps nobody from computing. `weights[k]`: what of `backward[k]` is the part of the
+    weights, where a schedule splits it (nothing, if they aren't given)."""
+    apart = weights if kind == "zero-bubble" and weights else [0.0] * len(backward)
+    if not len(forward) == len(backward) == len(apart) or len(forward) % chunks:
         raise UsageError(f"{len(forward)} forward and {len(backward)} backward times do not make stages of {chunks} chunks.")
     virtual, stages = len(forward), len(forward) // chunks
     hop = p2p if stages > 1 else 0.0
@@ -179,8 +206,10 @@ def timeline(
                 if ready is None:
                     break
                 start = max(clocks[s], ready)
-                clocks[s] = end = start + (backward[k] if task.backward else forward[k])
-                ends[k, task.micro_batch, task.backward] = end
+                lasts = apart[k] if task.weights else backward[k] - apart[k] if task.backward else forward[k]
+                clocks[s] = end = start + lasts
+                if not task.weights:  # for which nobody waits
+                    ends[k, task.micro_batch, task.backward] = end
                 done[s].append(Slot(s, task, start, end))
                 positions[s] += 1
                 remaining -= 1
@@ -189,28 +218,42 @@ def timeline(
     return Timeline(tuple(map(tuple, done)))
 
 
-def slots(micro_batches: int, stages: int, chunks: int = 1) -> float:
-    """A step of equal stages lasts as long as so many micro-batches on one of them: m + (p - 1) / v."""
-    return micro_batches + (stages - 1) / chunks
+def filling(forward: Seconds, inputs: Seconds, weights: Seconds, full: bool = True) -> float:
+    """What another stage adds to a step under zero-bubble, of its own seconds for a micro-batch; `full`: there are as many
+    micro-batches as stages."""
+    waits = max(forward, inputs, forward + inputs - weights) if full else forward + inputs
+    return waits / (forward + inputs + weights)
+
+
+def slots(micro_batches: int, stages: int, share: float = 1.0) -> float:
+    """A step of equal stages lasts as long as so many micro-batches on one of them; `share`: q of the module."""
+    return micro_batches + (stages - 1) * share
 
 
 def additive_seconds(
-    kind: ScheduleKind, stages: Sequence[Seconds], micro_batches: int, p2p: Seconds = 0.0, chunks: int = 1
+    kind: ScheduleKind,
+    stages: Sequence[Seconds],
+    micro_batches: int,
+    p2p: Seconds = 0.0,
+    chunks: int = 1,
+    share: float | None = None,
 ) -> Seconds:
-    """Seconds of a step as a sum over stages, see the module; `stages[s]` are those of one micro-batch, both passes."""
-    longest, together = max(stages), sum(stages)
-    filling = exposed_hops(kind, len(stages), micro_batches, chunks) * p2p
-    return (micro_batches - 1 / chunks) * longest + together / chunks + filling
+    """Seconds of a step as a sum over stages, see the module; `stages[s]` are those of one micro-batch, both passes. `share`:
+    q of the module, where it isn't 1 / chunks."""
+    few = 1 / chunks if share is None else share
+    passing = exposed_hops(kind, len(stages), micro_batches, chunks) * p2p
+    return (micro_batches - few) * max(stages) + few * sum(stages) + passing
 
 
-def exposed_hops(kind: ScheduleKind, stages: int, micro_batches: int, chunks: int = 1) -> float:
-    """How many times a stage waits for what is passed to it."""
+def exposed_hops(kind: ScheduleKind, stages: int, micro_batches: int, chunks: int = 1, hidden: bool = False) -> float:
+    """How many times a stage waits for what is passed to it; `hidden`: gradients of weights take twice as long as a hop."""
     if stages == 1:
         return 0.0
     if kind == "gpipe":
         return 2.0 * (stages - 1)
-    if kind == "1f1b":
-        return 2 * (stages - 1) * (1 + (micro_batches - 1) / stages)
+    if kind in ("1f1b", "zero-bubble"):
+        waits = 1 + (micro_batches - 1) / stages
+        return 2 * (stages - 1) * (min(waits, 2.0) if hidden and kind == "zero-bubble" else waits)
     return 2.0 * (stages * chunks - 1)
 
 
@@ -236,6 +279,7 @@ def pipeline_seconds(
     micro_batches: int,
     p2p: Seconds = 0.0,
     chunks: int = 1,
+    weights: tuple[Seconds, ...] = (),
 ) -> Seconds:
     """Seconds of a whole schedule; beyond `WARM` times the number of stages it continues with the slope that it has there."""
     stages = len(forward) // chunks
@@ -248,7 +292,7 @@ def pipeline_seconds(
         return (
             _seconds_1f1b(forward, backward, m, p2p)
             if kind == "1f1b"
-            else timeline(kind, forward, backward, m, p2p, chunks).seconds
+            else timeline(kind, forward, backward, m, p2p, chunks, weights).seconds
         )
 
     if micro_batches <= warm:

@@ -82,6 +82,7 @@ PLANS: dict[str, Wish] = {
     "pp 2, gpipe": Wish(Mesh(pp=2), 2, schedule="gpipe"),
     "pp 2, 1f1b": Wish(Mesh(pp=2), 2),
     "pp 2, interleaved": Wish(Mesh(pp=2), 2, schedule="interleaved-1f1b", chunks=2),
+    "pp 2, zero-bubble": Wish(Mesh(pp=2), 2, schedule="zero-bubble"),
     **{f"FSDP 2, {way} recompute": Wish(Mesh(dp_shard=2), 2, recompute=way) for way in AGAIN},
     **{f"tp 2, {way} recompute": Wish(Mesh(tp=2), 4, recompute=way) for way in AGAIN},
     **{f"pp 2, {way} recompute": Wish(Mesh(pp=2), 2, recompute=way) for way in AGAIN},
@@ -93,7 +94,9 @@ PLANS: dict[str, Wish] = {
     "ring cp 2 x FSDP 2": Wish(Mesh(dp_shard=2, cp=2, cp_kind="ring"), 2),
     "ring cp 4": Wish(Mesh(cp=4, cp_kind="ring"), 4),
     "pp 2 x FSDP 2": Wish(Mesh(pp=2, dp_shard=2), 1),
+    "pp 2 x FSDP 2, zero-bubble": Wish(Mesh(pp=2, dp_shard=2), 1, schedule="zero-bubble"),
     "pp 2 x tp 2": Wish(Mesh(pp=2, tp=2), 2),
+    "pp 2 x tp 2, zero-bubble": Wish(Mesh(pp=2, tp=2), 2, schedule="zero-bubble"),
     "pp 2 x cp 2": Wish(Mesh(pp=2, cp=2), 2),
     "pp 2 x FSDP 2 x tp 2": Wish(Mesh(pp=2, dp_shard=2, tp=2), 1),
     "FSDP 2 x cp 2 x tp 2": Wish(Mesh(dp_shard=2, cp=2, tp=2), 2),
@@ -116,6 +119,7 @@ EXPERT_PLANS: dict[str, Wish] = {
     "tp 2 = ep 2, x FSDP 2": Wish(Mesh(dp_shard=2, tp=2, ep=2), 2),
     "pp 2 x ep 2": Wish(Mesh(pp=2, dp_shard=2, ep=2), 1),
     "pp 2, interleaved, x ep 2": Wish(Mesh(pp=2, dp_shard=2, ep=2), 2, schedule="interleaved-1f1b", chunks=2),
+    "pp 2, zero-bubble, x ep 2": Wish(Mesh(pp=2, dp_shard=2, ep=2), 1, schedule="zero-bubble"),
     "pp 2 x tp 2 = ep 2": Wish(Mesh(pp=2, tp=2, ep=2), 2),
 }
 """For models with experts."""

@@ -86,6 +86,8 @@ PIPELINES: dict[int, dict[str, Case]] = {
         "1f1b, cut unevenly": Case(Mesh(pp=2), 2, cuts=(1,)),
         "1f1b, recompute, one micro-batch": Case(Mesh(pp=2), 8, recompute="full", cuts=(3,)),
         "interleaved": Case(Mesh(pp=2), 2, schedule="interleaved-1f1b", chunks=2),
+        "zero-bubble": Case(Mesh(pp=2), 1, schedule="zero-bubble"),
+        "zero-bubble, recompute, cut unevenly": Case(Mesh(pp=2), 2, recompute="full", schedule="zero-bubble", cuts=(1,)),
     },
     4: {
         "deep": Case(Mesh(pp=4), 2),
@@ -100,6 +102,12 @@ PIPELINES: dict[int, dict[str, Case]] = {
         "cp": Case(Mesh(pp=2, cp=2), 2, recompute="full"),
         "tp": Case(Mesh(pp=2, tp=2), 2),
         "tp + sp": Case(Mesh(pp=2, tp=2), 2, SEQUENCE),
+        "deep, zero-bubble": Case(Mesh(pp=4), 1, schedule="zero-bubble"),
+        "deep, zero-bubble, few micro-batches": Case(Mesh(pp=4), 4, schedule="zero-bubble"),
+        "fsdp, zero-bubble": Case(Mesh(pp=2, dp_shard=2), 1, schedule="zero-bubble"),
+        "zero 1, zero-bubble, selective": Case(Mesh(pp=2, dp_shard=2), 1, REPLICATE, "selective", 1, "zero-bubble"),
+        "dp, zero-bubble": Case(Mesh(pp=2, dp_replicate=2), 1, schedule="zero-bubble"),
+        "tp + sp, zero-bubble": Case(Mesh(pp=2, tp=2), 2, SEQUENCE, schedule="zero-bubble"),
         "tp + sp, interleaved, recompute": Case(Mesh(pp=2, tp=2), 2, SEQUENCE, "full", 3, "interleaved-1f1b", 2),
     },
 }

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from autoplan.errors import UsageError
-from autoplan.schedule import additive_seconds, in_flight, in_flight_by_chunk, order, pipeline_seconds, timeline
+from autoplan.schedule import Task, additive_seconds, filling, in_flight, in_flight_by_chunk, order, pipeline_seconds, timeline
 
 stage_counts = st.integers(1, 6)
 seconds = st.floats(0.01, 10.0)
@@ -82,6 +82,64 @@ def test_the_sum_is_never_less_than_the_timeline_of_unequal_stages(kind, f, m, r
     assert sums >= timeline(kind, f, b, m).seconds * (1 - 1e-9)
 
 
+parts = st.tuples(seconds, seconds, seconds)
+
+
+def split(kind, stages, micro_batches, p2p=0.0):
+    f, i, w = zip(*stages, strict=True)
+    return timeline(kind, f, [x + y for x, y in zip(i, w, strict=True)], micro_batches, p2p, 1, w)
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), list(product((1, 2, 3, 5), (1, 2, 4, 5, 9, 20))))
+def test_zero_bubble_is_pytorchs_order(stages, micro_batches):
+    from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
+
+    made = ScheduleInterleavedZeroBubble.__new__(ScheduleInterleavedZeroBubble)
+    made.pp_group_size, made.n_local_stages, made._n_microbatches = stages, 1, micro_batches
+    made.microbatches_per_round = micro_batches
+    for stage in range(stages):
+        theirs = [action for action in made._calculate_single_rank_operations(stage) if action is not None]
+        ways = {"FORWARD": (False, False), "BACKWARD_INPUT": (True, False), "BACKWARD_WEIGHT": (True, True)}
+        expected = [Task(0, action.microbatch_index, *ways[action.computation_type.name]) for action in theirs]
+        assert order("zero-bubble", stage, stages, micro_batches) == expected
+
+
+@given(parts, stage_counts, st.integers(1, 24), st.floats(0.0, 1.0))
+def test_the_sum_is_the_zero_bubble_of_equal_stages(times, p, m, share):
+    q = filling(*times, m >= p)
+    sums, line = additive_seconds("zero-bubble", [sum(times)] * p, m, share=q), split("zero-bubble", [times] * p, m).seconds
+    assert sums == pytest.approx(line) if m >= p else sums >= line * (1 - 1e-9)
+    hop = share * min(times)
+    hopping = additive_seconds("zero-bubble", [sum(times)] * p, m, hop, share=q)
+    assert hopping >= split("zero-bubble", [times] * p, m, hop).seconds * (1 - 1e-9)
+
+
+@given(parts, st.lists(st.floats(0.1, 1.0), min_size=1, max_size=6), st.integers(1, 24))
+def test_the_sum_is_never_less_than_the_zero_bubble_of_unequal_stages(times, sizes, m):
+    stages = [tuple(size * x for x in times) for size in sizes]
+    sums = additive_seconds("zero-bubble", [sum(each) for each in stages], m, share=filling(*times, m >= len(stages)))
+    assert sums >= split("zero-bubble", stages, m).seconds * (1 - 1e-9)
+
+
+@given(st.lists(parts, min_size=1, max_size=6), st.integers(1, 40), st.floats(0.0, 0.5))
+def test_zero_bubble_loses_nothing_and_holds_no_more_than_it_says(stages, m, p2p):
+    line = split("zero-bubble", stages, m, p2p)
+    for s, slots in enumerate(line.stages):
+        assert all(a.end <= b.start + 1e-9 for a, b in pairwise(slots))
+        assert len({slot.task for slot in slots}) == len(slots) == 3 * m
+        held = waiting = 0
+        for slot in slots:
+            held += 0 if slot.task.weights else -1 if slot.task.backward else 1
+            waiting += -1 if slot.task.weights else 1 if slot.task.backward else 0
+            assert 0 <= held <= min(len(stages) - s, m)
+            assert 0 <= waiting <= min(s + 1, m)
+    if len(stages) == 1:
+        assert line.seconds == pytest.approx(split("1f1b", stages, m, p2p).seconds)
+    f, i, w = zip(*stages, strict=True)
+    both = tuple(x + y for x, y in zip(i, w, strict=True))
+    assert pipeline_seconds("zero-bubble", f, both, m, p2p, 1, w) == pytest.approx(line.seconds, rel=2e-2)
+
+
 @given(pipelines(), seconds)
 def test_more_work_never_ends_sooner(pipeline, more):
     kind, forward, backward, m, p2p, chunks = pipeline
@@ -105,15 +163,18 @@ def test_the_quick_sum_of_1f1b_is_its_timeline(p, m, times, p2p):
 def test_1f1b_holds_no_more_than_it_has_stages_ahead():
     assert [in_flight("1f1b", s, 4, 16) for s in range(4)] == [4, 3, 2, 1]
     assert in_flight("gpipe", 0, 4, 16) == 16
+    assert [in_flight("zero-bubble", s, 4, 16) for s in range(4)] == [4, 3, 2, 1]
     assert [in_flight("interleaved-1f1b", s, 4, 16, 2) for s in range(4)] == [11, 9, 7, 5]
 
 
-@pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 5)])
+@pytest.mark.parametrize(
+    ("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("zero-bubble", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 5)]
+)
 def test_what_every_chunk_holds_follows_from_the_order(kind, chunks):
     for p, m, s in product((2, 3, 4), (12, 24, 96), range(4)):
         held, most = [0] * chunks, [0] * chunks
         for task in order(kind, min(s, p - 1), p, m, chunks):
-            held[task.chunk] += -1 if task.backward else 1
+            held[task.chunk] += 0 if task.weights else -1 if task.backward else 1
             most[task.chunk] = max(most[task.chunk], held[task.chunk])
         assert in_flight_by_chunk(kind, min(s, p - 1), p, m, chunks) == tuple(most)
 

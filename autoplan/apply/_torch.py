@@ -15,9 +15,10 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 # The stages and schedules of a pipeline, of which `LeanStage` and `AnyCount` change a little.
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleavedZeroBubble
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from torch.distributed.tensor import DTensor
 
@@ -230,8 +231,8 @@ class LeanStage(PipelineStage):
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        self.submod.before_backward(bwd_chunk_id)  # type: ignore[operator]
-        result = super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        with self.submod.backward_pass(bwd_chunk_id):  # type: ignore[operator]
+            result = super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         if not self.is_last:
             self._release(self.grad_recv_info[bwd_chunk_id])
         return result
@@ -250,6 +251,50 @@ class LeanStage(PipelineStage):
         for info in infos:
             if getattr(info, "buffer", None) is not None:
                 info.buffer = torch.empty_like(info.buffer, device="meta").requires_grad_(info.buffer.requires_grad)
+
+
+def end_backward(module: FSDPModule, whole: bool, reduced: set[int]) -> None:
+    """What FSDP does when a module's gradients have come: for those that come outside a backward pass.
+
+    FSDP has brought those of the backward passes before it into the format in which it reduces, and wants one for all: under
+    ZeRO 1 (`whole`) that one, in which it adds them up; else that of the gradients, which takes less room. `reduced` are the
+    parameters that had gradients before in this step: these are reduced each time, for FSDP adds up what it has reduced over
+    dp_shard before it goes over dp_replicate.
+    """
+    for group in _groups(module):
+        for parameter in group.fsdp_params:
+            gathered = getattr(parameter, "_unsharded_param", None)
+            if gathered is None:
+                continue
+            parameter.accumulate_unsharded_grad_if_needed()
+            if whole:
+                parameter.to_accumulated_grad_if_needed()
+            elif parameter.unsharded_accumulated_grad is not None:
+                gathered.grad = parameter.unsharded_accumulated_grad.to(gathered.dtype)
+                parameter.unsharded_accumulated_grad = None
+            if gathered.grad is not None or whole:
+                reduced.add(id(parameter))
+            elif id(parameter) in reduced:
+                gathered.grad = torch.zeros_like(gathered)
+        group.post_backward()
+
+
+def end_step(root: FSDPModule) -> None:
+    """What FSDP does at the end of a backward pass, for one that it has not seen; `root` has been told that it is the last."""
+    root._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def gathered_ids(module: FSDPModule) -> set[int]:
+    """Ids of the module's own parameters as they are when they are gathered; FSDP uses the same objects again."""
+    found = (parameter for group in _groups(module) for parameter in group.fsdp_params)
+    return {id(parameter._unsharded_param) for parameter in found if hasattr(parameter, "_unsharded_param")}
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    """Since 2.13 there may be several."""
+    state = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)
+    return [state._fsdp_param_group] if several is None and state._fsdp_param_group else list(several or ())
 
 
 class AnyCount(PipelineScheduleSingle):
@@ -272,12 +317,25 @@ class Any1F1B(AnyCount, Schedule1F1B):
     """1F1B of any number of micro-batches."""
 
 
+class AnyZeroBubble(ScheduleInterleavedZeroBubble):
+    """Zero-bubble, one stage a rank, of any number of micro-batches. PyTorch's constructor wants rounds of as many in each, which
+    mean something to several stages a rank alone; the order of actions that it makes is made anew for the other number."""
+
+    def __init__(self, stages: list[Any], n_microbatches: int, **options: Any) -> None:
+        super().__init__(stages, stages[0].num_stages, **options)
+        self._n_microbatches = self.microbatches_per_round = n_microbatches
+        orders = {rank: self._calculate_single_rank_operations(rank) for rank in range(self.pp_group_size)}
+        self.pipeline_order = orders
+        self._prepare_schedule_with_comms(self.pipeline_order)
+
+
 __all__ = [
     "JOIN",
     "KEPT",
     "REDUCTIONS",
     "Any1F1B",
     "AnyGPipe",
+    "AnyZeroBubble",
     "HashStore",
     "LeanStage",
     "PrefixStore",
@@ -288,9 +346,12 @@ __all__ = [
     "beside",
     "blank",
     "call_module",
+    "end_backward",
+    "end_step",
     "flash",
     "flash_backward",
     "flattened",
+    "gathered_ids",
     "has_flash",
     "memory_of",
     "passed_on",

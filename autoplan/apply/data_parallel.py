@@ -19,6 +19,7 @@ from autoplan.apply._torch import beside, flattened
 from autoplan.apply.expert_parallel import dealt
 from autoplan.apply.local_ops import local_ops
 from autoplan.apply.shards import ParameterShards
+from autoplan.apply.split import splitting
 from autoplan.apply.stages import Rank, fsdp_units
 from autoplan.apply.zero import Unit, level, units_of
 from autoplan.plan import Plan
@@ -32,12 +33,16 @@ def recompute(model: nn.Module, plan: Plan, tp: DeviceMesh | None) -> None:
         if strategy.recompute != "none":
             module = model.get_submodule(name)
             again = selective.run if strategy.recompute == "selective" else partial(checkpoint, use_reentrant=False)
-            module.forward = _checkpointed(module.forward, tp, again)
+            module.forward = _checkpointed(module.forward, plan, tp, again)
 
 
-def _checkpointed(forward: Callable[..., Any], tp: DeviceMesh | None, again: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpointed(
+    forward: Callable[..., Any], plan: Plan, tp: DeviceMesh | None, again: Callable[..., Any]
+) -> Callable[..., Any]:
+    split = plan.pipeline is not None and plan.pipeline.schedule == "zero-bubble"
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        with local_ops(tp):  # the second run happens in the backward pass, outside the root's forward
+        with splitting(split), local_ops(tp):  # the second run happens in the backward pass, outside the root's forward
             return forward(*args, **kwargs)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:

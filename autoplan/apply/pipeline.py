@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import ScheduleInterleaved1F1B
 
 from autoplan.apply import stages, zero
-from autoplan.apply._torch import Any1F1B, AnyGPipe, LeanStage
+from autoplan.apply._torch import Any1F1B, AnyGPipe, AnyZeroBubble, LeanStage, end_step, gathered_ids
 from autoplan.apply.local_ops import local_ops
 from autoplan.apply.outside import Finished
 from autoplan.apply.program import Program
 from autoplan.apply.runner import Doubles, Runner, arrive, leave, pass_on
+from autoplan.apply.split import Later, Product, splitting
 from autoplan.apply.stages import Unseen
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
@@ -44,8 +45,18 @@ class Chunk(nn.Module):
         self._next += 1
         return self._pipeline.forward(self.number, self._next - 1, received)
 
-    def before_backward(self, micro_batch: int) -> None:
+    @contextmanager
+    def backward_pass(self, micro_batch: int) -> Iterator[None]:
+        """Around the backward pass of a micro-batch, of which `weights` are a part of their own if the schedule says so."""
         self._pipeline.before_backward(self.number, micro_batch)
+        with self._pipeline.later or nullcontext():
+            yield
+
+    def weights(self) -> Callable[[], None]:
+        """What is left to do of the backward pass that has just run, whose turn comes in the same order."""
+        later, self._pipeline.later = self._pipeline.later, Later()
+        assert later is not None
+        return lambda: self._pipeline.weights(self.number, later.products)
 
 
 class Pipeline:
@@ -73,6 +84,9 @@ class Pipeline:
         self._losses: list[torch.Tensor] = []
         self._error: BaseException | None = None
         self._left = 0
+        self.later = Later() if plan.pipeline.schedule == "zero-bubble" else None
+        """What gradients of weights are left for."""
+        self._reduced: set[int] = set()
 
     def attach(self, root: stages.Rank, units: dict[int, list[zero.Unit]], doubles: Doubles, loss_of: LossOf) -> None:
         """What runs the stages; `root` is built with `self.run`."""
@@ -88,6 +102,7 @@ class Pipeline:
         schedule, chunks = self._schedule(self.program, len(micro_batches))
         self._micro_batches, self._losses, self._error = micro_batches, [], None
         self._left = len(micro_batches) * len(chunks)
+        self._reduced.clear()
         for chunk in chunks:
             chunk.start()
         options = {"target": torch.zeros(len(micro_batches))} if chunks[-1].number == len(self.plan.stages) - 1 else {}
@@ -146,8 +161,12 @@ class Pipeline:
         return output
 
     def before_backward(self, number: int, index: int) -> None:
-        self._left -= 1
         root: FSDPModule = self.root  # type: ignore[assignment]
+        if self.later is not None:
+            root.set_is_last_backward(False)
+            zero.before_inputs(self.units)
+            return
+        self._left -= 1
         root.set_is_last_backward(self._left == 0)
         for other, units in self._units.items():
             if other != number:
@@ -156,6 +175,25 @@ class Pipeline:
         zero.before_backward(self._units[number], last)
         outer = [(root, zero.level(self.plan.outer_strategy.zero, self.plan.mesh.shards))]
         zero.before_backward(outer, self._left == 0)
+
+    def weights(self, number: int, products: list[Product]) -> None:
+        """Gradients of weights, each layer's reduced while those of the layer before it are computed."""
+        self._left -= 1
+        last, root = self._left == 0, cast(FSDPModule, self.root)
+        root.set_is_last_backward(last)
+        *layers, _ = units = self._units[number]
+        owner = {of: i for i, (module, _) in enumerate(layers) for of in gathered_ids(module)}
+        owners = [owner.get(id(product.weight), len(layers)) for product in products]
+        ends = {i: position for position, i in enumerate(owners)}
+        for position, i in enumerate(owners):
+            products.pop(0).add()
+            if ends[i] == position and i < len(layers):
+                zero.after_weights([layers[i]], last, self._reduced)
+        outer = (root, zero.level(self.plan.outer_strategy.zero, self.plan.mesh.shards))
+        rest = [unit for i, unit in enumerate(units) if i not in ends or i == len(layers)]
+        zero.after_weights([*rest, outer], last, self._reduced)
+        if last:
+            end_step(root)
 
     def run(
         self, number: int, received: tuple[torch.Tensor, ...], inputs: dict[str, Any], batch: dict[str, Any]
@@ -169,7 +207,7 @@ class Pipeline:
         tensors = {wire.site: arrive(passing[wire.site], wire, self.tp) for wire in wires}
         runner = Runner(program, number, tensors, self.device, self._doubles)
         loss = None
-        with local_ops(self.tp), suppress(Finished), runner:
+        with splitting(self.later is not None), local_ops(self.tp), suppress(Finished), runner:
             loss = self._loss_of(inputs, batch)
         if number == len(self.plan.stages) - 1:
             assert loss is not None
@@ -212,6 +250,8 @@ class Pipeline:
             made: Any
             if kind == "interleaved-1f1b":
                 made = ScheduleInterleaved1F1B(built, count, **options)  # type: ignore[arg-type]
+            elif kind == "zero-bubble":
+                made = AnyZeroBubble(built, count, **options)
             elif kind == "gpipe":
                 made = AnyGPipe(built[0], count, **options)
             else:
@@ -231,6 +271,7 @@ class Pipeline:
             input_args=tuple(wire.empty() for wire in program.incoming(chunk.number)),
             output_args=(loss,) if last else outputs,
             group=self.group,
+            dw_builder=chunk.weights if self.later is not None else None,
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from autoplan.apply._torch import end_backward
 from autoplan.apply.expert_parallel import dealt
 from autoplan.plan import Plan
 
@@ -43,6 +44,23 @@ def before_backward(units: Iterable[Unit], last: bool) -> None:
         else:
             module.set_requires_all_reduce(last, recurse=False)
             module.set_reshard_after_backward(True, recurse=False)
+
+
+def before_inputs(units: Iterable[Unit]) -> None:
+    """Set what FSDP does in the coming backward pass, in which most weights get no gradients yet: nothing is reduced."""
+    for module, zero in units:
+        module.set_requires_gradient_sync(False, recurse=False)
+        module.set_reshard_after_backward(zero != 1, recurse=False)
+
+
+def after_weights(units: Iterable[Unit], last: bool, reduced: set[int]) -> None:
+    """Reduce gradients, as `before_backward` says of a backward pass that makes them all, when those of weights have come.
+    `reduced`: see `end_backward`."""
+    for module, zero in units:
+        if zero != 1:
+            module.set_requires_gradient_sync(True, recurse=False)
+        before_backward([(module, zero)], last)
+        end_backward(module, zero == 1, reduced)
 
 
 def spare(units: Iterable[Unit]) -> None:

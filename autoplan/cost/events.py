@@ -14,6 +14,7 @@ passes to the next stage and back to the one before. Everything is queued as if 
                pass of the step, in which alone gradients are reduced then. Freed ones are gathered when they are needed.
     outside    What stands outside the layers of a stage is a unit of its own. It is gathered when the stage begins a pass, and
                its gradients are reduced when the backward pass has ended.
+    split      Under zero-bubble the gradients of weights are a pass of their own; a layer's reduction follows its.
     ends       Without a pipeline each backward pass ends when its reductions have ended, with one the last alone. all_reduces
                are of the last micro-batch. Then the optimizer runs.
     stages     A rank's passes are in the order of `schedule.order`. A message takes `hop` seconds after those before it in its
@@ -176,7 +177,7 @@ class _Rank:
 
     def __init__(self, step: Step, rank: int, parts: bool, device: Device) -> None:
         self.step, self.parts, self.device = step, parts, device
-        self._last = len(step.stages) - 1
+        self._last, self._split = len(step.stages) - 1, step.schedule == "zero-bubble"
         self._gathered: set[tuple[int, int]] = set()
         """(virtual stage, place in it) of the layers whose parameters are there; place -1: of what stands outside them."""
         self._taken: list[Work] = []
@@ -186,8 +187,11 @@ class _Rank:
         tasks = order(step.schedule, rank, step.ranks, step.micro_batches, step.chunks)
         for number, task in enumerate(tasks):
             stage = task.chunk * step.ranks + rank
-            if task.backward:
-                self._backward(stage, task, ends=step.ranks == 1 or number == len(tasks) - 1)
+            ends = step.ranks == 1 or number == len(tasks) - 1
+            if task.weights:
+                self._weights(stage, task, ends)
+            elif task.backward:
+                self._backward(stage, task, ends)
             else:
                 self._forward(stage, task)
         optimizer = sum(piece.unit.optimizer for stage in step.stages[rank :: step.ranks] for piece in stage)
@@ -232,7 +236,8 @@ class _Rank:
             waits[layers[-1]] = gather(pieces[layers[-1]], layers[-1])
         for place in reversed(range(len(pieces))):
             piece, unit = pieces[place], pieces[place].unit
-            parts = (("recompute", unit.recompute), ("backward", unit.backward), ("backward tp", unit.tp_backward))
+            inputs = ("backward inputs", unit.backward - unit.weights) if self._split else ("backward", unit.backward)
+            parts = (("recompute", unit.recompute), inputs, ("backward tp", unit.tp_backward))
             works = self._pass(piece, i, parts, waits.get(place, ()))
             if piece.outside:
                 continue
@@ -240,15 +245,32 @@ class _Rank:
                 self._taken.append(works[0])
             if place in ahead:
                 waits[ahead[place]] = gather(pieces[ahead[place]], ahead[place])
-            self._reduce(piece, i, last, works[-1])
+            if not self._split:
+                self._reduce(piece, i, last, works[-1])
             if piece.zero != 1 or last:
                 self._gathered.discard((stage, place))
-        self._reduce(outer, i, last, self.device.queues[COMPUTE][-1])
         if outer.zero != 1 or last:
             self._gathered.discard((stage, -1))
+        if not self._split:
+            self._end(outer, i, last, ends)
+        self._finish(Message(stage - 1, i, True) if stage > 0 else None)
+
+    def _weights(self, stage: int, task: Task, ends: bool) -> None:
+        """The part of a backward pass that comes later; gradients are reduced when theirs are there."""
+        i, pieces = task.micro_batch, self.step.stages[stage]
+        last = i == self.step.micro_batches - 1
+        for piece in reversed(pieces):
+            work = self._compute(f"{piece.name} backward weights", piece.unit.weights, i)
+            if not piece.outside:
+                self._reduce(piece, i, last, work)
+        self._end(_outer(pieces), i, last, ends)
+        self._finish(None)
+
+    def _end(self, outer: Piece, i: int, last: bool, ends: bool) -> None:
+        """What stands outside is reduced last; `ends`: nothing goes on before all reductions have ended."""
+        self._reduce(outer, i, last, self.device.queues[COMPUTE][-1])
         if ends:
             self._due = tuple(queue[-1] for queue in self.device.queues[REDUCE:] if queue)
-        self._finish(Message(stage - 1, i, True) if stage > 0 else None)
 
     def _begin(self, stage: int, task: Task) -> Work:
         """What the pass has to wait for: of the stage before it, or behind it."""

@@ -1,11 +1,11 @@
 """What a plan costs: seconds of one optimizer step, and bytes of every pipeline rank.
 
 Stage `s` of `p` holds layers `l` with their shares of a step (cost.step: `t_l` seconds of every micro-batch, `d_l` once) and
-its part of the outer body (cost.outer). With `m` micro-batches and `v` chunks of layers a rank, a step has `M = m + (p - 1)/v`
-slots (`schedule.slots`), and
+its part of the outer body (cost.outer). With `m` micro-batches and `v` chunks of layers a rank, a step has `M = m + (p - 1) q`
+slots (`schedule.slots`; `q` is 1/v, under zero-bubble `CostModel.share`), and
 
     u_s  = sum_l t_l + d_l / M
-    step = (m - 1/v) max_s u_s + 1/v sum_s u_s + hops h          h: passing one micro-batch's activations on (`CostModel.hop`)
+    step = (m - q) max_s u_s + q sum_s u_s + hops h          h: passing one micro-batch's activations on (`CostModel.hop`)
 
 (`schedule.additive_seconds`): without a pipeline `m sum_l t_l + sum_l d_l`. `Prediction.scheduled` is the same work on the
 exact timeline of the schedule; `cost.simulated` runs it event by event. The breakdown is that of the slowest stage; the bubble
@@ -29,6 +29,7 @@ from itertools import groupby, pairwise
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.context import Context, Gather
 from autoplan.cost.experts import Mixtures
+from autoplan.cost.late import Late, late, split_step
 from autoplan.cost.layer import LayerCost, layer_cost
 from autoplan.cost.outer import OuterParts
 from autoplan.cost.prices import LayerModel
@@ -39,8 +40,8 @@ from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES, Graph, Value
 from autoplan.hardware import HardwareProfile
 from autoplan.plan import Plan, Prediction
-from autoplan.schedule import ScheduleKind, additive_seconds, exposed_hops, in_flight_by_chunk, slots
-from autoplan.strategy import CpKind, Layout, Mesh, Sharding, Strategy, Zero
+from autoplan.schedule import ScheduleKind, additive_seconds, exposed_hops, filling, in_flight_by_chunk, slots
+from autoplan.strategy import REPLICATE, CpKind, Layout, Mesh, Sharding, Strategy, Zero
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import Workload
 
@@ -69,6 +70,8 @@ class CostModel:
         self._dp: dict[Hashable, DataParallel] = {}
         self._ahead: dict[tuple[int, int], Bytes] = {}
         self._passed: dict[tuple[int, float], Bytes] = {}
+        self._late: dict[Hashable, Late] = {}
+        self._thirds: dict[Hashable, list[tuple[Seconds, Seconds, Seconds]]] = {}
         self.outer = OuterParts(graph)
 
     def with_batch(self, global_batch: int) -> CostModel:
@@ -140,19 +143,65 @@ class CostModel:
             )
         return batch // (mesh.dp * micro_batch)
 
-    def layer_step(self, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int) -> LayerStep:
-        """One layer's share of a step; OUTER: all that stands outside the layers."""
+    def layer_step(self, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int, *, split: bool = False) -> LayerStep:
+        """One layer's share of a step; OUTER: all that stands outside the layers. `split`: under zero-bubble (cost.late)."""
         key = (body, mesh.within, micro_batch, strategy.sharding)
         cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp, mesh.ep, mesh.cp_kind)
-        return self._step(key, cost, strategy, mesh, micro_batch, outer=body == OUTER)
+        step = self._step(key, cost, strategy, mesh, micro_batch, outer=body == OUTER)
+        return self._split(key, step, body, strategy, mesh, micro_batch) if split else step
 
-    def outer_step(self, regions: tuple[int, ...], strategy: Strategy, mesh: Mesh, micro_batch: int) -> LayerStep:
+    def outer_step(
+        self, regions: tuple[int, ...], strategy: Strategy, mesh: Mesh, micro_batch: int, *, split: bool = False
+    ) -> LayerStep:
         """The share of some regions of the outer body, see cost.outer."""
         if len(regions) == len(self.outer.busy):
-            return self.layer_step(OUTER, strategy, mesh, micro_batch)
+            return self.layer_step(OUTER, strategy, mesh, micro_batch, split=split)
         key = (regions, mesh.tp, micro_batch, mesh.cp, mesh.cp_kind, strategy.sharding)
         cost = self._part(regions, strategy.sharding, mesh, micro_batch)
-        return self._step(key, cost, strategy, mesh, micro_batch, outer=True)
+        step = self._step(key, cost, strategy, mesh, micro_batch, outer=True)
+        return self._split(key, step, OUTER, strategy, mesh, micro_batch, frozenset(regions)) if split else step
+
+    def _split(
+        self, key: Hashable, step: LayerStep, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int,
+        regions: frozenset[int] | None = None,
+    ) -> LayerStep:  # fmt: skip
+        if key not in self._late:
+            model = self.layer_model(body, mesh.tp, micro_batch, mesh.cp, mesh.ep, mesh.cp_kind)
+            self._late[key] = late(model, strategy.sharding, regions, self.outer.regions)
+        trained = self._dp[key, mesh.dp_replicate, mesh.dp_shard].whole_trainable
+        reduced = strategy.zero != 1 or mesh.shards == 1
+        return split_step(step, self._late[key], trained, mesh.pp, reduced, self.workload, outer=body == OUTER)
+
+    def share(self, schedule: ScheduleKind, chunks: int, mesh: Mesh, micro_batch: int, *, again: bool = False) -> float:
+        """What another stage adds to a step, of its own seconds for a micro-batch (`schedule.slots`): under zero-bubble that of
+        the layer of which it is most. `again`: layers may be recomputed."""
+        if schedule != "zero-bubble":
+            return 1 / chunks
+        full = self.micro_batches(mesh, micro_batch) >= mesh.pp
+        again_too = [(f, i + (f if again else 0.0), w) for f, i, w in self._in_thirds(mesh, micro_batch)]
+        return max((filling(*each, full) for each in again_too), default=1.0)
+
+    def hops(self, schedule: ScheduleKind, chunks: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Seconds:
+        """What passing activations and gradients on adds to a step (`schedule.exposed_hops`)."""
+        if mesh.pp == 1:
+            return 0.0
+        hop, m = self.hop(mesh, micro_batch, stream), self.micro_batches(mesh, micro_batch)
+        least = min((w for _, _, w in self._in_thirds(mesh, micro_batch)), default=0.0) if schedule == "zero-bubble" else 0.0
+        return hop * exposed_hops(schedule, mesh.pp, m, chunks, 2 * hop <= least * (len(self.graph.blocks) // mesh.pp))
+
+    def _in_thirds(self, mesh: Mesh, micro_batch: int) -> list[tuple[Seconds, Seconds, Seconds]]:
+        """Of every body the forward pass, the backward pass of its inputs and that of its weights, as Megatron runs it: cut by cp
+        and tp, with two all_reduces over tp in either pass."""
+        key = (mesh.tp, micro_batch, mesh.cp)
+        if key not in self._thirds:
+            size = self.passed(mesh, micro_batch, REPLICATE)
+            sent = 2 * collective_time("all_reduce", size, mesh.tp, 1, self.hardware) if mesh.tp > 1 else 0.0
+            self._thirds[key] = []
+            for body in range(len(self.graph.bodies)):
+                cost, cut = self.layer_cost(body, Sharding(), 1, micro_batch), mesh.tp * mesh.cp
+                w = late(self.layer_model(body, 1, micro_batch), Sharding()).seconds
+                self._thirds[key].append((cost.forward / cut + sent, (cost.backward - w) / cut + sent, w / cut))
+        return self._thirds[key]
 
     def _part(self, regions: tuple[int, ...], sharding: Sharding, mesh: Mesh, micro_batch: int) -> LayerCost:
         self.layer_cost(OUTER, sharding, mesh.tp, micro_batch, mesh.cp, 1, mesh.cp_kind)
@@ -182,16 +231,21 @@ class CostModel:
         return layer_step(cost, dp, zero, again, m, self.hardware, self.workload, outer=outer, pipelined=pipelined, ahead=ahead)
 
     def parts(
-        self, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int, regions: tuple[int, ...] = ()
+        self,
+        body: int,
+        strategy: Strategy,
+        mesh: Mesh,
+        micro_batch: int,
+        regions: tuple[int, ...] = (),
+        *,
+        split: bool = False,
     ) -> tuple[LayerStep, LayerCost, DataParallel]:
         """`layer_step`, or `outer_step` of some regions, and what it is made of."""
         if body == OUTER:
-            step, cost = (
-                self.outer_step(regions, strategy, mesh, micro_batch),
-                self._part(regions, strategy.sharding, mesh, micro_batch),
-            )
+            step = self.outer_step(regions, strategy, mesh, micro_batch, split=split)
+            cost = self._part(regions, strategy.sharding, mesh, micro_batch)
         else:
-            step = self.layer_step(body, strategy, mesh, micro_batch)
+            step = self.layer_step(body, strategy, mesh, micro_batch, split=split)
             cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp, mesh.ep, mesh.cp_kind)
         return step, cost, data_parallel(cost, mesh, self.hardware, self.workload)
 
@@ -244,9 +298,12 @@ class CostModel:
         """
         m, stream, chunks = self.micro_batches(mesh, micro_batch), outer.sharding.stream, cut.chunks
         ranks = self._ranks(mesh, micro_batch, outer, layers, cut)
-        count, hop = slots(m, mesh.pp, chunks), self.hop(mesh, micro_batch, stream)
+        again = any(strategy.recompute != "none" for _, strategy in layers)
+        share = self.share(cut.schedule, chunks, mesh, micro_batch, again=again)
+        count, hop = slots(m, mesh.pp, share), self.hop(mesh, micro_batch, stream)
         seconds = [rank_seconds(rank, count) for rank in ranks]
-        total = additive_seconds(cut.schedule, seconds, m, hop, chunks)
+        hops = self.hops(cut.schedule, chunks, mesh, micro_batch, stream)
+        total = additive_seconds(cut.schedule, seconds, m, chunks=chunks, share=share) + hops
         slowest = ranks[seconds.index(max(seconds))]
         passing = self.passing(mesh, micro_batch, stream, cut)
         memories = [
@@ -257,7 +314,7 @@ class CostModel:
         piped = mesh.pp > 1
         return Prediction(
             step_time=total,
-            time=breakdown(slowest, m, count, total, hop * exposed_hops(cut.schedule, mesh.pp, m, chunks)),
+            time=breakdown(slowest, m, count, total, hops),
             memory=max(memories, key=lambda parts: parts.total),
             hidden_communication=sum(n * (m * step.hidden[0] + step.hidden[1]) for step, n, *_ in slowest),
             tokens_per_second=self.graph.tokens * batch / total,
@@ -272,15 +329,15 @@ class CostModel:
     ) -> Sequence[Rank]:
         """What every pipeline rank holds: its layers, equal ones counted, and its parts of the outer body."""
         ranks: list[list[Held]] = [[] for _ in range(mesh.pp)]
-        edges = (0, *cut.starts, len(layers))
+        edges, split = (0, *cut.starts, len(layers)), cut.schedule == "zero-bubble"
         for k, (first, last) in enumerate(pairwise(edges)):
             rank, chunk = ranks[k % mesh.pp], k // mesh.pp
             runs = [(layer, len(list(equal))) for layer, equal in groupby(layers[first:last])]
-            priced = [(body, self.layer_step(body, strategy, mesh, micro_batch), n) for (body, strategy), n in runs]
+            priced = [(body, self.layer_step(body, strategy, mesh, micro_batch, split=split), n) for (body, strategy), n in runs]
             rank += held_layers(priced, chunk, cut.chunks)
             regions = self.outer.within(first, last)
             if regions:
-                rank.append(Held(self.outer_step(regions, outer, mesh, micro_batch), 1, chunk))
+                rank.append(Held(self.outer_step(regions, outer, mesh, micro_batch, split=split), 1, chunk))
         return ranks
 
     def predict_plan(self, plan: Plan) -> Prediction:

@@ -97,18 +97,28 @@ def chunk_seconds(rank: Rank, chunks: int) -> tuple[tuple[Seconds, ...], tuple[S
     return tuple(forward), tuple(b - f for b, f in zip(both, forward, strict=True))
 
 
+def late_seconds(rank: Rank, chunks: int) -> tuple[Seconds, ...]:
+    """What of a backward pass comes later, in every chunk; empty where nothing does."""
+    late = [sum(held.step.late_seconds * held.number for held in rank if held.chunk == chunk) for chunk in range(chunks)]
+    return tuple(late) if any(late) else ()
+
+
 def stage_predictions(ranks: Sequence[Rank], memories: Sequence[MemoryBreakdown], chunks: int) -> tuple[StagePrediction, ...]:
     """What the plan's file and the report say of every rank."""
-    times = [chunk_seconds(rank, chunks) for rank in ranks]
-    return tuple(StagePrediction(forward=f, backward=b, memory=m) for (f, b), m in zip(times, memories, strict=True))
+    times = [(*chunk_seconds(rank, chunks), late_seconds(rank, chunks)) for rank in ranks]
+    return tuple(
+        StagePrediction(forward=f, backward=b, weights=w, memory=m) for (f, b, w), m in zip(times, memories, strict=True)
+    )
 
 
 def scheduled(schedule: ScheduleKind, ranks: Sequence[Rank], micro_batches: int, hop: Seconds, chunks: int) -> Seconds:
     """The step on the schedule's exact timeline; what happens once a step comes after it, on the rank where it takes longest."""
     times = [chunk_seconds(rank, chunks) for rank in ranks]
     forward, backward = (tuple(t[way][c] for c in range(chunks) for t in times) for way in (0, 1))
+    late = [late_seconds(rank, chunks) or (0.0,) * chunks for rank in ranks]
+    weights = tuple(each[c] for c in range(chunks) for each in late)
     once = max(sum(held.step.once_seconds * held.number for held in rank) for rank in ranks)
-    return pipeline_seconds(schedule, forward, backward, micro_batches, hop, chunks) + once
+    return pipeline_seconds(schedule, forward, backward, micro_batches, hop, chunks, weights) + once
 
 
 def _weighted(parts: Iterable[tuple[Iterable[tuple[str, float]], float]]) -> dict[str, float]:

@@ -26,6 +26,8 @@ from autoplan.units import Seconds
 DIGITS = 6
 """Of a unit's seconds."""
 
+COMPUTED = ("forward", "tp_forward", "recompute", "backward", "weights", "tp_backward")
+
 
 def simulated(costs: CostModel, plan: Plan) -> Prediction:
     """The plan's prediction, with what its units take and the step as events. The plan must be one of the model."""
@@ -86,32 +88,33 @@ def _units(costs: CostModel, plan: Plan) -> Iterator[UnitPrediction]:
     """One for equal layers, in the order of the first of them; of what stands outside, one for each part of each stage."""
     bodies = {block.name: block.body for block in costs.graph.blocks}
     alike: dict[Any, list[str]] = {}
+    split = plan.pipeline is not None and plan.pipeline.schedule == "zero-bubble"
     for name, strategy in plan.layers():
         alike.setdefault((bodies[name], strategy), []).append(name)
     for (body, strategy), names in alike.items():
-        step, cost, dp = costs.parts(body, strategy, plan.mesh, plan.micro_batch)
+        step, cost, dp = costs.parts(body, strategy, plan.mesh, plan.micro_batch, split=split)
         yield _rounded(_unit(tuple(names), "", step, cost, dp))
     order, edges = [name for name, _ in plan.layers()], [0]
     for stage in plan.stages:
         edges.append(edges[-1] + len(stage))
     for first, last in pairwise(edges):
-        yield from map(_rounded, _outside(costs, plan, order, costs.outer.within(first, last)))
+        yield from map(_rounded, _outside(costs, plan, order, costs.outer.within(first, last), split))
 
 
-def _outside(costs: CostModel, plan: Plan, names: list[str], regions: tuple[int, ...]) -> Iterator[UnitPrediction]:
+def _outside(costs: CostModel, plan: Plan, names: list[str], regions: tuple[int, ...], split: bool) -> Iterator[UnitPrediction]:
     """The parts of what stands outside the layers of a stage: its seconds dealt as each part alone would take them, and what is
     of all its parameters with the first."""
     if not regions:
         return
     strategy, mesh = plan.outer_strategy, plan.mesh
-    step, cost, dp = costs.parts(OUTER, strategy, mesh, plan.micro_batch, regions)
-    whole = _unit((), "before", step, cost, dp)
-    alone = [_unit((), "before", *costs.parts(OUTER, strategy, mesh, plan.micro_batch, (region,))) for region in regions]
+
+    def unit(of: tuple[int, ...]) -> UnitPrediction:
+        return _unit((), "before", *costs.parts(OUTER, strategy, mesh, plan.micro_batch, of, split=split))
+
+    whole, alone = unit(regions), [unit((region,)) for region in regions]
     for number, region in enumerate(regions):
         place: Literal["before", "after"] = "before" if region < len(names) else "after"
-        shares = {
-            name: _share(whole, alone, number, name) for name in ("forward", "tp_forward", "recompute", "backward", "tp_backward")
-        }
+        shares = {name: _share(whole, alone, number, name) for name in COMPUTED}
         once = dict.fromkeys(("gather", "reduce", "all_reduce", "optimizer"), 0.0) if number else {}
         yield replace(whole, layers=tuple(names[region : region + 1] or names[-1:]), place=place, **shares, **once)
 
@@ -134,6 +137,7 @@ def _unit(
         tp_forward=cost.tp_forward,
         recompute=step.recompute,
         backward=step.backward,
+        weights=step.late_seconds,
         tp_backward=cost.tp_backward,
         gather=dp.gather,
         reduce=dp.reduce,

@@ -103,6 +103,9 @@ class LayerStep(NamedTuple):
     """While its backward pass runs, by itself."""
     window: Bytes
     """Then, by what FSDP gathers and reduces beside it: for layers before and after it, whose windows may be larger."""
+    waiting: Bytes = 0.0
+    """What passes of other micro-batches have left for later (cost.late), as `late_seconds` of every backward pass."""
+    late_seconds: Seconds = 0.0
 
     def seconds(self, slots: float) -> Seconds:
         """Seconds of one slot of a step of `slots` slots (`schedule.slots`): what happens once is spread over them."""
@@ -131,7 +134,7 @@ class LayerStep(NamedTuple):
             optimizer=self.optimizer,
             buffers=self.buffers,
             unsharded=self.unsharded,
-            activations=in_flight * self.kept - self.less,
+            activations=in_flight * self.kept - self.less + self.waiting,
         )
 
     @property

@@ -66,6 +66,8 @@ def _pipeline(plan: Plan, lost: list[str]) -> Flags:
         return flags
     if plan.pipeline.schedule == "gpipe":
         lost.append("the schedule gpipe: Megatron runs 1f1b, which holds fewer micro-batches and passes them on more visibly")
+    if plan.pipeline.schedule == "zero-bubble":
+        lost.append("the schedule zero-bubble: Megatron runs 1f1b, which waits longer, and holds less on the last stages")
     sizes = [f"t*{size}" for size in stage_sizes(plan)]
     sizes[0], sizes[-1] = f"E{sizes[0]}", f"{sizes[-1]}L"
     return {**flags, "pipeline-model-parallel-layout": "|".join(sizes)}

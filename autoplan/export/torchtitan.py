@@ -7,10 +7,14 @@ torchtitan accumulates gradients until the global batch is reached.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from autoplan.export.exported import Choices, Exported, choices, header, no_experts, ring, stage_sizes
 from autoplan.plan import Plan
 
-SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved-1f1b": "Interleaved1F1B"}
+SCHEDULES = {
+    "1f1b": "1F1B", "gpipe": "GPipe", "interleaved-1f1b": "Interleaved1F1B", "zero-bubble": "InterleavedZeroBubble"
+}  # fmt: skip
 
 
 def registry(plan: Plan) -> Exported:
@@ -126,8 +130,23 @@ def _training(plan: Plan) -> dict[str, object]:
     }
 
 
+def _split(plan: Plan, made: Choices) -> Iterator[str]:
+    """What PyTorch's own zero-bubble schedule does otherwise."""
+    if plan.pipeline is None or plan.pipeline.schedule != "zero-bubble":
+        return
+    yield (
+        "memory: until weights have their gradients, torchtitan keeps all that a micro-batch's backward pass had, and not only "
+        "what these are made of: it may not fit"
+    )
+    if made.recompute:
+        yield "time: a layer that is recomputed runs again once more for every weight of it"
+    if plan.micro_batches % max(1, plan.micro_batches // plan.mesh.pp):
+        m, pp = plan.micro_batches, plan.mesh.pp
+        yield f"{m} micro-batches: torchtitan's schedule wants as many in each of its rounds over {pp} stages"
+
+
 def _lost(plan: Plan, made: Choices) -> tuple[str, ...]:
-    lost, load = [*made.lost, *ring(plan, "torchtitan")], plan.workload
+    lost, load = [*made.lost, *ring(plan, "torchtitan"), *_split(plan, made)], plan.workload
     if not _folds(plan):
         lost += no_experts(plan, f"torchtitan, whose ep is a multiple of cp x tp ({plan.mesh.cp * plan.mesh.tp}),")
     if made.selective:

@@ -162,6 +162,7 @@ def _stages_document(prediction: Prediction) -> dict[str, Any]:
         {
             "forward": [exact(seconds, SECOND) for seconds in stage.forward],
             "backward": [exact(seconds, SECOND) for seconds in stage.backward],
+            **({"weights": [exact(seconds, SECOND) for seconds in stage.weights]} if stage.weights else {}),
             "memory": _memory_document(stage.memory),
         }
         for stage in prediction.stages
@@ -224,7 +225,7 @@ def _plan(data: PlanDocument) -> Plan:
 
 def _stage(i: int, data: StageDocument) -> StagePrediction:
     memory = _parts(MemoryBreakdown, data.memory, f"prediction.stages.{i}.memory")
-    return StagePrediction(forward=tuple(data.forward), backward=tuple(data.backward), memory=memory)
+    return StagePrediction(forward=tuple(data.forward), backward=tuple(data.backward), weights=tuple(data.weights), memory=memory)
 
 
 def _unit(i: int, data: UnitDocument) -> UnitPrediction:

@@ -99,10 +99,12 @@ class PipelineDocument(_Document):
 
 
 class StageDocument(_Document):
-    """What one pipeline rank should cost: seconds of one micro-batch by chunk, bytes by category."""
+    """What one pipeline rank should cost: seconds of one micro-batch by chunk (under zero-bubble also what of the backward pass
+    are gradients of weights), bytes by category."""
 
     forward: list[_Seconds]
     backward: list[_Seconds]
+    weights: list[_Seconds] = []
     memory: dict[str, _Bytes]
 
 
@@ -117,6 +119,7 @@ class UnitDocument(_Document):
     tp_forward: _Seconds = 0.0
     recompute: _Seconds = 0.0
     backward: _Seconds = 0.0
+    weights: _Seconds = 0.0
     tp_backward: _Seconds = 0.0
     gather: _Seconds = 0.0
     reduce: _Seconds = 0.0

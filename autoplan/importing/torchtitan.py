@@ -16,8 +16,10 @@ from autoplan.schedule import ScheduleKind
 from autoplan.strategy import Recompute, Zero
 
 SCHEDULES: dict[str, ScheduleKind] = {"1f1b": "1f1b", "gpipe": "gpipe", "interleaved1f1b": "interleaved-1f1b"}
+SPLIT = "interleavedzerobubble"
+"""With one stage a rank it is what a plan calls zero-bubble."""
 NEAREST: dict[str, ScheduleKind] = {
-    "interleavedzerobubble": "interleaved-1f1b",
+    SPLIT: "interleaved-1f1b",
     "zbvzerobubble": "interleaved-1f1b",
     "dualpipev": "interleaved-1f1b",
     "loopedbfs": "interleaved-1f1b",
@@ -89,7 +91,9 @@ def _cut(parallel: Section, pp: int, lost: list[str]) -> dict[str, Any]:
     if asked not in SCHEDULES and asked not in NEAREST:
         parallel.word("pipeline_parallel_schedule", "", ("1F1B".lower(), *list(SCHEDULES)[1:], *NEAREST))
     schedule = SCHEDULES.get(asked) or NEAREST[asked]
-    if asked in NEAREST:
+    if asked == SPLIT and len(parallel.values.get("module_fqns_per_model_part") or ()) == pp:
+        schedule = "zero-bubble"
+    elif asked in NEAREST:
         lost.append(f"the schedule {parallel.values['pipeline_parallel_schedule']}: {schedule} is priced, which waits more")
     if parallel.values.get("pipeline_parallel_schedule_csv"):
         lost.append("the schedule of pipeline_parallel_schedule_csv is not read")

@@ -29,27 +29,31 @@ def height(film: Film) -> int:
 def gantt(film: Film, label: str) -> str:
     """The whole picture."""
     titled = sum(map(len, film.shots)) <= TITLED
-    rows = "".join(_row(shots, y * (ROW + SPACE), film.chunks, titled) for y, shots in enumerate(film.shots))
+    rows = "".join(_row(film, shots, y * (ROW + SPACE), titled) for y, shots in enumerate(film.shots))
     floor = len(film.ranks) * (ROW + SPACE) - SPACE
     folds = "".join(_fold(fold, floor) for fold in film.folds)
     frame = f'width="100%" height="{height(film)}" role="img" aria-label="{escape(label)}"'
     return f'<svg class="timeline" id="timeline" {frame}>{rows}{folds}{"".join(_axis(film, floor))}</svg>'
 
 
-def _row(shots: tuple[Shot, ...], y: int, chunks: int, titled: bool) -> str:
+def _row(film: Film, shots: tuple[Shot, ...], y: int, titled: bool) -> str:
     boxes = [f'<rect class="idle" width="100%" height="{ROW}"/>']
-    for backward, name in ((False, "f"), (True, "b")):
-        for chunk in range(chunks):
-            mine = [shot for shot in shots if (shot.backward, shot.chunk) == (backward, chunk)]
-            inner = "".join(_box(shot, chunks, titled) for shot in mine)
+    for name in ("f", "b", "w") if film.split else ("f", "b"):
+        for chunk in range(film.chunks):
+            mine = [shot for shot in shots if shot.chunk == chunk and _kind(shot) == name]
+            inner = "".join(_box(film, shot, titled) for shot in mine)
             boxes.append(f'<g class="{name} q{chunk % 4}">{inner}</g>')
     return f'<g transform="translate(0 {y})">{"".join(boxes)}</g>'
 
 
-def _box(shot: Shot, chunks: int, titled: bool) -> str:
+def _kind(shot: Shot) -> str:
+    return "w" if shot.weights else "b" if shot.backward else "f"
+
+
+def _box(film: Film, shot: Shot, titled: bool) -> str:
     width = shot.end - shot.start
     place = f'x="{_percent(shot.start)}" width="{_percent(width)}" height="{ROW}"'
-    box = f"<rect {place}>{_title(shot, chunks)}</rect>" if titled else f"<rect {place}/>"
+    box = f"<rect {place}>{_title(film, shot)}</rect>" if titled else f"<rect {place}/>"
     text = str(shot.micro_batch)
     zoom = next((zoom for zoom in ZOOMS if width * WIDTH * zoom >= 6.5 * len(text) + 2), None)
     if zoom is None:
@@ -57,9 +61,9 @@ def _box(shot: Shot, chunks: int, titled: bool) -> str:
     return f'{box}<text class="z{zoom}" x="{_percent(shot.start + width / 2)}" y="17">{text}</text>'
 
 
-def _title(shot: Shot, chunks: int) -> str:
-    chunk = f", chunk {shot.chunk}" if chunks > 1 else ""
-    way = "backward" if shot.backward else "forward"
+def _title(film: Film, shot: Shot) -> str:
+    chunk = f", chunk {shot.chunk}" if film.chunks > 1 else ""
+    way = words.pass_of(shot.backward, shot.weights, film.split)
     when = f": {words.seconds(shot.when[0])} to {words.seconds(shot.when[1])}" if shot.when else ""
     return f"<title>micro-batch {shot.micro_batch} {way}{chunk}{when}</title>"
 

@@ -18,7 +18,7 @@ from autoplan.plan import Pipeline, Plan, StagePrediction
 from autoplan.report import words
 from autoplan.report.charts import ticks
 from autoplan.report.facts import Part, parts
-from autoplan.schedule import Timeline, pipeline_seconds, timeline
+from autoplan.schedule import Task, Timeline, pipeline_seconds, timeline
 from autoplan.units import Seconds
 
 TURNS = 3
@@ -64,6 +64,8 @@ class Shot:
     end: float
     when: tuple[Seconds, Seconds] | None
     """From when to when; None where only the order is known."""
+    weights: bool = False
+    """Of a backward pass that is split: gradients of weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ class Film:
     seconds: Seconds
     """From the first start to the last end, with what is left out."""
     chunks: int
+    split: bool
+    """Whether backward passes are drawn in two parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +120,18 @@ def _rank(plan: Plan, s: int, stage: StagePrediction, idle: float | None, fulles
         layers=", ".join(words.fold(names) for names in held),
         number=sum(map(len, held)),
         forward=words.seconds(sum(stage.forward)),
-        backward=words.seconds(sum(stage.backward)),
+        backward=_backward(stage),
         idle="-" if idle is None else words.percent(idle),
         memory=words.size(memory),
         free=words.size(left) if left >= 0 else f"-{words.size(-left)}",
         fullest=fullest,
         parts=parts(stage.memory.items(), words.MEMORY_WORDS, words.size),
     )
+
+
+def _backward(stage: StagePrediction) -> str:
+    later = f", {words.seconds(sum(stage.weights))} of it later" if stage.weights else ""
+    return words.seconds(sum(stage.backward)) + later
 
 
 def _priced(plan: Plan) -> bool:
@@ -132,20 +141,25 @@ def _priced(plan: Plan) -> bool:
         pipeline is not None
         and len(stages) == plan.mesh.pp
         and all(len(stage.forward) == len(stage.backward) == pipeline.chunks for stage in stages)
+        and all(len(stage.weights) in (0, pipeline.chunks) for stage in stages)
     )
 
 
-def _virtual(plan: Plan, pipeline: Pipeline) -> tuple[tuple[Seconds, ...], tuple[Seconds, ...]]:
-    """Seconds (forward, backward) of every virtual stage: `k = chunk pp + rank`."""
-    stages = plan.prediction.stages
-    chunks = range(pipeline.chunks)
-    return tuple(s.forward[c] for c in chunks for s in stages), tuple(s.backward[c] for c in chunks for s in stages)
+Times = tuple[Seconds, ...]
+
+
+def virtual(plan: Plan, pipeline: Pipeline) -> tuple[Times, Times, Times]:
+    """Seconds (forward, backward, of these for weights) of every virtual stage: `k = chunk pp + rank`."""
+    stages, chunks = plan.prediction.stages, range(pipeline.chunks)
+    forward, backward = (tuple(getattr(s, way)[c] for c in chunks for s in stages) for way in ("forward", "backward"))
+    return forward, backward, tuple(s.weights[c] if s.weights else 0.0 for c in chunks for s in stages)
 
 
 def _whole(plan: Plan, pipeline: Pipeline) -> Seconds:
     """Seconds of the whole schedule, nothing left out."""
-    forward, backward = _virtual(plan, pipeline)
-    return pipeline_seconds(pipeline.schedule, forward, backward, plan.micro_batches, plan.prediction.hop, pipeline.chunks)
+    forward, backward, weights = virtual(plan, pipeline)
+    hop = plan.prediction.hop
+    return pipeline_seconds(pipeline.schedule, forward, backward, plan.micro_batches, hop, pipeline.chunks, weights)
 
 
 def _idle(plan: Plan, pipeline: Pipeline) -> list[float]:
@@ -185,12 +199,13 @@ def film(plan: Plan) -> Film | None:
     if pipeline is None or not _priced(plan):
         return None
     shown = _shown(pipeline, plan.mesh.pp, plan.micro_batches)
-    each = 2 * shown * pipeline.chunks
+    split = pipeline.schedule == "zero-bubble"
+    each = (3 if split else 2) * shown * pipeline.chunks
     if each > MAX_SLOTS // 2:
         return None
-    forward, backward = _virtual(plan, pipeline)
+    forward, backward, weights = virtual(plan, pipeline)
     try:
-        short = timeline(pipeline.schedule, forward, backward, shown, plan.prediction.hop, pipeline.chunks)
+        short = timeline(pipeline.schedule, forward, backward, shown, plan.prediction.hop, pipeline.chunks, weights)
         whole = _whole(plan, pipeline)
     except UsageError:
         return None
@@ -210,6 +225,7 @@ def film(plan: Plan) -> Film | None:
         ticks=tuple(_ticks(short.seconds, cuts, apart, width)),
         seconds=whole,
         chunks=pipeline.chunks,
+        split=split,
     )  # fmt: skip
 
 
@@ -235,10 +251,10 @@ def _cuts(
     middle = shown // 2
     if pipeline.schedule == "interleaved-1f1b":  # its ranks take `pp` micro-batches at a time through a chunk
         middle = middle // pp * pp
-    first = next(slot.start for slot in short.stages[0] if slot.task == (0, middle, False))
+    first = next(slot.start for slot in short.stages[0] if slot.task == Task(0, middle, False))
     if pipeline.schedule != "gpipe":
         return [_Cut(first, lost)]
-    second = next(slot.start for slot in short.stages[-1] if slot.task == (0, middle, True))
+    second = next(slot.start for slot in short.stages[-1] if slot.task == Task(0, middle, True))
     ahead = min(lost, skipped * longest)
     return [_Cut(first, ahead), _Cut(second, lost - ahead)]
 
@@ -260,6 +276,7 @@ def _shots(short: Timeline, s: int, cuts: Sequence[_Cut], skipped: int, apart: b
                 start / width + GAP * n,
                 end / width + GAP * n,
                 None if apart and n else (slot.start + lost, slot.end + lost),
+                slot.task.weights,
             )
 
 

@@ -93,6 +93,7 @@ def _ranks(plan: Plan) -> list[Row]:
             "layers": sum(map(len, plan.stages[s :: plan.mesh.pp])),
             "forward_seconds": sum(stage.forward),
             "backward_seconds": sum(stage.backward),
+            "weights_seconds": sum(stage.weights),
             "memory_bytes": stage.memory.total,
             **{f"{name}_bytes": size for name, size in stage.memory.items()},
         }

@@ -209,3 +209,10 @@ def sharding_words(sharding: Sharding) -> str:
     split = any(layout.sharded for _, layout in sharding.parameters)
     names = [name for name, used in (("tensor", split), ("sequence", sequence_parallel(sharding))) if used]
     return " + ".join(names) if names else "whole on every tp device"
+
+
+def pass_of(backward: bool, weights: bool, split: bool) -> str:
+    """What a stage does with a micro-batch; `split`: its schedule parts the backward pass."""
+    if not backward:
+        return "forward"
+    return f"backward, {'weights' if weights else 'inputs'}" if split else "backward"

@@ -196,6 +196,25 @@ class Tables:
         """Every strategy of every class of layers, priced; None when some layer has none."""
         return self._of_mesh(self._columns, self._outers, mesh, micro_batch, stream)
 
+    def split(self, priced: Priced) -> Priced | None:
+        """The strategies of a mesh without recomputation, at their prices under zero-bubble (cost.late); None when some layer has
+        none. Of shardings those are known that others don't beat under other schedules."""
+        key = ("split", priced.mesh, priced.micro_batch, priced.stream)
+        if key not in self._priced:
+            mesh, micro_batch, costs = priced.mesh, priced.micro_batch, self.costs
+            columns = {}
+            for g, known in priced.columns.items():
+                price = partial(_split_price, costs, g, mesh, micro_batch)
+                plain = [c for c in known if c.recompute == "none"]
+                columns[g] = Columns.of([replace(c, costs=Costs.of(price(c.strategy)), price=price) for c in plain])
+            outers = tuple(
+                Outer(o.strategy, {r: costs.outer_step(r, o.strategy, mesh, micro_batch, split=True) for r in o.parts})
+                for o in priced.outers
+            )
+            complete = all(columns.values())
+            self._priced[key] = replace(priced, columns=columns, outers=outers) if complete else None
+        return self._priced[key]
+
     def ideal(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Priced | None:
         """Better than any mesh of the same tp and pp: communication over dp takes no time, and cuts all states.
 
@@ -358,3 +377,7 @@ def _price(costs: CostModel, g: int, mesh: Mesh, micro_batch: int, strategy: Str
 
 def _ideal_price(costs: CostModel, g: int, mesh: Mesh, micro_batch: int, strategy: Strategy) -> LayerStep:
     return costs.ideal_step(g, strategy, mesh, micro_batch)
+
+
+def _split_price(costs: CostModel, g: int, mesh: Mesh, micro_batch: int, strategy: Strategy) -> LayerStep:
+    return costs.layer_step(g, strategy, mesh, micro_batch, split=True)

@@ -82,6 +82,8 @@ def schedules(mesh: Mesh, micro_batches: int, graph: Graph) -> list[tuple[Schedu
     if mesh.pp == 1:
         return [("1f1b", 1)]
     found: list[tuple[ScheduleKind, int]] = [("1f1b", 1), ("gpipe", 1)]
+    if micro_batches >= mesh.pp:  # with fewer nearly all gradients of weights come at the end
+        found.append(("zero-bubble", 1))
     if len(graph.bodies) == 1 and micro_batches % mesh.pp == 0:
         found += [("interleaved-1f1b", chunks) for chunks in _chunks(len(graph.blocks), mesh.pp)]
     return found
@@ -172,3 +174,9 @@ def unplaceable(mesh: Mesh, micro_batch: int) -> Candidate:
     """The candidate of a mesh on which some layer has no legal strategy."""
     reason = f"a packed weight of every sharding that may be used does not divide over dp_shard {mesh.dp_shard}"
     return Candidate(mesh=mesh, micro_batch=micro_batch, status="illegal", reason=reason)
+
+
+def unsplit(mesh: Mesh, micro_batch: int) -> Candidate:
+    """The candidate of a mesh under zero-bubble, where some layer must be recomputed."""
+    reason = "zero-bubble is searched without recomputation: what waits for gradients of weights is kept all the same"
+    return Candidate(mesh=mesh, micro_batch=micro_batch, schedule="zero-bubble", status="illegal", reason=reason)

@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 from math import inf
 
 from autoplan.cost.model import OUTER, Cut
-from autoplan.schedule import ScheduleKind, exposed_hops, in_flight_by_chunk, slots
+from autoplan.schedule import ScheduleKind, in_flight_by_chunk, slots
 from autoplan.search.bounds import fits, least_bytes, relaxed_seconds
 from autoplan.search.columns import Outer, Priced, Tables
 from autoplan.search.cuts import Value, best_cut, farthest, least_bottleneck
@@ -57,11 +57,9 @@ class Staging:
         costs, mesh = tables.costs, priced.mesh
         self.limit, self.ranks = limit, mesh.pp
         self.micro_batches = costs.micro_batches(mesh, priced.micro_batch)
-        self.slots = slots(self.micro_batches, mesh.pp, chunks)
-        self.many, self.few = self.micro_batches - 1 / chunks, 1 / chunks
-        self.hops = exposed_hops(schedule, mesh.pp, self.micro_batches, chunks) * costs.hop(
-            mesh, priced.micro_batch, priced.stream
-        )
+        self.few = costs.share(schedule, chunks, mesh, priced.micro_batch)
+        self.many, self.slots = self.micro_batches - self.few, slots(self.micro_batches, mesh.pp, self.few)
+        self.hops = costs.hops(schedule, chunks, mesh, priced.micro_batch, priced.stream)
         self.passing = costs.passing(mesh, priced.micro_batch, priced.stream, Cut(schedule, chunks))
         self.limits = [limit - size for size in self.passing]
         self.layers = len(tables.graph.blocks)

@@ -32,12 +32,12 @@ from time import monotonic
 
 from autoplan.constraints import Constraints
 from autoplan.plan import Baseline, Candidate
-from autoplan.schedule import ScheduleKind, exposed_hops
+from autoplan.schedule import ScheduleKind
 from autoplan.search.baselines import baselines
 from autoplan.search.candidates import slower
 from autoplan.search.columns import Priced, Tables
 from autoplan.search.ilp import UnsolvedError
-from autoplan.search.space import indivisible, legal, micro_batches, schedules, unplaceable, unstageable
+from autoplan.search.space import indivisible, legal, micro_batches, schedules, unplaceable, unsplit, unstageable
 from autoplan.search.stages import Solution, Staging
 from autoplan.strategy import Layout, Mesh, Within
 from autoplan.units import Bytes, Seconds
@@ -272,11 +272,12 @@ class Tree:
             if within != group.within or slot is None or group.micro_batch not in self.sizes(within, pp):
                 continue
             m = costs.micro_batches(some[0], group.micro_batch)
-            hop = costs.hop(some[0], group.micro_batch, group.stream)
             for schedule, chunks in schedules(some[0], m, self.tables.graph):
                 if pp > 1 and not self.constraints.allows("schedule", schedule):
                     continue
-                work = (m + (pp - 1) / chunks) / pp * slot + exposed_hops(schedule, pp, m, chunks) * hop
+                share = costs.share(schedule, chunks, some[0], group.micro_batch)
+                hops = costs.hops(schedule, chunks, some[0], group.micro_batch, group.stream)
+                work = (m + (pp - 1) * share) / pp * slot + hops
                 shape = Shape(within, group.stream, group.micro_batch, pp, schedule, chunks)
                 self._push(max(bound, work), shape)
 
@@ -296,6 +297,11 @@ class Tree:
                 self.crowded.add((mesh, shape.micro_batch))
                 continue
             priced = self.tables.priced(mesh, shape.micro_batch, shape.stream)
+            if priced is not None and shape.schedule == "zero-bubble":
+                priced = self.tables.split(priced)
+                if priced is None:
+                    self.refused.append(unsplit(mesh, shape.micro_batch))
+                    continue
             if priced is None:
                 self.refused.append(unplaceable(mesh, shape.micro_batch))
                 continue

@@ -6,6 +6,7 @@ With `m` micro-batches, for every virtual stage of a pipeline rank:
                   two small all_reduces; a layer that is recomputed in full repeats the forward collectives inside it
                   up to the last tensor that it saves (PyTorch stops there), one that is selectively none        m times
                   a GATHERED parameter one all_reduce of its gradient            m times, with dp_shard and zero 1: once
+                  under zero-bubble m - s times on stage s                                                     (cost.late)
     cp            attention: an all_to_all of every operand forward, of every gradient backward, repeated when the layer is
                   recomputed in full; the loss two small all_reduces                                                     m times
                   ring: instead of these, messages of keys and values, and backward of their gradients too, and what a causal
@@ -55,7 +56,7 @@ def _parts(plan: Plan, costs: CostModel, rank: int) -> Parts:
             for kind, size in stage.across(tensor_parallel):
                 yield ("tp", kind), Amount(1, size).times(plan.micro_batches)
             for strategy, elements in stage.gathered():
-                yield ("tp", "all_reduce"), _synchronised(plan, strategy, elements)
+                yield ("tp", "all_reduce"), _synchronised(plan, strategy, elements, rank)
         if plan.mesh.cp > 1:
             for kind, size in stage.across(context_parallel):
                 yield ("cp", kind), Amount(1, size).times(plan.micro_batches)
@@ -169,11 +170,14 @@ def units(plan: Plan, costs: CostModel, stages: list[Stage]) -> Iterator[tuple[l
     yield stages[0].parameters(OUTER, outer, shared), outer
 
 
-def _synchronised(plan: Plan, strategy: Strategy, elements: int) -> Amount:
+def _synchronised(plan: Plan, strategy: Strategy, elements: int, rank: int) -> Amount:
     """The all_reduces of a GATHERED parameter's gradient over tp: when FSDP reduces it, and before that over dp_shard."""
     load, m = plan.workload, plan.micro_batches
+    split = plan.pipeline is not None and plan.pipeline.schedule == "zero-bubble"
     once = strategy.zero == 1 and plan.mesh.shards > 1
-    accumulated = once and m > 1  # FSDP adds micro-batches up in the format in which it reduces
+    accumulated = once and (m > 1 or split)  # FSDP adds micro-batches up in the format in which it reduces
+    if split:  # of several micro-batches together, when weights of the first get their gradients: no product has such a weight
+        m = max(1, m - rank)
     size = elements * DTYPE_BYTES[load.reduce_dtype if accumulated else load.compute_dtype]
     return Amount(1, size).times(1 if once else m)
 

@@ -68,8 +68,11 @@ def sample_of(plan: Plan, rank: int) -> Sample:
         return Sample((1, min(2, count)), count, one_after_another=True)
     period = plan.mesh.pp if pipeline.chunks > 1 else 1
     full = max(in_flight_by_chunk(pipeline.schedule, rank, plan.mesh.pp, count, pipeline.chunks))
+    alike = _alike_from(plan)
+    if pipeline.schedule == "zero-bubble":
+        full = alike = min(plan.mesh.pp, count)  # as many wait for gradients of weights as are not in flight any more
     full = -(-full // period) * period
-    first = period * -(-_alike_from(plan) // period)
+    first = period * -(-alike // period)
     most = count if pipeline.schedule == "gpipe" else max(full, first) + period
     return Sample((min(first, count), min(most, count)), count)
 

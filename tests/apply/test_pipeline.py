@@ -100,7 +100,11 @@ SPECIAL = {
 }
 MESHES = {
     2: {"1f1b": (Mesh(pp=2), "1f1b", 1, 3), "interleaved": (Mesh(pp=2), "interleaved-1f1b", 2, 3)},
-    4: {"deep": (Mesh(pp=4), "1f1b", 1, 3), "zero 1": (Mesh(pp=2, dp_shard=2), "1f1b", 1, 1)},
+    4: {
+        "deep": (Mesh(pp=4), "1f1b", 1, 3),
+        "zero 1": (Mesh(pp=2, dp_shard=2), "1f1b", 1, 1),
+        "split": (Mesh(pp=2, dp_shard=2), "zero-bubble", 1, 3),
+    },
 }
 
 
@@ -283,8 +287,8 @@ def test_a_rank_holds_its_stages_alone_and_no_buffers_between_steps():
     assert first == second
 
 
-def mixed_precision():
-    plan = gpt(Mesh(pp=2, dp_shard=2), dtype="float32", compute="bfloat16", micro_batch=1, zero=1)
+def mixed_precision(schedule, zero):
+    plan = gpt(Mesh(pp=2, dp_shard=2), dtype="float32", compute="bfloat16", micro_batch=1, zero=zero, schedule=schedule)
     parallel = apply(double("gpt"), plan, device="cpu", loss_fn=gpt_loss, inputs=batches("gpt")[0])
     opt = torch.optim.AdamW(parallel.parameters(), lr=3e-3)
     batch, losses = share(batches("gpt")[0], parallel.dp_rank, 2), []
@@ -298,5 +302,6 @@ def mixed_precision():
 
 
 @pytest.mark.gloo
-def test_bfloat16_in_a_pipeline_learns():
-    run(4, mixed_precision)
+@pytest.mark.parametrize(("schedule", "zero"), [("1f1b", 1), ("zero-bubble", 3)])
+def test_bfloat16_in_a_pipeline_learns(schedule, zero):
+    run(4, mixed_precision, schedule, zero)

@@ -31,7 +31,7 @@ def piece(name: str, zero: Zero = 3, outside: bool = False, **unit: float) -> Pi
 @st.composite
 def steps(draw: st.DrawFn, piped: bool = True) -> Step:
     pp = draw(st.sampled_from([1, 2, 3] if piped else [1]))
-    kinds: list[ScheduleKind] = ["1f1b", "gpipe", "interleaved-1f1b"] if pp > 1 else ["1f1b"]
+    kinds: list[ScheduleKind] = ["1f1b", "gpipe", "interleaved-1f1b", "zero-bubble"] if pp > 1 else ["1f1b"]
     kind = draw(st.sampled_from(kinds))
     chunks = 2 if kind == "interleaved-1f1b" else 1
     stages = []
@@ -41,6 +41,7 @@ def steps(draw: st.DrawFn, piped: bool = True) -> Step:
             outside = n == 0 and draw(st.booleans())
             unit = {name: draw(took) for name in (*COMPUTED, *SENT, "optimizer")}
             unit["forward"], unit["backward"] = unit["forward"] + 0.1, unit["backward"] + 0.1
+            unit["weights"] = draw(st.sampled_from([0.0, 0.25, 1.0])) * unit["backward"] if kind == "zero-bubble" else 0.0
             found.append(piece(f"{k}.{n}", outer_zero if outside else draw(zeros), outside, **unit))
         stages.append(tuple(found))
     m = draw(st.integers(1, 3)) * (pp if chunks > 1 else 1)
@@ -137,7 +138,8 @@ def test_without_communication_it_is_the_schedules_timeline(step: Step) -> None:
     step = changed(free(step), optimizer=0.0)
     forward = [sum(p.unit.forward + p.unit.tp_forward for p in stage) for stage in step.stages]
     backward = [sum(p.unit.recompute + p.unit.backward + p.unit.tp_backward for p in stage) for stage in step.stages]
-    exact = timeline(step.schedule, forward, backward, step.micro_batches, step.hop, step.chunks)
+    weights = [sum(p.unit.weights for p in stage) for stage in step.stages]
+    exact = timeline(step.schedule, forward, backward, step.micro_batches, step.hop, step.chunks, weights)
     assert seconds(step) == pytest.approx(exact.seconds, rel=1e-9)
 
 

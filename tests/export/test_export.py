@@ -80,6 +80,16 @@ def test_torchtitan_means_the_same(name: str) -> None:
         assert cut == [list(stage) for stage in plan.stages]
 
 
+def test_zero_bubble_is_said_or_told() -> None:
+    plan = piped("zero-bubble", batch=6)
+    made = export(plan, "torchtitan")
+    assert keywords(made.text, "ParallelismConfig")["pipeline_parallel_schedule"] == "InterleavedZeroBubble"
+    assert any("may not fit" in sentence for sentence in made.lost)
+    assert not any("rounds" in sentence for sentence in made.lost)
+    assert any("in each of its rounds over 2 stages" in s for s in export(piped("zero-bubble", 2, batch=7), "torchtitan").lost)
+    assert any("zero-bubble: Megatron runs 1f1b" in sentence for sentence in export(plan, "megatron").lost)
+
+
 def megatron(plan: Plan) -> list[str]:
     found = re.search(r"PLAN_ARGS=\((.*)\)", export(plan, "megatron").text, re.DOTALL)
     assert found

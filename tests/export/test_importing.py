@@ -24,6 +24,7 @@ PLANS: dict[str, Plan] = {
     "piped": piped(),
     "interleaved": piped("interleaved-1f1b", chunks=2),
     "gpipe": piped("gpipe", 2, batch=8),
+    "zero-bubble": piped("zero-bubble"),
     "single": single(),
     **{path.stem: load_plan(path) for path in sorted((ROOT / "reports").glob("*.yaml"))},
 }
@@ -35,7 +36,7 @@ def expressed(plan: Plan, to: str) -> bool:
     """Whether the target can say the plan's mesh and schedule."""
     if to == "accelerate":
         return plan.mesh.pp == plan.mesh.ep == 1
-    return to == "torchtitan-toml" or plan.pipeline is None or plan.pipeline.schedule != "gpipe"
+    return to == "torchtitan-toml" or plan.pipeline is None or plan.pipeline.schedule not in ("gpipe", "zero-bubble")
 
 
 ROUNDS = [(name, to) for name, plan in PLANS.items() for to in FILES if expressed(plan, to)]
@@ -120,6 +121,14 @@ def test_accelerate_without_a_parallelism_config(tmp_path: Path) -> None:
     assert (told.mesh(None), told.zero, told.recompute_every) == (Mesh(dp_shard=8), 2, 1)
     told = written(tmp_path / "a.yaml", "distributed_type: NO\nmixed_precision: no\n")
     assert (told.mesh(None), told.workload["compute_dtype"]) == (Mesh(), "float32")
+
+
+def test_zero_bubble_with_several_stages_a_rank_is_priced_as_interleaved(tmp_path: Path) -> None:
+    path = tmp_path / "j.toml"
+    path.write_text('[parallelism]\npipeline_parallel_degree = 2\npipeline_parallel_schedule = "InterleavedZeroBubble"\n')
+    told = read_configuration(path)
+    assert (told.schedule, told.chunks) == ("interleaved-1f1b", 2)
+    assert any("which waits more" in sentence for sentence in told.lost)
 
 
 @pytest.mark.parametrize(

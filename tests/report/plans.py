@@ -258,6 +258,7 @@ def piped(schedule: ScheduleKind = "1f1b", pp: int = 4, chunks: int = 1, batch: 
         StagePrediction(
             forward=tuple(0.020 / chunks * (1.1 if s == pp - 1 else 1.0) for _ in range(chunks)),
             backward=tuple(0.041 / chunks * (1.1 if s == pp - 1 else 1.0) for _ in range(chunks)),
+            weights=(0.018,) if schedule == "zero-bubble" else (),
             memory=replace(
                 plan.prediction.memory, activations=(40 * (pp - s) / pp + 4) * GIB, pipeline=(0.25 if s else 0.125) * GIB
             ),

@@ -87,6 +87,13 @@ def test_a_trace_is_the_event_simulation() -> None:
     assert last == pytest.approx(events.seconds(step_of(plan)) * 1e6)
 
 
+def test_a_trace_parts_the_backward_pass_of_zero_bubble() -> None:
+    found = slices(piped("zero-bubble", batch=16))
+    assert len([one for one in found if one["name"] == "layers.9 backward inputs"]) == 16
+    assert len([one for one in found if one["name"] == "layers.9 backward weights"]) == 16
+    assert len([one for one in found if one["cat"].startswith("send")]) == 3 * 16 * 2
+
+
 def test_a_trace_without_a_pipeline_has_the_streams_of_fsdp() -> None:
     plan = llama()
     found = json.loads(trace_json(plan))["traceEvents"]

@@ -17,18 +17,21 @@ from autoplan.schedule import ScheduleKind, timeline
 from .plans import llama, piped
 from .test_report import Reader
 
-KINDS: list[tuple[ScheduleKind, int, int]] = [("1f1b", 4, 1), ("gpipe", 4, 1), ("interleaved-1f1b", 4, 2), ("1f1b", 2, 1)]
+KINDS: list[tuple[ScheduleKind, int, int]] = [
+    *(("1f1b", 4, 1), ("gpipe", 4, 1), ("interleaved-1f1b", 4, 2), ("1f1b", 2, 1), ("zero-bubble", 4, 1))
+]
 
 
-def whole(plan: Plan) -> dict[tuple[int, int, int, bool], tuple[float, float]]:
-    """(rank, chunk, micro-batch, backward) -> (start, end) of the whole schedule."""
+def whole(plan: Plan) -> dict[tuple[int, int, int, bool, bool], tuple[float, float]]:
+    """(rank, chunk, micro-batch, backward, weights) -> (start, end) of the whole schedule."""
     assert plan.pipeline is not None
     stages, chunks = plan.prediction.stages, plan.pipeline.chunks
     forward = [stage.forward[c] for c in range(chunks) for stage in stages]
     backward = [stage.backward[c] for c in range(chunks) for stage in stages]
-    made = timeline(plan.pipeline.schedule, forward, backward, plan.micro_batches, plan.prediction.hop, chunks)
+    weights = [second for stage in stages for second in stage.weights]
+    made = timeline(plan.pipeline.schedule, forward, backward, plan.micro_batches, plan.prediction.hop, chunks, weights)
     return {
-        (slot.stage, slot.task.chunk, slot.task.micro_batch, slot.task.backward): (slot.start, slot.end)
+        (slot.stage, slot.task.chunk, slot.task.micro_batch, slot.task.backward, slot.task.weights): (slot.start, slot.end)
         for slots in made.stages
         for slot in slots
     }
@@ -41,11 +44,13 @@ def test_a_short_step_is_drawn_whole(kind: ScheduleKind, pp: int, chunks: int) -
     assert film is not None
     assert film.folds == ()
     assert film.seconds == pytest.approx(max(end for _, end in slots.values()))
-    drawn = [(s, shot.chunk, shot.micro_batch, shot.backward) for s, shots in enumerate(film.shots) for shot in shots]
+    drawn = [
+        (s, shot.chunk, shot.micro_batch, shot.backward, shot.weights) for s, shots in enumerate(film.shots) for shot in shots
+    ]
     assert sorted(drawn) == sorted(slots)
     for s, shots in enumerate(film.shots):
         for shot in shots:
-            start, end = slots[s, shot.chunk, shot.micro_batch, shot.backward]
+            start, end = slots[s, shot.chunk, shot.micro_batch, shot.backward, shot.weights]
             assert shot.start * film.seconds == pytest.approx(start, abs=1e-9)
             assert shot.end * film.seconds == pytest.approx(end, abs=1e-9)
 
@@ -57,13 +62,13 @@ def test_a_folded_step_shows_the_true_times_of_what_it_shows(kind: ScheduleKind,
     assert film is not None
     assert len(film.folds) == (2 if kind == "gpipe" else 1)
     assert film.folds[0].skipped % pp == 0
-    slowest = max(end - start for start, end in slots.values())
+    slowest = max(second for stage in plan.prediction.stages for second in (*stage.forward, *stage.backward))
     for s, shots in enumerate(film.shots):
         assert {shot.micro_batch for shot in shots} >= {0, 63}
         for one, two in pairwise(sorted(shots, key=lambda shot: shot.start)):
             assert one.end <= two.start + 1e-9
         for shot in shots:
-            start, end = slots[s, shot.chunk, shot.micro_batch, shot.backward]
+            start, end = slots[s, shot.chunk, shot.micro_batch, shot.backward, shot.weights]
             assert kind == "gpipe" or shot.when is not None
             if shot.when is not None:
                 assert shot.when == pytest.approx((start, end), abs=slowest)
@@ -78,6 +83,21 @@ def test_idle_shares_are_those_of_the_timeline() -> None:
     last = plan.prediction.stages[-1]
     share = 1 - 32 * (last.forward[0] + last.backward[0]) / film.seconds
     assert pipeline.ranks(plan)[-1].idle == f"{share:.1%}".replace("%", " %")
+
+
+def test_a_split_backward_pass_is_drawn_in_two_tints() -> None:
+    plan = piped("zero-bubble", batch=8)
+    film, text = pipeline.film(plan), Reader(page(plan)).text
+    assert film is not None
+    drawn = gantt(film, "a label")
+    assert "micro-batch 3 backward, weights" in drawn
+    assert "micro-batch 3 backward, inputs" in drawn
+    assert drawn.count('<g class="w q0">') == 4
+    assert "backward, inputs backward, weights" in text
+    assert "41 ms, 18 ms of it later" in text
+    other = pipeline.film(piped(batch=8))
+    assert other is not None
+    assert 'class="w' not in gantt(other, "a label")
 
 
 def test_the_stages_in_one_line() -> None:

@@ -65,15 +65,19 @@ def brute_force(tables: Tables, gpus: int, limit: float) -> float:
         for micro_batch in micro_batches(mesh, costs.workload):
             m = costs.micro_batches(mesh, micro_batch)
             for stream in tables.streams(mesh.tp):
-                priced = tables.priced(mesh, micro_batch, stream)
-                if priced is None:
+                whole = tables.priced(mesh, micro_batch, stream)
+                if whole is None:
                     continue
-                hop = costs.hop(mesh, micro_batch, stream)
-                outers: list[dict[tuple[int, ...], LayerStep]] = [o.parts for o in priced.outers] or [
-                    {costs.outer.busy: c.step} for c in priced.columns[OUTER]
-                ]
-                choices = [[c.step for c in priced.columns[body]] for body in bodies]
                 for kind, chunks in schedules(mesh, m, graph):
+                    priced = tables.split(whole) if kind == "zero-bubble" else whole
+                    if priced is None:
+                        continue
+                    outers: list[dict[tuple[int, ...], LayerStep]] = [o.parts for o in priced.outers] or [
+                        {costs.outer.busy: c.step} for c in priced.columns[OUTER]
+                    ]
+                    choices = [[c.step for c in priced.columns[body]] for body in bodies]
+                    share = costs.share(kind, chunks, mesh, micro_batch)
+                    hops = costs.hops(kind, chunks, mesh, micro_batch, stream)
                     flight = [in_flight_by_chunk(kind, s, mesh.pp, m, chunks) for s in range(mesh.pp)]
                     passing = costs.passing(mesh, micro_batch, stream, Cut(kind, chunks))
                     for starts in all_starts(len(bodies), mesh.pp, chunks):
@@ -85,8 +89,8 @@ def brute_force(tables: Tables, gpus: int, limit: float) -> float:
                                 ranks[k % mesh.pp] += held_layers(runs, k // mesh.pp, chunks)
                                 if regions := costs.outer.within(first, last):
                                     ranks[k % mesh.pp].append(Held(outer[regions], 1, k // mesh.pp))
-                            each = [seconds(rank, slots(m, mesh.pp, chunks)) for rank in ranks]
-                            step = additive_seconds(kind, each, m, hop, chunks)
+                            each = [seconds(rank, slots(m, mesh.pp, share)) for rank in ranks]
+                            step = additive_seconds(kind, each, m, chunks=chunks, share=share) + hops
                             if step < best and all(
                                 memory(rank, flight[s], passing[s]).total <= limit for s, rank in enumerate(ranks)
                             ):

@@ -41,12 +41,18 @@ RING = {
     "ring, recompute": Case(Mesh(dp_shard=2, cp=2, cp_kind="ring"), 2, recompute="full", zero=1),
     "ring, selective": Case(Mesh(cp=2, cp_kind="ring"), 4, recompute="selective"),
 }
+SPLIT = {
+    "zero-bubble, deep": Case(Mesh(pp=4), 1, schedule="zero-bubble"),
+    "zero-bubble, hsdp": Case(Mesh(pp=2, dp_replicate=2, dp_shard=2), 1, schedule="zero-bubble"),
+    "zero-bubble, tp + sp, zero 1": Case(Mesh(pp=2, dp_shard=2, tp=2), 1, SEQUENCE, zero=1, schedule="zero-bubble"),
+}
 WHAT: dict[str, dict[str, Case]] = {
     "llama": {
         name: {**CASES[2], **CASES[4]}[name] for name in ("fsdp, accumulation, recompute", "zero 1, accumulation", "tp + sp x dp")
     }
     | {"deep": PIPELINES[4]["deep, fewer micro-batches"], "mixed": MIXED, "zero 1, tp + sp": ZERO}
     | SELECTIVE
+    | SPLIT
     | RING,
     "gpt": {
         name: {**CASES[2], **CASES[4]}[name]
@@ -59,12 +65,14 @@ WHAT: dict[str, dict[str, Case]] = {
     | {name: PIPELINES[4][name] for name in ("zero 2, gpipe, recompute",)}
     | {
         "selective, cp": Case(Mesh(cp=2), 2, recompute="selective"),
+        "zero-bubble, tp + sp": Case(Mesh(pp=2, tp=2), 2, SEQUENCE, schedule="zero-bubble"),
         "pp, cp x tp + sp, recompute": Case(Mesh(pp=2, cp=2, tp=2), 2, SEQUENCE, "full"),
     },
     "transformer": {name: {**CASES[2], **CASES[4]}[name] for name in ("tp + sp, recompute",)}
     | {
         "tp + sp, interleaved, recompute": PIPELINES[4]["tp + sp, interleaved, recompute"],
         "past the encoder": PAST,
+        "zero-bubble, tp": Case(Mesh(pp=2, tp=2), 2, recompute="selective", schedule="zero-bubble"),
         "cp": Case(Mesh(cp=2), 2, recompute="full"),
         "selective, cp": Case(Mesh(cp=2), 2, recompute="selective"),
         "selective, tp + sp": Case(Mesh(tp=2), 2, SEQUENCE, "selective"),
@@ -283,13 +291,14 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (Case(Mesh(pp=2, dp_shard=2), 1, zero=1), (1, 3)),
         (Case(Mesh(pp=2, dp_shard=2), 1, schedule="interleaved-1f1b", chunks=2, recompute="full"), (2, 6)),
         (Case(Mesh(pp=2, dp_shard=2), 1, schedule="gpipe"), (1, 12)),
+        (Case(Mesh(pp=2, dp_shard=2), 1, schedule="zero-bubble"), (2, 3)),
         (Case(Mesh(pp=2, tp=2), 1, SEQUENCE, zero=2), (1, 3)),
         (Case(Mesh(dp_shard=4), 1, recompute="full"), (1, 2)),
         (Case(Mesh(dp_shard=2, tp=2), 1, SEQUENCE, zero=1), (1, 2)),
         (Case(Mesh(dp_shard=2, tp=2), 1, SEQUENCE, "full", zero=2), (1, 2)),
         (Case(Mesh(pp=2, dp_shard=2, tp=2), 1, SEQUENCE, zero=1), (2, 3)),
     ],
-    ids=["1f1b", "interleaved", "gpipe", "tp", "fsdp", "accumulation", "zero 2", "accumulation in a pipeline"],
+    ids=["1f1b", "interleaved", "gpipe", "zero-bubble", "tp", "fsdp", "accumulation", "zero 2", "accumulation in a pipeline"],
 )
 def test_a_few_micro_batches_show_what_many_do(case: Case, fewer: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     from autoplan.verify import dry, steady
