@@ -105,6 +105,7 @@ def changes(name: str, plan: Plan) -> Iterator[tuple[str, Plan]]:
         yield "ZeRO-3 everywhere", zero(plan, 3)
         yield "gpipe", replace(plan, pipeline=replace(plan.pipeline, schedule="gpipe"))
         yield "interleaved, 4 chunks a rank", equal(plan, 4)
+        yield "zero-bubble", replace(plan, pipeline=replace(plan.pipeline, schedule="zero-bubble"))
 
 
 def rows(name: str, graph: Graph | None = None) -> Iterator[Row]:
@@ -145,7 +146,7 @@ def draw(plan: Plan, dice: random.Random) -> Plan:
     micro_batches = dice.choice((1, 2, 4, 8, 32)) * (pp if chunks > 1 else 1)
     levels: Sequence[Zero] = (1, 2, 3)
     layer = Strategy(UNSHARDED, dice.choice(("none", "full")), dice.choice(levels))
-    one_chunk: Sequence[ScheduleKind] = ("1f1b", "gpipe")
+    one_chunk: Sequence[ScheduleKind] = ("1f1b", "gpipe", "zero-bubble")
     kind = "interleaved-1f1b" if chunks > 1 else dice.choice(one_chunk)
     starts = tuple(names[round(k * len(names) / (pp * chunks))] for k in range(1, pp * chunks))
     return replace(

@@ -41,7 +41,7 @@ def steps(draw: st.DrawFn, piped: bool = True) -> Step:
             outside = n == 0 and draw(st.booleans())
             unit = {name: draw(took) for name in (*COMPUTED, *SENT, "optimizer")}
             unit["forward"], unit["backward"] = unit["forward"] + 0.1, unit["backward"] + 0.1
-            unit["weights"] = draw(st.sampled_from([0.0, 0.25, 1.0])) * unit["backward"] if kind == "zero-bubble" else 0.0
+            unit["weights"] = draw(st.sampled_from([0.0, 0.25, 0.5])) * unit["backward"] if kind == "zero-bubble" else 0.0
             found.append(piece(f"{k}.{n}", outer_zero if outside else draw(zeros), outside, **unit))
         stages.append(tuple(found))
     m = draw(st.integers(1, 3)) * (pp if chunks > 1 else 1)
@@ -82,10 +82,11 @@ def test_everything_comes_after_what_it_waits_for(step: Step) -> None:
     spans: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for event in events(step):
         spans[event.name, event.micro_batch].append((event.start, event.end))
+    inputs = "backward inputs" if step.schedule == "zero-bubble" else "backward"
     layers = [piece for stage in step.stages for piece in stage if not piece.outside]
     for i in range(step.micro_batches):
         at, before = 0.0, step.stages[0]
-        for stage, way in [*((s, "forward") for s in step.stages), *((s, "backward") for s in reversed(step.stages))]:
+        for stage, way in [*((s, "forward") for s in step.stages), *((s, inputs) for s in reversed(step.stages))]:
             at += step.hop if stage is not before else 0.0
             before = stage
             for each in stage if way == "forward" else reversed(stage):
@@ -94,7 +95,8 @@ def test_everything_comes_after_what_it_waits_for(step: Step) -> None:
                 at = end
     for each in layers:
         for i in range(step.micro_batches):
-            ((start, made),) = spans[f"{each.name} backward", i]
+            ((start, made),) = spans[f"{each.name} {inputs}", i]
+            made = max([made, *(end for _, end in spans[f"{each.name} backward weights", i])])
             reduced = [*spans[f"{each.name} reduce", i], (made, made)][0]
             assert all(made <= begun for begun, _ in spans[f"{each.name} reduce", i])
             assert all(reduced[1] <= begun for begun, _ in spans[f"{each.name} all_reduce", i])
@@ -259,10 +261,28 @@ def test_a_pipeline_by_hand() -> None:
     assert ("compute", 4.5, 5.5) in first, "its gather for the backward pass was done while it waited"
 
 
-@pytest.mark.parametrize(("kind", "pp", "m"), [("1f1b", 2, 40), ("gpipe", 2, 37), ("interleaved-1f1b", 2, 40), ("1f1b", 1, 9)])
+def test_gradients_of_weights_come_later() -> None:
+    """On the second rank they follow a micro-batch later, and are reduced then."""
+    stage = layers(1, forward=1.0, backward=2.0, weights=1.0, reduce=0.5)
+    found = [e for e in events(Step((stage, stage), 2, "zero-bubble")) if e.rank == 1]
+    assert [(e.name, e.micro_batch, e.start, e.end) for e in found] == [
+        ("0 forward", 0, 1.0, 2.0),
+        ("0 backward inputs", 0, 2.0, 3.0),
+        ("0 forward", 1, 3.0, 4.0),
+        ("0 backward inputs", 1, 4.0, 5.0),
+        ("0 backward weights", 0, 5.0, 6.0),
+        ("0 backward weights", 1, 6.0, 7.0),
+        ("0 reduce", 0, 6.0, 6.5),
+        ("0 reduce", 1, 7.0, 7.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "pp", "m"), [("1f1b", 2, 40), ("gpipe", 2, 37), ("interleaved-1f1b", 2, 40), ("zero-bubble", 3, 50), ("1f1b", 1, 9)]
+)
 def test_many_micro_batches_are_continued(kind: ScheduleKind, pp: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = 2 if kind == "interleaved-1f1b" else 1
-    unit = {"forward": 1.0, "backward": 2.0, "gather": 0.4, "reduce": 0.7}
+    unit = {"forward": 1.0, "backward": 2.0, "weights": 0.9, "gather": 0.4, "reduce": 0.7}
     stages = tuple(layers(2 + k, zero, **unit) for k, zero in zip(range(pp * chunks), (3, 1, 2, 3), strict=False))
     step = Step(stages, m, kind, chunks, 0.1, 0.2)
     whole = max(e.end for e in events(step))

@@ -104,7 +104,9 @@ def test_a_pipeline_alone_is_its_schedules_timeline(found: Plan, batch: int) -> 
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize(("pp", "schedule"), [(1, "1f1b"), (2, "1f1b"), (2, "gpipe"), (2, "interleaved-1f1b")])
+@pytest.mark.parametrize(
+    ("pp", "schedule"), [(1, "1f1b"), (2, "1f1b"), (2, "gpipe"), (2, "interleaved-1f1b"), (2, "zero-bubble")]
+)
 def test_it_gathers_and_reduces_as_often_as_dry_runs_count(found: Plan, zero: Zero, pp: int, schedule: ScheduleKind) -> None:
     """`verify` holds what is expected against what PyTorch really sends."""
     chunks = 2 if schedule == "interleaved-1f1b" else 1

@@ -297,7 +297,7 @@ def piped(schedule: ScheduleKind = "1f1b", pp: int = 4, chunks: int = 1, batch: 
             simulated=time.total * 0.997,
             scheduled=time.total * 0.996,
             mfu=0.41,
-            units=units(tuple(names)),
+            units=units(tuple(names), **({"weights": 0.001} if schedule == "zero-bubble" else {})),
         ),
         candidates=candidates,
     )
