@@ -99,8 +99,8 @@ class _Account:
 def split_step(
     step: LayerStep, left: Late, trained: float, ranks: int, reduced: bool, load: Workload, *, outer: bool
 ) -> LayerStep:
-    """A layer's share of a step whose backward passes are split over `ranks`, see the module; `trained`: elements of what is trained,
-    cut by tp alone; `reduced`: with every micro-batch."""
+    """A layer's share of a step whose backward passes are split over `ranks` (see above); `trained`: elements of its trainable
+    parameters, cut by tp alone; `reduced`: with every micro-batch."""
     early = max(0.0, trained - left.weights) if reduced else 0.0
     whole = early * max(DTYPE_BYTES[load.compute_dtype], DTYPE_BYTES[load.reduce_dtype])
     less = max(0.0, step.less - left.bytes) if outer else step.less
