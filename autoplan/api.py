@@ -225,14 +225,13 @@ def estimate(
     Raises `UsageError` when the plan is not one of this model or breaks a sharding rule.
     """
     from autoplan.cost.model import CostModel
+    from autoplan.cost.simulated import predicted
 
     source = model if model is not None else plan.model
-    graph = source if isinstance(source, Graph) else None
-    if graph is None:
+    if not isinstance(source, Graph):
         loaded = load_model(source, **(model_kwargs or {})) if isinstance(source, str) else source
-        assert not isinstance(loaded, Graph)
-        graph = inspect(loaded, compute_dtype=plan.workload.compute_dtype)
-    return CostModel(graph, find_hardware(plan.hardware), plan.workload).predict_plan(plan)
+        source = inspect(loaded, compute_dtype=plan.workload.compute_dtype)
+    return predicted(CostModel(source, find_hardware(plan.hardware), plan.workload), plan)
 
 
 def imported(

@@ -84,6 +84,35 @@ class StagePrediction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnitPrediction:
+    """What runs of every micro-batch, and how long it occupies a device's streams: each of some layers, or what stands outside
+    the layers beside one of them."""
+
+    layers: tuple[str, ...]
+    place: Literal["", "before", "after"] = ""
+    """Of what stands outside the layers: before or after the one layer named."""
+    forward: Seconds = 0.0
+    tp_forward: Seconds = 0.0
+    recompute: Seconds = 0.0
+    backward: Seconds = 0.0
+    weights: Seconds = 0.0
+    """What of `backward` comes later under zero-bubble."""
+    tp_backward: Seconds = 0.0
+    gather: Seconds = 0.0
+    """Of its parameters; what stands outside the layers of a stage is gathered in one, and reduced."""
+    reduce: Seconds = 0.0
+    """Of its gradients over dp_shard."""
+    all_reduce: Seconds = 0.0
+    """Of their shards over dp_replicate, once a step."""
+    optimizer: Seconds = 0.0
+
+    def seconds(self) -> Iterator[tuple[str, Seconds]]:
+        for name in self.__dataclass_fields__:
+            if name not in ("layers", "place"):
+                yield name, getattr(self, name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """What one optimizer step should cost."""
 
@@ -97,8 +126,13 @@ class Prediction:
     """Passing one micro-batch's activations to the next stage."""
     stages: tuple[StagePrediction, ...] = ()
     """By pipeline rank; empty without a pipeline."""
+    scheduled: Seconds | None = None
+    """With a pipeline, the step on the exact timeline of the schedule, where `step_time` is a sum that the search can add up."""
     simulated: Seconds | None = None
-    """The step on the exact timeline of the schedule, where `step_time` is a sum that the search can add up."""
+    """The step as events on every device's streams (`cost.events`), from `units` and `overlap` alone."""
+    overlap: float = 0.0
+    """Of the hardware's profile: how much of communication beside computation slows both down."""
+    units: tuple[UnitPrediction, ...] = ()
     mfu: float
     """Model FLOPs (forward and backward once, nothing recomputed) over the peak of all devices."""
 

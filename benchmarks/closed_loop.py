@@ -233,7 +233,7 @@ def _steps(entry: dict[str, Any], ranks: int) -> MeasuredSteps:
 
 
 def _seconds(prediction: Prediction) -> float:
-    return prediction.step_time if prediction.simulated is None else prediction.simulated
+    return prediction.step_time if prediction.scheduled is None else prediction.scheduled
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ class _Models:
 
 def _step(prediction: Prediction) -> Seconds:
     """What is compared with a measured step: with a pipeline its exact timeline."""
-    return prediction.step_time if prediction.simulated is None else prediction.simulated
+    return prediction.step_time if prediction.scheduled is None else prediction.scheduled
 
 
 def _phases(prediction: Prediction) -> dict[str, Seconds]:

@@ -7,8 +7,9 @@ slots (`schedule.slots`; `q` is 1/v, under zero-bubble `CostModel.share`), and
     u_s  = sum_l t_l + d_l / M
     step = (m - q) max_s u_s + q sum_s u_s + hops h          h: passing one micro-batch's activations on (`CostModel.hop`)
 
-(`schedule.additive_seconds`): without a pipeline `m sum_l t_l + sum_l d_l`. `Prediction.simulated` is the same work on the
-exact timeline of the schedule. The breakdown is that of the slowest stage; the bubble is what it waits for the others.
+(`schedule.additive_seconds`): without a pipeline `m sum_l t_l + sum_l d_l`. `Prediction.scheduled` is the same work on the
+exact timeline of the schedule; `cost.simulated` runs it event by event. The breakdown is that of the slowest stage; the bubble
+is what it waits for the others.
 
     bytes_s = receive + max of  sum_l (states_l + q_l kept_l) + max(max_l alone_l, max_l inside_l + max_l window_l)
                                 sum_l (states_l + (q_l - 1) kept_l) + max_l ending_l
@@ -32,7 +33,7 @@ from autoplan.cost.late import Late, late, split_step
 from autoplan.cost.layer import LayerCost, layer_cost
 from autoplan.cost.outer import OuterParts
 from autoplan.cost.prices import LayerModel
-from autoplan.cost.rank import Held, Rank, breakdown, held_layers, memory, simulated, stage_predictions
+from autoplan.cost.rank import Held, Rank, breakdown, held_layers, memory, scheduled, stage_predictions
 from autoplan.cost.rank import seconds as rank_seconds
 from autoplan.cost.step import DataParallel, LayerStep, data_parallel, layer_step
 from autoplan.errors import UsageError
@@ -218,6 +219,25 @@ class CostModel:
         dp, pipelined, ahead = self._dp[of], mesh.pp > 1, self.ahead(mesh)
         return layer_step(cost, dp, zero, again, m, self.hardware, self.workload, outer=outer, pipelined=pipelined, ahead=ahead)
 
+    def parts(
+        self,
+        body: int,
+        strategy: Strategy,
+        mesh: Mesh,
+        micro_batch: int,
+        regions: tuple[int, ...] = (),
+        *,
+        split: bool = False,
+    ) -> tuple[LayerStep, LayerCost, DataParallel]:
+        """`layer_step`, or `outer_step` of some regions, and what it is made of."""
+        if body == OUTER:
+            step = self.outer_step(regions, strategy, mesh, micro_batch, split=split)
+            cost = self._part(regions, strategy.sharding, mesh, micro_batch)
+        else:
+            step = self.layer_step(body, strategy, mesh, micro_batch, split=split)
+            cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp, mesh.ep, mesh.cp_kind)
+        return step, cost, data_parallel(cost, mesh, self.hardware, self.workload)
+
     def ahead(self, mesh: Mesh) -> Bytes:
         """What is gathered of the last layer's parameters while the head's backward pass runs: of the largest layer, cut by tp
         and ep."""
@@ -289,7 +309,7 @@ class CostModel:
             tokens_per_second=self.graph.tokens * batch / total,
             hop=hop,
             stages=stage_predictions(ranks, memories, chunks) if piped else (),
-            simulated=simulated(cut.schedule, ranks, m, hop, chunks) if piped else None,
+            scheduled=scheduled(cut.schedule, ranks, m, hop, chunks) if piped else None,
             mfu=flops / (total * mesh.size * device.peak_of(self.workload.compute_dtype)),
         )
 

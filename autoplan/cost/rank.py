@@ -125,7 +125,7 @@ def stage_predictions(ranks: Sequence[Rank], memories: Sequence[MemoryBreakdown]
     )
 
 
-def simulated(schedule: ScheduleKind, ranks: Sequence[Rank], micro_batches: int, hop: Seconds, chunks: int) -> Seconds:
+def scheduled(schedule: ScheduleKind, ranks: Sequence[Rank], micro_batches: int, hop: Seconds, chunks: int) -> Seconds:
     """The step on the schedule's exact timeline; what happens once a step comes after it, on the rank where it takes longest."""
     times = [chunk_seconds(rank, chunks) for rank in ranks]
     forward, backward = (tuple(t[way][c] for c in range(chunks) for t in times) for way in (0, 1))

@@ -18,8 +18,8 @@ the seconds are (`layer_step`)
 
 The gather of the next layer runs under this one's computation, whatever is longer counts, and hidden communication slows
 computation down by the profile's `overlap`. Nothing hides the gather of the outer layer (embeddings and head), with which a
-step begins, nor the reduction of its gradients, with which it ends: there `c = 0`. The sum over layers is exact for equal
-layers and for unequal ones differs from an event simulation by at most one layer's communication. To the backward pass
+step begins, nor the reduction of its gradients, with which it ends: there `c = 0`. For equal layers the sum is what the event
+simulation (cost.events) takes, or less by at most one layer's communication in each pass. To the backward pass
 comes the adding up of gradients, if there are several micro-batches; once a step comes the optimizer.
 
 Bytes: states (parameters, gradients, optimizer) are cut by tp and by dp_shard; activations, `kept`, stay for every micro-batch

@@ -11,13 +11,13 @@ import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from autoplan.errors import UsageError
 from autoplan.files.document import read_document, validate, write_text
-from autoplan.files.plan_document import PLAN, PipelineDocument, PlanDocument, StageDocument, StrategyDocument
+from autoplan.files.plan_document import PLAN, PipelineDocument, PlanDocument, StageDocument, StrategyDocument, UnitDocument
 from autoplan.files.shorthand import border_text, parse_border, ranges, unfold
 from autoplan.plan import (
     PLAN_VERSION,
@@ -31,6 +31,7 @@ from autoplan.plan import (
     Solve,
     StagePrediction,
     TimeBreakdown,
+    UnitPrediction,
 )
 from autoplan.strategy import REPLICATE, Experts, Mesh, Sharding, Strategy
 from autoplan.units import BYTE, SECOND, exact
@@ -141,12 +142,14 @@ def _strategy_document(strategy: Strategy) -> dict[str, Any]:
 def _prediction_document(prediction: Prediction) -> dict[str, Any]:
     return {
         "step_time": exact(prediction.step_time, SECOND),
+        **({} if prediction.simulated is None else {"simulated": exact(prediction.simulated, SECOND)}),
         "tokens_per_second": prediction.tokens_per_second,
         "mfu": prediction.mfu,
         "hidden_communication": exact(prediction.hidden_communication, SECOND),
         "time": {name: exact(seconds, SECOND) for name, seconds in prediction.time.items()},
         "memory": _memory_document(prediction.memory),
         **(_stages_document(prediction) if prediction.stages else {}),
+        **(_units_document(prediction) if prediction.units else {}),
     }
 
 
@@ -164,8 +167,16 @@ def _stages_document(prediction: Prediction) -> dict[str, Any]:
         }
         for stage in prediction.stages
     ]
-    told = {} if prediction.simulated is None else {"simulated": exact(prediction.simulated, SECOND)}
+    told = {} if prediction.scheduled is None else {"scheduled": exact(prediction.scheduled, SECOND)}
     return {**told, "hop": exact(prediction.hop, SECOND), "stages": stages}
+
+
+def _units_document(prediction: Prediction) -> dict[str, Any]:
+    units = [
+        {unit.place or "layers": ranges(unit.layers), **{name: exact(took, SECOND) for name, took in unit.seconds() if took}}
+        for unit in prediction.units
+    ]
+    return {"overlap": prediction.overlap, "units": units}
 
 
 def _plan(data: PlanDocument) -> Plan:
@@ -177,7 +188,10 @@ def _plan(data: PlanDocument) -> Plan:
         memory=_parts(MemoryBreakdown, data.prediction.memory, "prediction.memory"),
         hidden_communication=data.prediction.hidden_communication,
         hop=data.prediction.hop,
+        scheduled=data.prediction.scheduled,
         simulated=data.prediction.simulated,
+        overlap=data.prediction.overlap,
+        units=tuple(_unit(i, unit) for i, unit in enumerate(data.prediction.units)),
         stages=tuple(_stage(i, stage) for i, stage in enumerate(data.prediction.stages)),
         tokens_per_second=data.prediction.tokens_per_second,
         mfu=data.prediction.mfu,
@@ -212,6 +226,19 @@ def _plan(data: PlanDocument) -> Plan:
 def _stage(i: int, data: StageDocument) -> StagePrediction:
     memory = _parts(MemoryBreakdown, data.memory, f"prediction.stages.{i}.memory")
     return StagePrediction(forward=tuple(data.forward), backward=tuple(data.backward), weights=tuple(data.weights), memory=memory)
+
+
+def _unit(i: int, data: UnitDocument) -> UnitPrediction:
+    seconds = data.model_dump(exclude={"layers", "before", "after"})
+    found: list[tuple[Literal["", "before", "after"], str | None]] = [
+        ("", data.layers), ("before", data.before), ("after", data.after)
+    ]  # fmt: skip
+    named = [(place, unfold(text) if text else ()) for place, text in found if text is not None]
+    if len(named) != 1 or (named[0][0] and len(named[0][1]) > 1):
+        raise UsageError(
+            f"prediction.units.{i} is of some layers, or before or after one layer.", "Price the plan anew: autoplan estimate."
+        )
+    return UnitPrediction(layers=named[0][1], place=named[0][0], **seconds)
 
 
 def _pipeline(data: PipelineDocument) -> Pipeline:

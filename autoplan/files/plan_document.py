@@ -108,13 +108,35 @@ class StageDocument(_Document):
     memory: dict[str, _Bytes]
 
 
+class UnitDocument(_Document):
+    """Seconds that each of some layers, or what stands outside them before or after one, takes on every stream of a device: of
+    one micro-batch, the last two of a step."""
+
+    layers: str | None = None
+    before: str | None = None
+    after: str | None = None
+    forward: _Seconds = 0.0
+    tp_forward: _Seconds = 0.0
+    recompute: _Seconds = 0.0
+    backward: _Seconds = 0.0
+    weights: _Seconds = 0.0
+    tp_backward: _Seconds = 0.0
+    gather: _Seconds = 0.0
+    reduce: _Seconds = 0.0
+    all_reduce: _Seconds = 0.0
+    optimizer: _Seconds = 0.0
+
+
 class PredictionDocument(_Document):
     """What one optimizer step should cost; the parts of time add up to the step."""
 
     step_time: _Seconds
     simulated: _Seconds | None = None
+    scheduled: _Seconds | None = None
     hop: _Seconds = 0.0
     stages: list[StageDocument] = []
+    overlap: _Fraction = 0.0
+    units: list[UnitDocument] = []
     tokens_per_second: _Fraction
     mfu: _Fraction
     hidden_communication: _Seconds

@@ -192,6 +192,21 @@ def time_parts(plan: Plan) -> tuple[Part, ...]:
     return parts(plan.prediction.time.items(), words.TIME_WORDS, words.seconds)
 
 
+def simulated(plan: Plan) -> str:
+    """How far the sum that the search adds up is from the plan's event simulation; nothing where it was not simulated."""
+    events, step = plan.prediction.simulated, plan.prediction.step_time
+    if events is None or not step or not plan.prediction.units:
+        return ""
+    change = events / step - 1
+    if abs(change) < 5e-6:
+        return f"The event simulation of this plan says as much: {words.seconds(events)}."
+    side = "less" if change < 0 else "more"
+    return (
+        f"This price is the sum that the search adds up. The event simulation of this plan says {words.seconds(events)}, "
+        f"{words.percent(abs(change))} {side}."
+    )
+
+
 def memory_parts(plan: Plan) -> tuple[Part, ...]:
     """What fills the fullest device at its peak."""
     return parts(plan.prediction.memory.items(), words.MEMORY_WORDS, words.size)

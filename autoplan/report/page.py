@@ -94,7 +94,7 @@ def page(plan: Plan) -> str:
         schedule=pipeline.schedule_words(plan.pipeline) if plan.pipeline else "",
         bubble=words.percent(plan.prediction.time.bubble / plan.prediction.step_time) if plan.prediction.step_time else "",
         hop=words.seconds(plan.prediction.hop),
-        simulated=pipeline.simulated_words(plan),
+        simulated=facts.simulated(plan),
         memory=facts.memory_parts(plan),
         memory_bar=Markup(memory_bar(plan)),
         time=facts.time_parts(plan),

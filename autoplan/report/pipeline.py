@@ -193,21 +193,6 @@ def schedule_words(pipeline: Pipeline) -> str:
     return pipeline.schedule + (f" with {pipeline.chunks} chunks a rank" if pipeline.chunks > 1 else "")
 
 
-def simulated_words(plan: Plan) -> str:
-    """How far the sum that the search adds up is from the schedule's exact timeline; nothing without a pipeline."""
-    exact, step = plan.prediction.simulated, plan.prediction.step_time
-    if exact is None or not step:
-        return ""
-    change = exact / step - 1
-    if abs(change) < 5e-6:
-        return f"On the exact timeline of the schedule the step takes as long: {words.seconds(exact)}."
-    side = "less" if change < 0 else "more"
-    return (
-        f"These parts are the sum that the search adds up. On the exact timeline of the schedule the step takes "
-        f"{words.seconds(exact)}, {words.percent(abs(change))} {side}."
-    )
-
-
 def film(plan: Plan) -> Film | None:
     """The step as a picture shows it; None where there is no pipeline, or none that could be drawn."""
     pipeline = plan.pipeline

@@ -114,7 +114,7 @@ def _ranks(plan: Plan) -> RenderableType:
 
 def _time(plan: Plan) -> RenderableType:
     parts = _parts(facts.time_parts(plan), facts.headline(plan).step_time)
-    said = pipeline.simulated_words(plan)
+    said = facts.simulated(plan)
     return Group(parts, Text(said, style="dim")) if said else parts
 
 

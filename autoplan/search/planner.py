@@ -11,6 +11,7 @@ from typing import Literal, Required, TypedDict, Unpack
 from autoplan.constraints import Constraints
 from autoplan.cost.context import context_inputs
 from autoplan.cost.model import CostModel
+from autoplan.cost.simulated import simulated
 from autoplan.errors import SolverError
 from autoplan.graph import Graph
 from autoplan.hardware import HardwareProfile
@@ -137,7 +138,7 @@ def written(
     size = prediction.memory.total
     starts = tuple(graph.blocks[i].name for i in solution.cut.starts)
     cut = solution.cut
-    return Plan(
+    plan = Plan(
         model=graph.model,
         graph=fingerprint or graph.fingerprint,
         hardware=costs.hardware.name,
@@ -159,3 +160,4 @@ def written(
         solve=proof,
         warnings=graph.warnings,
     )
+    return replace(plan, prediction=simulated(costs, plan))

@@ -37,7 +37,7 @@ class Trial:
     def predicted(self) -> Seconds:
         """Of a pipeline on its exact timeline."""
         prediction = self.plan.prediction
-        return prediction.step_time if prediction.simulated is None else prediction.simulated
+        return prediction.step_time if prediction.scheduled is None else prediction.scheduled
 
 
 @dataclass(frozen=True)

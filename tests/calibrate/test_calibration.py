@@ -41,7 +41,7 @@ def steps(plan: Plan, real: HardwareProfile, *, phases: bool = False, peak: floa
         communication=time.tp_communication + time.dp_communication + time.pp_communication,
         optimizer=time.optimizer,
     )
-    step = found.step_time if found.simulated is None else found.simulated
+    step = found.step_time if found.scheduled is None else found.scheduled
     return MeasuredSteps(
         seconds=(step * 0.99, step, step * 1.5), ranks=4, device="gpu", peak_memory=peak, phases=split if phases else Phases()
     )
@@ -90,7 +90,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     profile = load_hardware(Path(__file__).parents[2] / "hwprofiles" / "cpu-gloo.yaml")
     plan = api.plan(example, gpus=2, hardware=profile, global_batch=8, compute_dtype="float32")
     api.save_plan(plan, tmp_path / "plan.yaml")
-    step = plan.prediction.simulated or plan.prediction.step_time
+    step = plan.prediction.scheduled or plan.prediction.step_time
     found = MeasuredSteps(seconds=(3 * step,), ranks=2, device="cpu", peak_memory=1e9)
     (tmp_path / "steps.json").write_text(dump_steps(found))
     assert load_steps(tmp_path / "steps.json") == found

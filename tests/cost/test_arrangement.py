@@ -47,8 +47,8 @@ def test_stages_are_what_the_planner_simulates(pp: int, recompute: str) -> None:
     again = (lambda step: True) if recompute == "full" else None
     priced = Arranged(wide, recomputed=again).price(at(pp=pp))
     # frameworks add gradients up inside the kernel that makes them; FSDP reads them once more: little, beside so many tokens
-    assert planned.simulated == pytest.approx(priced.step_time, rel=0.02)
-    assert planned.simulated * (1 - 1e-9) <= planned.step_time <= planned.simulated * 1.1
+    assert planned.scheduled == pytest.approx(priced.step_time, rel=0.02)
+    assert planned.scheduled * (1 - 1e-9) <= planned.step_time <= planned.scheduled * 1.1
 
 
 def test_the_parts_of_the_outer_body_are_the_whole() -> None:

@@ -15,6 +15,7 @@ from autoplan.plan import (
     Solve,
     StagePrediction,
     TimeBreakdown,
+    UnitPrediction,
 )
 from autoplan.schedule import ScheduleKind
 from autoplan.strategy import GATHERED, PARTIAL, REPLICATE, Border, Mesh, Sharding, Strategy, shard
@@ -155,6 +156,9 @@ def llama() -> Plan:
             hidden_communication=0.43,
             tokens_per_second=64 * 8192 / time.total,
             mfu=0.462,
+            simulated=time.total * 1.0034,
+            overlap=0.1,
+            units=units(tuple(f"layers.{i}" for i in range(32)), gather=0.006, reduce=0.011),
         ),
         memory_limit=76 * GIB,
         baselines=(
@@ -201,6 +205,15 @@ def llama() -> Plan:
     )
 
 
+def units(layers: tuple[str, ...], **seconds: float) -> tuple[UnitPrediction, ...]:
+    """What layers and the embedding and head beside them might take."""
+    return (
+        UnitPrediction(layers=layers, forward=0.04, tp_forward=0.01, backward=0.08, tp_backward=0.01, optimizer=1e-3, **seconds),
+        UnitPrediction(layers=layers[:1], place="before", forward=0.002, backward=0.003, optimizer=1e-3, **seconds),
+        UnitPrediction(layers=layers[-1:], place="after", forward=0.02, backward=0.04),
+    )
+
+
 def single() -> Plan:
     """A small model on one device: no mesh, no baselines, no candidates but the chosen one."""
     time = TimeBreakdown(forward=0.031, backward=0.062, optimizer=0.004)
@@ -225,6 +238,7 @@ def single() -> Plan:
             hidden_communication=0.0,
             tokens_per_second=4096 / time.total,
             mfu=0.31,
+            units=units(tuple(f"transformer.h.{i}" for i in range(12))),
         ),
         memory_limit=21 * GIB,
         baselines=(),
@@ -281,7 +295,9 @@ def piped(schedule: ScheduleKind = "1f1b", pp: int = 4, chunks: int = 1, batch: 
             hop=0.0006,
             stages=stages,
             simulated=time.total * 0.997,
+            scheduled=time.total * 0.996,
             mfu=0.41,
+            units=units(tuple(names), **({"weights": 0.001} if schedule == "zero-bubble" else {})),
         ),
         candidates=candidates,
     )
@@ -293,6 +309,7 @@ EVIL = "</script><img src=x onerror=alert(1)>[bold red]\x1b[31m\u202e"
 def hostile() -> Plan:
     """Every name that comes from outside tries to break out of where it is printed; also 1,024 devices and no fit."""
     plan = llama()
+    names = (EVIL, f"{EVIL}.2", *(f"x.{i}" for i in range(200)))
     sharding = Sharding(
         parameters=((f"{EVIL}.weight", shard(0, 3)), ("", shard(4)), (f"{EVIL}.bias", PARTIAL)),
         borders=(Border(EVIL, "in", EVIL, shard(3), shard(1)), Border("", "out", "0", GATHERED, PARTIAL)),
@@ -308,9 +325,10 @@ def hostile() -> Plan:
         strategies=((EVIL, Strategy(sharding, "full", 2)),),
         outer=EVIL,
         runs=(
-            LayerRun(layers=(EVIL, f"{EVIL}.2"), strategy=EVIL),
-            LayerRun(layers=tuple(f"x.{i}" for i in range(200)), strategy=EVIL),
+            LayerRun(layers=names[:2], strategy=EVIL),
+            LayerRun(layers=names[2:], strategy=EVIL),
         ),
+        prediction=replace(plan.prediction, units=units(names, gather=0.001)),
         memory_limit=60 * GIB,
         baselines=(Baseline(name=EVIL, mesh=Mesh(), micro_batch=1, recompute=EVIL, step_time=None, memory=None, note=EVIL),),
         candidates=(Candidate(mesh=Mesh(), micro_batch=1, status="illegal", reason=EVIL),),

@@ -14,6 +14,8 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from autoplan.cost import events
+from autoplan.cost.simulated import step_of
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
 from autoplan.report import versus
@@ -70,31 +72,42 @@ def test_without_pandas_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         frame(piped())
 
 
-def test_a_trace_is_the_timeline() -> None:
+def test_a_trace_is_the_event_simulation() -> None:
     plan = piped(batch=16)
-    events = slices(plan)
-    work = [event for event in events if event["tid"] == 0 and event["args"]]
-    assert len(work) == 4 * 16 * 2
-    assert len([event for event in events if event["name"] == "send"]) == 3 * 16 * 2
-    for rank in range(4):
-        mine = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if (event["pid"], event["tid"]) == (rank, 0))
-        assert all(end <= start + 0.01 for (_, end), (start, _) in pairwise(mine))
-    assert max(event["ts"] + event["dur"] for event in events) == pytest.approx((plan.prediction.simulated or 0) * 1e6)
+    found = slices(plan)
+    assert len([one for one in found if one["name"] == "layers.9 backward"]) == 16
+    assert len([one for one in found if one["cat"].startswith("send")]) == 3 * 16 * 2
+    threads: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for one in found:
+        threads.setdefault((one["pid"], one["tid"]), []).append((one["ts"], one["ts"] + one["dur"]))
+    assert len(threads) == 4 + 3 + 3, "every rank computes, and sends where there is a neighbour"
+    for mine in threads.values():
+        assert all(end <= start + 0.01 for (_, end), (start, _) in pairwise(sorted(mine)))
+    last = max(one["ts"] + one["dur"] for one in found)
+    assert last == pytest.approx(events.seconds(step_of(plan)) * 1e6)
 
 
 def test_a_trace_parts_the_backward_pass_of_zero_bubble() -> None:
-    events = slices(piped("zero-bubble", batch=16))
-    work = [event for event in events if event["tid"] == 0 and event["args"]]
-    assert {event["cat"] for event in work} == {"forward", "backward"}
-    assert len([event for event in work if event["name"].startswith("backward, weights ")]) == 4 * 16
-    assert len([event for event in events if event["name"] == "send"]) == 3 * 16 * 2
+    found = slices(piped("zero-bubble", batch=16))
+    assert len([one for one in found if one["name"] == "layers.9 backward inputs"]) == 16
+    assert len([one for one in found if one["name"] == "layers.9 backward weights"]) == 16
+    assert len([one for one in found if one["cat"].startswith("send")]) == 3 * 16 * 2
 
 
-def test_a_trace_without_a_pipeline_adds_up_to_the_step() -> None:
+def test_a_trace_without_a_pipeline_has_the_streams_of_fsdp() -> None:
     plan = llama()
-    events = slices(plan)
-    assert sum(event["dur"] for event in events) == pytest.approx(plan.prediction.step_time * 1e6)
+    found = json.loads(trace_json(plan))["traceEvents"]
+    assert [one["args"]["name"] for one in found if one["name"] == "thread_name"] == ["compute", "gather", "reduce"]
+    shown = [one for one in found if one["ph"] == "X"]
+    assert max(one["ts"] + one["dur"] for one in shown) == pytest.approx(events.seconds(step_of(plan)) * 1e6)
+    assert [one["name"] for one in shown if one["tid"] == 1][:2] == ["before layers.0 gather", "layers.0 gather"]
     assert json.loads(trace_json(hostile()))["traceEvents"]
+    assert EVIL not in trace_json(hostile())
+
+
+def test_a_plan_that_does_not_say_what_its_layers_take_has_no_trace() -> None:
+    with pytest.raises(UsageError, match=r"does not say how long the layer .transformer\.h\.0. takes"):
+        trace_json(replace(single(), prediction=replace(single().prediction, units=())))
 
 
 def test_a_trace_that_no_viewer_opens_is_refused() -> None:
