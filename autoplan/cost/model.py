@@ -34,7 +34,7 @@ from autoplan.cost.outer import OuterParts
 from autoplan.cost.prices import LayerModel
 from autoplan.cost.rank import Held, Rank, breakdown, held_layers, memory, scheduled, stage_predictions
 from autoplan.cost.rank import seconds as rank_seconds
-from autoplan.cost.step import DataParallel, LayerStep, data_parallel, ideal_data_parallel, layer_step
+from autoplan.cost.step import DataParallel, LayerStep, data_parallel, layer_step
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES, Graph, Value
 from autoplan.hardware import HardwareProfile
@@ -157,17 +157,6 @@ class CostModel:
     def _part(self, regions: tuple[int, ...], sharding: Sharding, mesh: Mesh, micro_batch: int) -> LayerCost:
         self.layer_cost(OUTER, sharding, mesh.tp, micro_batch, mesh.cp, 1, mesh.cp_kind)
         return self._parts[mesh.tp, micro_batch, mesh.cp, 1, mesh.cp_kind, sharding][regions]
-
-    def ideal_step(
-        self, body: int, strategy: Strategy, mesh: Mesh, micro_batch: int, regions: tuple[int, ...] | None = None
-    ) -> LayerStep:
-        """`layer_step`, or `outer_step` of some regions, with dp axes that cost nothing (cost.step.ideal_data_parallel)."""
-        if regions is None or len(regions) == len(self.outer.busy):
-            cost = self.layer_cost(body, strategy.sharding, mesh.tp, micro_batch, mesh.cp, mesh.ep, mesh.cp_kind)
-        else:
-            cost = self._part(regions, strategy.sharding, mesh, micro_batch)
-        dp, again = ideal_data_parallel(cost, mesh, outer=body == OUTER), strategy.recompute
-        return layer_step(cost, dp, 3, again, 1, self.hardware, self.workload, outer=body == OUTER, pipelined=mesh.pp > 1)
 
     def _step(
         self, key: Hashable, cost: LayerCost, strategy: Strategy, mesh: Mesh, micro_batch: int, *, outer: bool

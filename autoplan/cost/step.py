@@ -150,6 +150,10 @@ class LayerStep(NamedTuple):
         return MemoryBreakdown(activations=self.less, unsharded=self.ending - self.less)
 
 
+NOTHING = LayerStep._make((0.0, 0.0) if name == "hidden" else 0.0 for name in LayerStep._fields)
+"""What takes nothing: of bounds."""
+
+
 class DataParallel(NamedTuple):
     """What a layer's parameters cost on the dp axes of a mesh, whatever the strategy."""
 
@@ -206,17 +210,6 @@ def _of_each(price: Callable[[Bytes], Seconds], sizes: Bytes) -> Seconds:
     return found
 
 
-def ideal_data_parallel(cost: HasParameters, mesh: Mesh, *, outer: bool) -> DataParallel:
-    """No dp axes are better: they take no time, and cut all states. What a layer gathers takes room at least once (under level
-    3, in which this is priced, twice in a moment; else as long as it stays), as do its gradients before they are reduced."""
-    dense = mesh.dp * mesh.cp
-    local = [cost.sizes(dealt, shards) for dealt, shards in ((False, dense), (True, max(1, dense * mesh.tp // mesh.ep)))]
-    whole = [cost.sizes(dealt, 1) for dealt in (False, True)]
-    numel, trainable = map(sum, zip(*local, strict=True))
-    gathered, trained = map(sum, zip(*whole, strict=True))
-    return DataParallel(0.0, 0.0, 0.0, 0.0, numel, trainable, gathered if outer else gathered / 2, trained)
-
-
 def layer_step(
     cost: LayerCost, dp: DataParallel, zero: Zero, again: Recompute, micro_batches: int, hardware: HardwareProfile,
     load: Workload, *, outer: bool, pipelined: bool, ahead: Bytes = 0.0,
@@ -229,9 +222,9 @@ def layer_step(
     backward = cost.backward + cost.tp_backward + rerun
     under_f, under_b = (0.0, 0.0) if outer else (forward, backward)
     sent = dp.reduce + (dp.gather if zero == 3 else 0.0)  # in the backward pass
-    f, f_hidden = _beside(under_f, dp.gather, hardware)
-    b, b_hidden = _beside(under_b, sent, hardware)
-    last, last_hidden = _beside(under_b, sent + dp.final, hardware)
+    f, f_hidden = beside(under_f, dp.gather, hardware)
+    b, b_hidden = beside(under_b, sent, hardware)
+    last, last_hidden = beside(under_b, sent + dp.final, hardware)
     every, every_hidden = (0.0, 0.0) if zero == 1 else (f + b, f_hidden + b_hidden)
     once, once_hidden = (f + last, f_hidden + last_hidden) if zero == 1 else (last - b, last_hidden - b_hidden)
     size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
@@ -335,7 +328,7 @@ def _smaller(one: Bytes, other: Bytes) -> Bytes:
     return np.minimum(one, other) if isinstance(one, np.ndarray) or isinstance(other, np.ndarray) else min(one, other)
 
 
-def _beside(cover: Seconds, sent: Seconds, hardware: HardwareProfile) -> tuple[Seconds, Seconds]:
-    """e(c, q), and what is hidden."""
+def beside(cover: Seconds, sent: Seconds, hardware: HardwareProfile) -> tuple[Seconds, Seconds]:
+    """e(c, q) of the module, and what is hidden."""
     hidden = min(cover, sent) if isinstance(cover, float) and isinstance(sent, float) else np.minimum(cover, sent)
     return sent - hidden + hardware.overlap * hidden, hidden

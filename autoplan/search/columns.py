@@ -18,11 +18,13 @@ import numpy as np
 
 from autoplan.cost.layer import LayerCost
 from autoplan.cost.model import OUTER, CostModel
-from autoplan.cost.step import DataParallel, LayerStep, best_of, data_parallel, ideal_data_parallel, layer_step
+from autoplan.cost.step import NOTHING, DataParallel, LayerStep, best_of, data_parallel, layer_step
 from autoplan.graph import DTYPE_BYTES
+from autoplan.search.corner import Corner
 from autoplan.search.dominance import Bools, unbeaten
 from autoplan.search.lattice import Lattice
 from autoplan.search.options import Column, Columns, Costs
+from autoplan.search.rough import Rough, share_of
 from autoplan.search.shardings import Unbeaten, Ways, streams
 from autoplan.search.wishes import FREE, Wish
 from autoplan.strategy import REPLICATE, Layout, Mesh, Recompute, Sharding, Strategy, Within, Zero
@@ -79,6 +81,7 @@ class Tables:
         self._ways: dict[tuple[int, Within, int, Layout], Ways] = {}
         self._priced: dict[Hashable, Priced | None] = {}
         self._made: dict[Hashable, Any] = {}
+        self._dp: dict[Hashable, DataParallel] = {}
 
     @cached_property
     def counts(self) -> dict[int, list[int]]:
@@ -196,16 +199,26 @@ class Tables:
         """Every strategy of every class of layers, priced; None when some layer has none."""
         return self._of_mesh(self._columns, self._outers, mesh, micro_batch, stream)
 
-    def ideal(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Priced | None:
-        """Better than any mesh of the same tp and pp: communication over dp takes no time, and cuts all states.
+    def rough(
+        self, meshes: Sequence[Mesh], alike: Callable[[], Sequence[Mesh]], micro_batch: int, stream: Layout, largest: int
+    ) -> Priced | None:
+        """Better than any of some meshes that differ in their dp axes alone, and quickly made (`search.rough`): at once for all
+        that are `alike`, of what the `largest` micro-batch costs. What stands outside the layers of a pipeline is free.
 
-        Its strategies are no strategies; only bounds come of it. The outer one is the best in every respect at once.
+        Its strategies are no strategies; only bounds come of it.
         """
-        return self._of_mesh(self._ideal_columns, self._ideal_outer, _best_arranged(mesh), micro_batch, stream)
-
-    def rough(self, mesh: Mesh, micro_batch: int, stream: Layout) -> Priced | None:
-        """Better than `ideal` even, and quickly made: of every class of layers one sharding alone, the corner of all."""
-        return self._of_mesh(self._rough_columns, self._ideal_outer, _best_arranged(mesh), micro_batch, stream)
+        mesh, parts = meshes[0], self.costs.outer.parts
+        key = (self.rough, mesh.within, mesh.pp > 1, micro_batch, stream, largest)
+        if key not in self._made:
+            those, wanted = alike(), [g for g in self.classes if g != OUTER or mesh.pp == 1]
+            found = {g: self._rough(g, those, micro_batch, stream, largest) for g in wanted}
+            self._made[key] = found, {each: number for number, each in enumerate(those)}
+        found, numbers = self._made[key]
+        if not all(found.values()):
+            return None
+        columns = {g: rough.columns([numbers[each] for each in meshes]) for g, rough in found.items()}
+        outers = (Outer(Strategy(Sharding(stream=stream)), dict.fromkeys(parts, NOTHING)),) if mesh.pp > 1 else ()
+        return Priced(_best_arranged(mesh), micro_batch, stream, columns, outers)
 
     def _of_mesh(
         self, columns_of: Make[Columns], outers_of: Make[tuple[Outer, ...]], mesh: Mesh, micro_batch: int, stream: Layout
@@ -230,15 +243,22 @@ class Tables:
     def _has_experts(self, g: int) -> bool:
         return bool(self.costs.mixtures.dealt.get(g))
 
-    def _rough_columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Columns:
-        corner = self.ways(g, mesh.within, micro_batch, stream).corner
+    def _rough(self, g: int, meshes: Sequence[Mesh], micro_batch: int, stream: Layout, largest: int) -> Rough | None:
+        corner = self.ways(g, meshes[0].within, largest, stream).corner
         if corner.seconds is None:
-            return Columns.of(())
-        step = self._step(g, corner.cost, ideal_data_parallel(corner, mesh, outer=g == OUTER), 1, pipelined=False)
-        sharding = Sharding(stream=stream)
-        return Columns.of(
-            [Column.of(Strategy(sharding, again, zero), step(zero, again)) for again, zero in self._ways_to_run(g, (3,))]
-        )
+            return None
+        m = min(self.costs.micro_batches(mesh, micro_batch) for mesh in meshes)
+        zeros = sorted({zero for mesh in meshes for zero in _zeros(mesh, m, outer=g == OUTER)})
+        sent = [self._sent(g, corner, mesh, stream) for mesh in meshes]
+        cost, ways = share_of(corner.cost, micro_batch / largest), self._ways_to_run(g, zeros)
+        return Rough(cost, stream, sent, m, ways, self.costs, outer=g == OUTER, pipelined=meshes[0].pp > 1)
+
+    def _sent(self, g: int, corner: Corner, mesh: Mesh, stream: Layout) -> DataParallel:
+        """What a layer's parameters cost at least on the dp axes of a mesh: they are the same for every micro-batch and pp."""
+        key = (g, mesh.within, mesh.dp_replicate, mesh.dp_shard, stream)
+        if key not in self._dp:
+            self._dp[key] = data_parallel(corner, mesh, self.costs.hardware, self.costs.workload)
+        return self._dp[key]
 
     def _step(
         self, g: int, cost: LayerCost, dp: DataParallel, micro_batches: int, *, pipelined: bool, ahead: Bytes = 0.0
@@ -249,23 +269,6 @@ class Tables:
             layer_step, cost, dp, micro_batches=micro_batches, hardware=hardware, load=load, outer=g == OUTER,
             pipelined=pipelined, ahead=ahead,
         )  # fmt: skip
-
-    def _ideal_outer(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> tuple[Outer, ...]:
-        strategies = [Strategy(sharding) for sharding in self.shardings(g, mesh.within, micro_batch, stream)]
-        if not strategies:
-            return ()
-        parts = {
-            regions: best_of([self.costs.ideal_step(g, strategy, mesh, micro_batch, regions) for strategy in strategies])
-            for regions in self.costs.outer.parts
-        }
-        return (Outer(strategies[0], parts),)
-
-    def _ideal_columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Columns:
-        found = self.ways(g, mesh.within, micro_batch, stream).unbeaten
-        dp = ideal_data_parallel(found, mesh, outer=g == OUTER)
-        step = self._step(g, found.cost, dp, 1, pipelined=False)
-        price = partial(_ideal_price, self.costs, g, mesh, micro_batch)
-        return self._unbeaten(found, self._ways_to_run(g, (3,)), step, price, np.ones(found.number, dtype=bool))
 
     def _columns(self, g: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Columns:
         found, costs = self.ways(g, mesh.within, micro_batch, stream).unbeaten, self.costs
@@ -354,7 +357,3 @@ def _all_costs(outer: Outer) -> tuple[float, ...]:
 
 def _price(costs: CostModel, g: int, mesh: Mesh, micro_batch: int, strategy: Strategy) -> LayerStep:
     return costs.layer_step(g, strategy, mesh, micro_batch)
-
-
-def _ideal_price(costs: CostModel, g: int, mesh: Mesh, micro_batch: int, strategy: Strategy) -> LayerStep:
-    return costs.ideal_step(g, strategy, mesh, micro_batch)

@@ -72,6 +72,26 @@ def least_bottleneck(stages: int, layers: int, value: Value, low: float, high: f
     return low
 
 
+def at_least(wanted: int, number: Callable[[int], int], last: int) -> bool:
+    """Whether number(1) + ... + number(last) is as much; of a number that never falls, asked no more often than that needs."""
+    runs = [(1, last)]
+    while True:
+        if sum(number(first) * (end - first + 1) for first, end in runs) >= wanted:
+            return True
+        if sum(number(end) * (end - first + 1) for first, end in runs) < wanted:
+            return False
+        first, end = max(runs, key=lambda run: (number(run[1]) - number(run[0])) * (run[1] - run[0]))
+        runs.remove((first, end))
+        # the ends of a run are known, so that a run of two is two known ones
+        middle = (first + end) // 2
+        runs += [(first, middle), (middle + 1, end)]
+
+
+def chunk_sizes(layers: int, chunks: int) -> list[int]:
+    """Layers of every chunk of a rank: as even as they go, the last chunks take the rest."""
+    return [layers // chunks + (chunk >= chunks - layers % chunks) for chunk in range(chunks)]
+
+
 class _Label(NamedTuple):
     largest: float
     total: float

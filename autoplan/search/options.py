@@ -207,16 +207,23 @@ class Options(Sequence[Option]):
     def most(self, limit: Bytes, peak: Bytes, seconds: Seconds) -> int:
         """How many layers fit at most, and are within some seconds as well in the fastest mix that fits: those numbers for which
         `fit(number, limit, peak)` and `number at((limit - max(peak, self.peak)) / number) <= seconds`."""
+        found, _ = self.part(limit, peak, seconds)
+        return floor(found * (1 + 1e-12) + 1e-9) if found < inf else _ANY
+
+    def part(self, limit: Bytes, peak: Bytes, seconds: Seconds) -> tuple[float, float]:
+        """`most` with parts of layers, and how many more a second more would bring: ever fewer."""
         room = limit - max(peak, self.peak)
         beside = limit - max(self.tail, peak)
-        bounds = [beside / self.bytes if self.bytes else inf if beside >= 0 else 0.0]
+        found = beside / self.bytes if self.bytes else inf if beside >= 0 else 0.0
         if self.left:
-            bounds.append((limit - self.ending) / self.left)
+            found = min(found, (limit - self.ending) / self.left)
         elif self.ending > limit:
-            return 0
-        bounds += [(seconds - slope * room) / level for slope, level in self.edges if level > 0]
-        found = min(bounds)
-        return floor(found * (1 + 1e-12) + 1e-9) if found < inf else _ANY
+            return 0.0, 0.0
+        more = 0.0
+        for slope, level in self.edges:
+            if level > 0 and seconds - slope * room < found * level:
+                found, more = (seconds - slope * room) / level, 1 / level
+        return found, more
 
     @cached_property
     def edges(self) -> list[tuple[float, Seconds]]:

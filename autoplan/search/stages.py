@@ -7,7 +7,7 @@ first on bounds; then the runs that the best cut uses are solved exactly, and ag
 (`Staging.solve`). No other cut is better, since every number that was not solved is a bound.
 
 With several chunks a rank, all layers must be of one body: a rank with `k` layers gives each of its chunks `k // v` of them and
-the last chunks, which are in flight for the shortest time, one more (`chunk_sizes`).
+the last chunks, which are in flight for the shortest time, one more (`cuts.chunk_sizes`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from autoplan.cost.model import OUTER, Cut
 from autoplan.schedule import ScheduleKind, exposed_hops, in_flight_by_chunk, slots
 from autoplan.search.bounds import fits, least_bytes, relaxed_seconds
 from autoplan.search.columns import Outer, Priced, Tables
-from autoplan.search.cuts import Value, best_cut, farthest, least_bottleneck
+from autoplan.search.cuts import Value, at_least, best_cut, chunk_sizes, farthest, least_bottleneck
 from autoplan.search.dominance import Floats
 from autoplan.search.ilp import Choice, choose, memory
 from autoplan.search.options import Column, Group, Options
 from autoplan.strategy import Strategy
 from autoplan.units import Bytes, Seconds
+
+RUNS = 3
+"""Of inner ranks that a first bound looks at."""
+STEPS = 4
+"""... makes."""
 
 Assignment = dict[int, list[tuple[Column, int]]]
 """Body -> its columns with the number of layers that use each."""
@@ -174,6 +179,39 @@ class Staging:
         """A bound on the step that costs nothing: memory ignored, layers spread as if they could be divided."""
         return self.many * self.fastest / self.ranks + self.few * self.fastest + self.hops
 
+    @cached_property
+    def early_bound(self) -> Seconds:
+        """A bound on the step with memory in it that costs little; infinite only when nothing fits."""
+        if self.ranks == 1:
+            return self.bound()
+        slowest = self._level() if self._alike else 0.0
+        return max(self.quick_bound, self.many * slowest + self.few * self.fastest + self.hops)
+
+    def _level(self) -> Seconds:
+        """No rank's slot can be shorter if the ranks have all layers together, parts of layers too: by `Options.part`, of some
+        ranks as of the last among them, which has the fewest micro-batches in flight.
+
+        What they have together grows ever more slowly with the seconds, so that Newton's steps from below never pass the end.
+        """
+        inner = range(1, self.ranks - 1)
+        runs = [inner[i * len(inner) // RUNS : (i + 1) * len(inner) // RUNS] for i in range(RUNS)]
+        ranks = [(0, 1), (self.ranks - 1, 1), *((run[-1], len(run)) for run in runs if run)]
+        (g,) = self.tables.counts
+        slowest = self.fastest / self.ranks
+        for _ in range(STEPS):
+            placed = more = 0.0
+            for s, alike in ranks:
+                beside, size, peak = self._outer_at(s)
+                options = self._layer_options(g, min(self.flight(s)))
+                number, grows = options.part(self.limits[s] - size, peak, slowest - beside)
+                placed, more = placed + alike * max(number, 0.0), more + alike * grows
+            if placed >= self.layers * (1 - 1e-9):
+                break
+            if not more:
+                return inf
+            slowest += (self.layers - placed) / more
+        return slowest * (1 - 1e-9)
+
     def bound(self) -> Seconds:
         """A bound on the step with memory in it; infinite when nothing fits."""
         if self.ranks == 1:
@@ -193,6 +231,8 @@ class Staging:
 
     def can_beat(self, most: Seconds) -> bool:
         """Whether the bound with memory in it leaves room for a step of `most` seconds: cheaper than the bound itself."""
+        if self.quick_bound > most:
+            return False
         if self.ranks == 1:
             return self.bound() <= most
         room = most - self.hops - self.few * self.fastest  # for the slowest stage
@@ -229,7 +269,7 @@ class Staging:
         if most(number) * number < left:
             return False
         low = most(1)
-        return low >= self.least and (low * number >= left or _sum(most, 1, number) >= left)
+        return low >= self.least and at_least(left, most, number)
 
     def _quickly(self, s: int, slowest: Seconds) -> int:
         """How many layers at most stage `s` can have, no slower than that by `_quick`."""
@@ -342,19 +382,18 @@ class Staging:
         return chunks
 
 
-def chunk_sizes(layers: int, chunks: int) -> list[int]:
-    """Layers of every chunk of a rank: as even as they go, the last chunks take the rest."""
-    return [layers // chunks + (chunk >= chunks - layers % chunks) for chunk in range(chunks)]
+class AnySchedule(Staging):
+    """No schedule of some is better: it has the bubble and the p2p of the best, and in flight as little as 1f1b."""
+
+    def __init__(self, tables: Tables, priced: Priced, schedules: Sequence[tuple[ScheduleKind, int]], limit: Bytes) -> None:
+        super().__init__(tables, priced, next(iter(priced.outers), None), "1f1b", 1, limit)
+        m, mesh = self.micro_batches, priced.mesh
+        self.few = 1 / max(chunks for _, chunks in schedules)
+        self.many = m - self.few
+        hop = tables.costs.hop(mesh, priced.micro_batch, priced.stream)
+        self.hops = min(exposed_hops(schedule, mesh.pp, m, chunks) for schedule, chunks in schedules) * hop
 
 
 def edges_of(cut: Cut, layers: int) -> list[tuple[int, int]]:
     """(first, last + 1) of every virtual stage's layers."""
     return list(pairwise((0, *cut.starts, layers)))
-
-
-def _sum(number: Callable[[int], int], first: int, last: int) -> int:
-    """number(first) + ... + number(last) of a number that never falls, asked where it differs alone."""
-    if number(first) == number(last):
-        return number(first) * (last - first + 1)
-    middle = (first + last) // 2
-    return _sum(number, first, middle) + _sum(number, middle + 1, last)

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from autoplan.plan import Candidate
 from autoplan.search.candidates import best_of_each, out_of_memory, rank, slower, told, too_big
+from autoplan.search.nodes import Depth, Family, Several, Shape, staging_of
 from autoplan.search.stages import Staging
-from autoplan.search.tree import Bounded, Family, Shape, Tree, Unsettled
+from autoplan.search.tree import Tree
 from autoplan.strategy import Mesh, Within
 from autoplan.units import Bytes, Seconds
 
@@ -30,10 +31,10 @@ def candidates(tree: Tree) -> tuple[list[Candidate], int]:
     crowded = [_crowded(tree, *key) for key in sorted(tree.crowded)]
     pruned = {(p.priced.mesh, p.priced.micro_batch): p for p in [*tree.dropped, *tree.pruned]}
     refused = {(c.mesh, c.micro_batch): c for c in [*crowded, *tree.refused]}
-    covered = tree.covered | pruned.keys() | found.keys() | refused.keys()
+    covered = tree.covered.keys() | pruned.keys() | found.keys() | refused.keys()
     listed = [
-        replace(candidate, status="chosen", reason="the fastest") if key == chosen else told(candidate, solution.seconds)
-        for key, candidate in found.items()
+        replace(c, status="chosen", reason="the fastest") if key == chosen else told(_no_later(tree, c), solution.seconds)
+        for key, c in found.items()
     ]
     listed.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
     rest = [_verdict(tree, p, solution.seconds) for key, p in sorted(pruned.items())[:LISTED] if key not in found]
@@ -71,21 +72,28 @@ def _crowded(tree: Tree, mesh: Mesh, micro_batch: int) -> Candidate:
 
 def _verdict(tree: Tree, staging: Staging, best: Seconds) -> Candidate:
     if staging.fits:
-        return told(slower(staging, max(best, staging.quick_bound), bound=True), best)
+        return told(_no_later(tree, slower(staging, max(best, staging.quick_bound), bound=True)), best)
     return too_big(staging, tree.limit)
 
 
+def _no_later(tree: Tree, candidate: Candidate) -> Candidate:
+    """A bound, if something else of this mesh and micro-batch was given up by a lower one, by that."""
+    given_up = tree.covered.get((candidate.mesh, candidate.micro_batch))
+    if not candidate.bound or candidate.step_time is None or given_up is None or tree.best is None:
+        return candidate
+    return replace(candidate, step_time=min(candidate.step_time, max(tree.best[1].seconds, given_up)))
+
+
 def _unopened(tree: Tree) -> Iterator[Candidate]:
-    for bound, _, node in tree.open:
-        staging = node.staging if isinstance(node, Bounded | Unsettled) else node
-        if isinstance(staging, Staging):
-            yield slower(staging, bound, bound=True)
+    for bound, _, node in (*tree.open, *tree.waiting):
+        if not isinstance(node, Several):
+            yield slower(staging_of(node), bound, bound=True)
             continue
-        for (within, pp), some in tree.meshes.items():
-            if within != staging.within or (isinstance(staging, Shape) and pp != staging.pp):
+        for (within, pp), some in tree.meshes.by_depth.items():
+            if within != node.within or (pp != node.pp if isinstance(node, Depth | Shape) else (pp > 1) != node.piped):
                 continue
-            sizes = tree.sizes(within, pp)
-            for size in sizes if isinstance(staging, Family) else [staging.micro_batch]:
+            sizes = tree.meshes.sizes(within, pp)
+            for size in sizes if isinstance(node, Family) else [node.micro_batch]:
                 if size in sizes:
                     for mesh in some:
                         yield Candidate(mesh=mesh, micro_batch=size, status="slower", reason="", step_time=bound, bound=True)

@@ -1,44 +1,45 @@
 """Best-first branch and bound over meshes, micro-batches and schedules.
 
-A *family* is a size of tp, of cp and of ep, and a kind of cp, with a layout in which activations pass between layers; it splits
-into *groups*, one a micro-batch, a group into *shapes*, one a number of stages and a schedule, and a shape into *stagings*, one a
-mesh and outer strategy, of which the outer strategy is settled last. Each has a lower bound on the step that is valid for
-everything in it:
+A *family* is a size of tp, of cp and of ep, and a kind of cp, with a layout in which activations pass between layers, with a
+pipeline or without; it splits into *groups*, one a micro-batch, a group into *depths*, one a number of stages, a depth into
+*shapes*, one a schedule, and a shape into *stagings*, one a mesh and outer strategy, of which the outer strategy is settled last.
+Each has a lower bound on the step that is valid for everything in it:
 
     family, group   (m / pp) sum_g N_g least_seconds(g)            forward and backward of every operation at its cheapest;
                                                                    memory, bubble and the data-parallel axes ignored. m / pp is
                                                                    the same for all meshes. A family's is taken at its largest
                                                                    micro-batch: a sample is never dearer in a larger one
-    shape           (m + bubble) sum_g N_g fastest_seconds(g)      of the fastest sharding of every layer, with the bubble and the
-                                                                   p2p of its schedule; it is dropped where not even a dp axis
-                                                                   that sends nothing and cuts all states makes it fit in time
-                                                                   (`Tables.rough` at little cost, `Tables.ideal`)
-    staging         Staging.quick_bound                            every layer at its fastest strategy on this mesh
-                    Staging.bound                                  ... under memory, strategies mixed in fractions
+    depth           Staging.early_bound of `Tables.rough`          every layer at the corner of all shardings, mixed in fractions
+                                                                   under the memory of its meshes, with what these must send;
+                                                                   bubble and p2p of the best schedule
+    shape           ... or (m + bubble) sum_g N_g fastest_seconds  of its schedule; or the fastest sharding of every layer
+    staging         Staging.early_bound                            every layer at its fastest strategy on this mesh
+                    Staging.bound                                  ... in whole layers
     solved          Staging.solve                                  exact, under memory
 
-The node with the least bound is opened next, until no bound is below the best solution: whatever was not opened is proven
-slower, and is listed with the bound that proves it.
+What can't beat what is known is dropped. The node with the least bound is opened next, until no bound is below the best solution:
+whatever was not opened is proven slower, and is listed with the bound that proves it. Pipelines wait until all else is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from heapq import heappop, heappush
 from math import inf
 from time import monotonic
 
 from autoplan.constraints import Constraints
 from autoplan.plan import Baseline, Candidate
-from autoplan.schedule import ScheduleKind, exposed_hops
 from autoplan.search.baselines import baselines
 from autoplan.search.candidates import slower
 from autoplan.search.columns import Priced, Tables
 from autoplan.search.ilp import UnsolvedError
-from autoplan.search.space import indivisible, legal, micro_batches, schedules, unplaceable, unstageable
-from autoplan.search.stages import Solution, Staging
+from autoplan.search.meshes import Meshes
+from autoplan.search.nodes import Bounded, Depth, Family, Group, Node, Several, Shape, Unsettled, staging_of
+from autoplan.search.space import unplaceable
+from autoplan.search.stages import AnySchedule, Solution, Staging
 from autoplan.strategy import Layout, Mesh, Within
 from autoplan.units import Bytes, Seconds
 
@@ -56,6 +57,8 @@ class Progress:
 
 Tell = Callable[[Progress], None]
 
+Found = tuple[Staging, Solution]
+
 DIVE = 0.03
 """A staging that may be faster than what is known by more than this is solved at once: a good plan early prunes the rest."""
 RUNNERS_UP = 4
@@ -64,53 +67,6 @@ ATTEMPTS = 24
 """Meshes that are tried for these."""
 ROUGHLY = 1e-3
 """The gap within which they are solved."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """All meshes and micro-batches of one size of tp, cp and ep, and stream layout."""
-
-    within: Within
-    stream: Layout
-
-
-@dataclass(frozen=True)
-class Group:
-    """All meshes of one size of tp, cp and ep, stream layout and micro-batch."""
-
-    within: Within
-    stream: Layout
-    micro_batch: int
-
-
-@dataclass(frozen=True)
-class Shape:
-    """... of one number of stages and one schedule."""
-
-    within: Within
-    stream: Layout
-    micro_batch: int
-    pp: int
-    schedule: ScheduleKind
-    chunks: int
-
-
-@dataclass(frozen=True)
-class Unsettled:
-    """A staging with the best of all outer strategies in every part: none with one of them is better."""
-
-    staging: Staging
-
-
-@dataclass(frozen=True)
-class Bounded:
-    """A staging whose bound has memory in it."""
-
-    staging: Staging
-
-
-Found = tuple[Staging, Solution]
-Node = Family | Group | Shape | Unsettled | Staging | Bounded
 
 
 class Tree:
@@ -131,19 +87,18 @@ class Tree:
     ) -> None:
         self.tables, self.gpus, self.limit, self.gap = tables, gpus, limit, gap
         self.deadline, self.tell, self.constraints, self.top = deadline, tell, constraints, top
-        self.meshes: dict[tuple[Within, int], list[Mesh]] = {}
-        """By (tp, cp and ep; pp)."""
-        self.refused: list[Candidate]
+        self.meshes = Meshes(tables.costs, gpus, fixed, constraints)
+        self.refused = list(self.meshes.refused)
         self.stagings: list[Staging] = []
         self.verdicts: list[Candidate] = []
         self.crowded: set[tuple[Mesh, int]] = set()
         """No room for parameters, gradients and optimizer states alone, or for one layer's activations."""
-        self.covered: set[tuple[Mesh, int]] = set()
-        """Proven to be no better than what was known, all meshes of a shape together."""
+        self.covered: dict[tuple[Mesh, int], Seconds] = {}
+        """Proven to be no better than what was known, and the bound on what was proven so."""
         self.pruned: list[Staging] = []
         """Proven to be no better than what was known; whether for want of memory or of speed is told of those that are listed."""
         self.dropped: list[Staging] = []
-        """Likewise, of shapes: on an ideal mesh (`Tables.ideal`), so that they say something of bounds and nothing of prices."""
+        """Likewise, of shapes: by `Tables.rough`, so that they say something of bounds and nothing of prices."""
         self.best: Found | None = None
         self.solutions: dict[Mesh, Found] = {}
         """The best of every mesh that was solved."""
@@ -153,45 +108,45 @@ class Tree:
         self.plans: list[Found] = []
         """The `leaders` that were proven."""
         self.open: list[tuple[Seconds, int, Node]] = []
+        self.waiting: list[tuple[Seconds, int, Node]] = []
+        """Likewise, until the first ones are done."""
         self.pushed = 0
-        self._known_sizes: dict[tuple[Within, int | None], list[int]] = {}
-        load, order = tables.costs.workload, tables.costs.outer.order
-        found, self.refused = legal(gpus, fixed, constraints, tables.costs.context, tables.costs.mixtures)
-        for mesh in found:
-            refused = unstageable(mesh, tables.graph, order)
-            if refused is None and not micro_batches(mesh, load):
-                refused = indivisible(mesh, load)
-            if refused is None and not self._allowed_sizes(mesh):
-                continue
-            if refused is None:
-                self.meshes.setdefault((mesh.within, mesh.pp), []).append(mesh)
-            else:
-                self.refused.append(refused)
 
     def run(self) -> bool:
         """Open nodes until the best solution is proven, or there is none; False when time ran out first."""
         if self.baselines is None:
             self.baselines = baselines(self.tables, self.gpus, self.limit)
-        for within in sorted({within for within, _ in self.meshes}):
-            if self.tables.least_moment(within, self.sizes(within)[0]) > self.limit:
-                for size in self.sizes(within):
+        sizes = self.meshes.sizes
+        for within in sorted({within for within, _ in self.meshes.by_depth}):
+            if self.tables.least_moment(within, sizes(within)[0]) > self.limit:
+                for size in sizes(within):
                     self._crowd(within, size)
                 continue
             for stream in self.tables.streams(within.tp):
-                self._push(self._least_seconds(within, stream, self.sizes(within)[-1]), Family(within, stream))
-        while self.open and self.open[0][0] < self.aim * (1 - self.gap):
-            if monotonic() > self.deadline:
-                return False
-            self._open_next()
+                bound = self._least_seconds(within, stream, sizes(within)[-1])
+                for piped in (False, True):
+                    if self.meshes.depths(within, piped):
+                        self._push(bound, Family(within, stream, piped), self.waiting if piped else self.open)
+        done = self._open_all()  # without pipelines, of which bounds say most: what is known then ends most of the others
+        self.open, self.waiting = sorted([*self.open, *self.waiting]), []
+        if not (done and self._open_all()):
+            return False
         self.plans = self.leaders()
         if self.best is not None:
             self._runners_up()
         return True
 
+    def _open_all(self) -> bool:
+        """Until no open node may lead to anything better; False when time ran out first."""
+        while self.open and self.open[0][0] < self.aim * (1 - self.gap):
+            if monotonic() > self.deadline:
+                return False
+            self._open_next()
+        return True
+
     def _runners_up(self) -> None:
         """Tell the most promising other meshes by their price, not by a bound: nothing faster is left."""
-        nodes = [node.staging if isinstance(node, Bounded | Unsettled) else node for _, _, node in self.open]
-        stagings = [node for node in nodes if isinstance(node, Staging)] + self.pruned
+        stagings = [staging_of(node) for _, _, node in self.open if not isinstance(node, Several)] + self.pruned
         by_mesh: dict[Mesh, Staging] = {}
         for staging in sorted(stagings, key=lambda each: each.quick_bound):
             if not staging.hopeless:
@@ -205,17 +160,6 @@ class Tree:
                 self._solve(staging, staging.quick_bound, inf, ROUGHLY)
                 solved += 1
 
-    def sizes(self, within: Within, pp: int | None = None) -> list[int]:
-        """Micro-batches that some mesh of this tp, cp and ep (and pp) can run."""
-        if (within, pp) not in self._known_sizes:
-            some = [meshes[0] for at, meshes in self.meshes.items() if at[0] == within and pp in (None, at[1])]
-            self._known_sizes[within, pp] = sorted({size for mesh in some for size in self._allowed_sizes(mesh)})
-        return self._known_sizes[within, pp]
-
-    def _allowed_sizes(self, mesh: Mesh) -> list[int]:
-        sizes = micro_batches(mesh, self.tables.costs.workload)
-        return [size for size in sizes if self.constraints.allows("micro_batch", size)]
-
     def _open_next(self) -> None:
         bound, number, node = heappop(self.open)
         try:
@@ -227,12 +171,14 @@ class Tree:
     def _open(self, bound: Seconds, node: Node) -> None:
         self._report(bound, node)
         if isinstance(node, Family):
-            for size in self.sizes(node.within):
+            for size in self.meshes.sizes(node.within):
                 if self.tables.least_moment(node.within, size) > self.limit:
                     self._crowd(node.within, size)
                     continue
-                self._push(self._least_seconds(node.within, node.stream, size), Group(node.within, node.stream, size))
+                self._push(bound, Group(node.within, node.stream, node.piped, size))
         elif isinstance(node, Group):
+            self._depths(node, bound)
+        elif isinstance(node, Depth):
             self._shapes(node, bound)
         elif isinstance(node, Shape):
             self._split(node, bound)
@@ -244,56 +190,91 @@ class Tree:
             self._solve(node.staging, bound, self.known)
 
     def _crowd(self, within: Within, micro_batch: int) -> None:
-        for (at, pp), some in self.meshes.items():
-            if at == within and micro_batch in self.sizes(within, pp):
+        for (at, pp), some in self.meshes.by_depth.items():
+            if at == within and micro_batch in self.meshes.sizes(within, pp):
                 self.crowded.update((mesh, micro_batch) for mesh in some)
 
-    def _push(self, bound: Seconds | None, node: Node) -> None:
+    def _push(self, bound: Seconds | None, node: Node, onto: list[tuple[Seconds, int, Node]] | None = None) -> None:
         if bound is not None:
             self.pushed += 1
-            heappush(self.open, (bound, self.pushed, node))
+            heappush(self.open if onto is None else onto, (bound, self.pushed, node))
 
-    def _slot(self, within: Within, stream: Layout, micro_batch: int, *, roughly: bool = False) -> Seconds | None:
-        """Seconds of one micro-batch through all layers at their fastest shardings, or a bound; None when some layer has none."""
-        of = self.tables.least if roughly else self.tables.fastest
-        seconds = [of(g, within, micro_batch, stream) for g in self.tables.classes]
+    def _slot(self, seconds: list[Seconds | None]) -> Seconds | None:
+        """Of one micro-batch through all layers, from those of every class; None when some layer has none."""
         if any(t is None for t in seconds):
             return None
         return sum(n * t for n, t in zip(self.tables.classes.values(), seconds, strict=True) if t is not None)
 
     def _least_seconds(self, within: Within, stream: Layout, micro_batch: int) -> Seconds | None:
-        slot = self._slot(within, stream, micro_batch, roughly=True)
+        slot = self._slot([self.tables.least(g, within, micro_batch, stream) for g in self.tables.classes])
         return None if slot is None else self.tables.costs.workload.global_batch * within.size / (self.gpus * micro_batch) * slot
 
-    def _shapes(self, group: Group, bound: Seconds) -> None:
-        slot = self._slot(group.within, group.stream, group.micro_batch)
-        costs = self.tables.costs
-        for (within, pp), some in self.meshes.items():
-            if within != group.within or slot is None or group.micro_batch not in self.sizes(within, pp):
-                continue
-            m = costs.micro_batches(some[0], group.micro_batch)
-            hop = costs.hop(some[0], group.micro_batch, group.stream)
-            for schedule, chunks in schedules(some[0], m, self.tables.graph):
-                if pp > 1 and not self.constraints.allows("schedule", schedule):
-                    continue
-                work = (m + (pp - 1) / chunks) / pp * slot + exposed_hops(schedule, pp, m, chunks) * hop
-                shape = Shape(within, group.stream, group.micro_batch, pp, schedule, chunks)
-                self._push(max(bound, work), shape)
+    def _depths(self, group: Group, bound: Seconds) -> None:
+        largest = self.meshes.sizes(group.within)[-1]
+        for pp in self.meshes.depths(group.within, group.piped, group.micro_batch):
+            depth = Depth(group.within, group.stream, group.micro_batch, pp)
+            promising = self._promising(depth, largest)  # most end here, so that most micro-batches are never priced
+            if promising is not None:
+                self._push(max(bound, promising.early_bound), depth)
+
+    def _promising(self, depth: Depth, largest: int) -> Staging | None:
+        """No mesh is better with any schedule, by what is known of the `largest` micro-batch; None if that isn't good enough."""
+        some = self.meshes.by_depth[depth.within, depth.pp]
+        every = self.meshes.schedules(some[0], depth.micro_batch)
+        rough = self._rough(some, depth.micro_batch, depth.stream, largest)
+        if rough is None:
+            self.refused += [unplaceable(mesh, depth.micro_batch) for mesh in some]
+        elif every and self._promises(best_case := AnySchedule(self.tables, rough, every, self.limit), some):
+            return best_case
+        return None
+
+    def _shapes(self, depth: Depth, bound: Seconds) -> None:
+        within, size, pp = depth.within, depth.micro_batch, depth.pp
+        if self._promising(depth, size) is None:
+            return
+        slot = self._slot([self.tables.fastest(g, within, size, depth.stream) for g in self.tables.classes])
+        assert slot is not None
+        some = self.meshes.by_depth[within, pp]
+        for schedule, chunks in self.meshes.schedules(some[0], size):
+            shape = Shape(within, depth.stream, size, pp, schedule, chunks)
+            best_case = self._best_case(shape, some)
+            work = best_case.slots / pp * slot + best_case.hops  # it knows the outer layer, but of the dp axes nothing
+            self._push(max(bound, work, best_case.early_bound), shape)
+
+    def _rough(self, meshes: Sequence[Mesh], micro_batch: int, stream: Layout, largest: int) -> Priced | None:
+        alike = partial(self.meshes.alike, meshes[0], micro_batch)
+        return self.tables.rough(meshes, alike, micro_batch, stream, largest)
+
+    def _best_case(self, shape: Shape, meshes: Sequence[Mesh]) -> Staging:
+        rough = self._rough(meshes, shape.micro_batch, shape.stream, shape.micro_batch)
+        assert rough is not None
+        return Staging(self.tables, rough, rough.best_outer, shape.schedule, shape.chunks, self.limit)
+
+    def _promises(self, best_case: Staging, meshes: Sequence[Mesh]) -> bool:
+        """Whether some of the meshes may beat what is known; else all are proven not to."""
+        if not best_case.hopeless and best_case.can_beat(self.known):
+            return True
+        self.dropped.append(best_case)
+        self._cover(meshes, best_case)
+        return False
+
+    def _prune(self, staging: Staging) -> None:
+        self.pruned.append(staging)
+        self._cover([staging.priced.mesh], staging)
+
+    def _cover(self, meshes: Sequence[Mesh], staging: Staging) -> None:
+        for key in ((mesh, staging.priced.micro_batch) for mesh in meshes):
+            self.covered[key] = min(self.covered.get(key, inf), staging.quick_bound)
 
     def _split(self, shape: Shape, bound: Seconds) -> None:
-        some = self.meshes[shape.within, shape.pp]
-        for ideal in self._ideals(shape, some[0]):
-            if ideal is None:
-                self.refused += [unplaceable(mesh, shape.micro_batch) for mesh in some]
-                return
-            best_case = Staging(self.tables, ideal, next(iter(ideal.outers), None), shape.schedule, shape.chunks, self.limit)
-            if best_case.hopeless or not best_case.can_beat(self.known):
-                self.dropped.append(best_case)
-                self.covered.update((mesh, shape.micro_batch) for mesh in some)
-                return
-        for mesh in self.meshes[shape.within, shape.pp]:
+        some = self.meshes.by_depth[shape.within, shape.pp]
+        if not self._promises(self._best_case(shape, some), some):
+            return
+        for mesh in some:
             if self.tables.least_states(mesh) > self.limit:
                 self.crowded.add((mesh, shape.micro_batch))
+                continue
+            if not self._promises(self._best_case(shape, [mesh]), [mesh]):
                 continue
             priced = self.tables.priced(mesh, shape.micro_batch, shape.stream)
             if priced is None:
@@ -302,20 +283,14 @@ class Tree:
             staging = Staging(self.tables, priced, priced.best_outer, shape.schedule, shape.chunks, self.limit)
             self.stagings.append(staging)
             several = len(priced.outers) > 1
-            self._push(max(bound, staging.quick_bound), Unsettled(staging) if several else staging)
+            self._push(max(bound, staging.early_bound), Unsettled(staging) if several else staging)
 
     def _settle(self, staging: Staging, bound: Seconds) -> None:
         if staging.hopeless or not staging.can_beat(self.known):
-            self.pruned.append(staging)
+            self._prune(staging)
             return
         for each in staging.settled:
-            self._push(max(bound, each.quick_bound), each)
-
-    def _ideals(self, shape: Shape, mesh: Mesh) -> Iterator[Priced | None]:
-        """What no mesh of a shape beats: where there is something to beat, first what tells it at little cost."""
-        if self.known < inf:
-            yield self.tables.rough(mesh, shape.micro_batch, shape.stream)
-        yield self.tables.ideal(mesh, shape.micro_batch, shape.stream)
+            self._push(max(bound, each.early_bound), each)
 
     def leaders(self) -> list[Found]:
         """The best solutions of the `top` best meshes that are known, the fastest first."""
@@ -341,7 +316,7 @@ class Tree:
         """Whether a plan by hand is one of those that are searched."""
         mesh, allows = by_hand.mesh, self.constraints.allows
         return (
-            mesh in self.meshes.get((mesh.within, mesh.pp), ())
+            mesh in self.meshes.by_depth.get((mesh.within, mesh.pp), ())
             and allows("micro_batch", by_hand.micro_batch)
             and (mesh.pp == 1 or allows("schedule", "1f1b"))
             and not self.constraints.placing
@@ -349,7 +324,7 @@ class Tree:
 
     def _bound(self, staging: Staging, bound: Seconds) -> None:
         if staging.hopeless or not staging.can_beat(self.known):
-            self.pruned.append(staging)
+            self._prune(staging)
             return
         bound = max(bound, staging.bound())
         if bound < (1 - DIVE) * self.known:
@@ -365,7 +340,7 @@ class Tree:
             self.verdicts.append(slower(staging, bound, bound=True))
             return
         if solution is None:
-            self.pruned.append(staging)
+            self._prune(staging)
         elif isinstance(solution, float):
             self.bounds.append(solution)
             self.verdicts.append(slower(staging, solution, bound=True))
@@ -381,12 +356,13 @@ class Tree:
 
     def _report(self, bound: Seconds, node: Node) -> None:
         if self.tell is not None:
-            staging = node.staging if isinstance(node, Bounded | Unsettled) else node
-            what = str(staging.priced.mesh) if isinstance(staging, Staging) else str(staging.within)
+            what = str(node.within if isinstance(node, Several) else staging_of(node).priced.mesh)
             best = self.best[1].seconds if self.best else None
             self.tell(Progress(self.pushed - len(self.open) - 1, self.pushed, best, bound, what))
 
     def proven_bound(self) -> Seconds:
         """No plan whatever is faster than this."""
         assert self.best is not None
-        return min([*self.bounds, *(bound for bound, _, _ in self.open[:1]), self.best[1].seconds, self._by_hand])
+        return min(
+            [*self.bounds, *(heap[0][0] for heap in (self.open, self.waiting) if heap), self.best[1].seconds, self._by_hand]
+        )

@@ -20,10 +20,11 @@ from autoplan.graph import Parameter
 from autoplan.schedule import additive_seconds, in_flight_by_chunk, slots
 from autoplan.search import planner, tree
 from autoplan.search.columns import Priced, Tables
+from autoplan.search.cuts import chunk_sizes
 from autoplan.search.options import Columns
 from autoplan.search.planner import Progress, search
 from autoplan.search.space import meshes, micro_batches, schedules, undealt, unstageable
-from autoplan.search.stages import Staging, chunk_sizes
+from autoplan.search.stages import Staging
 from autoplan.search.tree import Tree
 from autoplan.strategy import DEGREES, Layout, Mesh
 from autoplan.workload import Workload

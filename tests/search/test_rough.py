@@ -1,0 +1,72 @@
+"""What is said of many meshes at once, and early of one, against what one of them is solved to."""
+
+from __future__ import annotations
+
+from math import inf
+
+import pytest
+
+from autoplan.constraints import Constraints
+from autoplan.cost.model import CostModel
+from autoplan.schedule import ScheduleKind
+from autoplan.search.columns import Tables
+from autoplan.search.meshes import Meshes
+from autoplan.search.stages import AnySchedule, Solution, Staging
+from autoplan.strategy import Layout, Mesh
+from autoplan.workload import Workload
+from tests.bodies import expert_block, model
+from tests.hardware import machine
+
+DENSE = model(layers=8, hidden=1024, ffn=4096, seq=512, vocab=8192)
+SPARSE = model(layers=4, hidden=512, seq=256, vocab=4096, block=expert_block(512, 256, 1024, experts=4))
+
+
+@pytest.mark.parametrize(("memory", "network"), [(40e9, 0.5e9), (0.7e9, 25e9), (0.45e9, 0.5e9)])
+def test_no_mesh_is_better(memory: float, network: float) -> None:
+    """Every mesh of 8 devices, at two micro-batches, under every schedule."""
+    _compare(CostModel(DENSE, machine(memory=memory, network=network, span=4), Workload(global_batch=16)))
+
+
+def test_no_mesh_is_better_with_experts() -> None:
+    """Likewise, where a mesh has ep."""
+    _compare(CostModel(SPARSE, machine(memory=0.4e9, network=5e9, span=4), Workload(global_batch=8)))
+
+
+def _compare(costs: CostModel) -> None:
+    tables, limit, compared = Tables(costs), costs.memory_limit(0.0), 0
+    meshes = Meshes(costs, 8, {}, Constraints())
+    for (within, pp), some in meshes.by_depth.items():
+        sizes = meshes.sizes(within, pp)
+        for size in {sizes[0], sizes[-1]}:
+            every = meshes.schedules(some[0], size)
+            for stream in tables.streams(within.tp):
+                for largest in {size, sizes[-1]}:
+                    rough = tables.rough(some, lambda of=some[0], at=size: meshes.alike(of, at), size, stream, largest)
+                    assert rough is not None
+                    any_schedule = AnySchedule(tables, rough, every, limit)
+                    for schedule, chunks in every:
+                        best_case = Staging(tables, rough, rough.best_outer, schedule, chunks, limit)
+                        assert any_schedule.early_bound <= best_case.early_bound * (1 + 1e-9)
+                        for mesh in some:
+                            seconds = _solved(tables, mesh, size, stream, schedule, chunks, limit)
+                            if seconds < inf:
+                                assert not best_case.hopeless
+                                assert best_case.can_beat(seconds * (1 + 1e-6))
+                                assert any_schedule.can_beat(seconds * (1 + 1e-6))
+                                assert best_case.early_bound <= seconds * (1 + 1e-6)
+                                compared += 1
+    assert compared >= 60
+
+
+def _solved(tables: Tables, mesh: Mesh, size: int, stream: Layout, schedule: ScheduleKind, chunks: int, limit: float) -> float:
+    priced = tables.priced(mesh, size, stream)
+    if priced is None:
+        return inf
+    best = inf
+    for outer in priced.outers or (None,):
+        staging = Staging(tables, priced, outer, schedule, chunks, limit)
+        found = staging.solve(1e-6)
+        if isinstance(found, Solution):
+            assert staging.early_bound <= found.seconds * (1 + 1e-6)
+            best = min(best, found.seconds)
+    return best
