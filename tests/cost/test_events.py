@@ -83,13 +83,14 @@ def test_everything_comes_after_what_it_waits_for(step: Step) -> None:
         spans[event.name, event.micro_batch].append((event.start, event.end))
     layers = [piece for stage in step.stages for piece in stage if not piece.outside]
     for i in range(step.micro_batches):
-        at = 0.0
+        at, before = 0.0, step.stages[0]
         for stage, way in [*((s, "forward") for s in step.stages), *((s, "backward") for s in reversed(step.stages))]:
+            at += step.hop if stage is not before else 0.0
+            before = stage
             for each in stage if way == "forward" else reversed(stage):
                 ((start, end),) = spans[f"{each.name} {way}", i]
                 assert start >= at - 1e-9, "the micro-batch walks through all layers and back"
                 at = end
-            at += step.hop
     for each in layers:
         for i in range(step.micro_batches):
             ((start, made),) = spans[f"{each.name} backward", i]
