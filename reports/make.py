@@ -52,6 +52,8 @@ NOTES = {
     "    - 'attn.c_proj out 0:": "forward: all-reduce",
     "tied:": "names of one parameter",
     "memory_limit:": "of one device",
+    "  simulated:": "the same layers as events on every device's streams",
+    "  units:": "what was simulated: seconds on each stream",
     "  hidden_communication:": "runs under computation: no part of step_time",
     "  time:": "adds up to step_time",
     "  memory:": "adds up to the peak of the fullest device",

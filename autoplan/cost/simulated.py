@@ -21,7 +21,7 @@ from autoplan.cost.step import DataParallel, LayerStep
 from autoplan.errors import UsageError
 from autoplan.plan import Pipeline, Plan, Prediction, UnitPrediction
 from autoplan.strategy import Zero
-from autoplan.units import Seconds
+from autoplan.units import SECOND, Seconds, parse, show
 
 DIGITS = 6
 """Of a unit's seconds."""
@@ -143,5 +143,6 @@ def _unit(
 
 
 def _rounded(unit: UnitPrediction) -> UnitPrediction:
-    rounded: dict[str, Any] = {name: float(f"{took:.{DIGITS}g}") for name, took in unit.seconds()}
+    """As the plan's file shows them, in a unit that people read."""
+    rounded: dict[str, Any] = {name: parse(show(took, SECOND, DIGITS), SECOND) for name, took in unit.seconds()}
     return replace(unit, **rounded)
