@@ -11,7 +11,7 @@ slots (`schedule.slots`), and
 exact timeline of the schedule; `cost.simulated` runs it event by event. The breakdown is that of the slowest stage; the bubble
 is what it waits for the others.
 
-    bytes_s = receive + max of  sum_l (states_l + q_l kept_l) + max(max_l peak_l, max_l inside_l + max_l window_l)
+    bytes_s = receive + max of  sum_l (states_l + q_l kept_l) + max(max_l alone_l, max_l inside_l + max_l window_l)
                                 sum_l (states_l + (q_l - 1) kept_l) + max_l ending_l
 
 (`cost.rank.memory`), with `q_l` micro-batches in flight in the layer's chunk. Everything is a sum over layers but for the

@@ -4,10 +4,14 @@ A rank is a sequence of `Held`: so many equal layers, or a part of the outer bod
 formulas: `seconds` is u_s, `memory` is bytes_s, `breakdown` tells where the slowest rank's seconds go.
 
 The backward pass runs from the last layer to the first, and what a layer has kept of the micro-batch is freed when it has run:
-beside a layer's own moment there is no more of what later ones kept. Of these only layers of the same kind are counted, in the
+beside a layer's own moment there is no more of what later ones kept. Of these only layers of the same body are counted, in the
 same chunk, and where there are several chunks none:
 
-    bytes_s = sum of what stays + max(alone, max_l (inside_l - sum of what layers after l kept) + max window)
+    bytes_s = sum of what stays + max(alone, max_l (inside_l + beside_l - sum of what layers after l kept) + max window)
+
+`beside_l` is the buffer in which the gradients of the layer after l are reduced: `reducing` of one like l, but at least the whole
+`buffer` of any later layer that differs, since what that kept is counted as freed. Where a rank has layers of several bodies, or
+in several chunks, the largest `reducing` of any may be beside any.
 """
 
 from __future__ import annotations
@@ -30,11 +34,18 @@ class Held(NamedTuple):
     chunk: int = 0
     freed: Bytes = 0.0
     """What layers after the last of these no longer keep when it runs."""
+    after: Bytes = 0.0
+    """The largest `buffer` of a layer after these that is of the same body, and differs."""
+    body: int | None = None
+    """None of the outer body."""
 
-    @property
-    def inside(self) -> Bytes:
-        """The most beside what all layers keep, by themselves."""
-        return self.step.inside - self.freed
+    def inside(self, anywhere: Bytes | None) -> Bytes:
+        """The most beside what all layers keep, with what is reduced then; `anywhere`: what may be, beside any layer."""
+        return self.step.inside - self.freed + self.beside(anywhere)
+
+    def beside(self, anywhere: Bytes | None) -> Bytes:
+        """What is reduced beside it at most."""
+        return max(self.step.reducing if anywhere is None else anywhere, self.after)
 
 
 Rank = Sequence[Held]
@@ -47,8 +58,9 @@ def held_layers(runs: Sequence[tuple[int, LayerStep, int]], chunk: int, chunks: 
     for body, step, number in reversed(runs):
         freed = kept.get(body, 0.0) if chunks == 1 else 0.0
         kept[body] = kept.get(body, 0.0) + step.kept * number
-        last = found.setdefault((body, step), Held(step, 0, chunk, freed))
-        found[body, step] = last._replace(number=last.number + number)
+        later = [held.step.buffer for (of, other), held in found.items() if of == body and other != step and chunks == 1]
+        last = found.setdefault((body, step), Held(step, 0, chunk, freed, body=body))
+        found[body, step] = last._replace(number=last.number + number, after=max([last.after, *later]))
     return list(reversed(found.values()))
 
 
@@ -62,14 +74,16 @@ def memory(rank: Rank, in_flight: Sequence[int], passing: Bytes) -> MemoryBreakd
     last of them, or after it, when one fewer is kept and the outer layer's gradients are reduced."""
     steps = [held.step for held in rank]
     alone, last = max(steps, key=lambda s: s.alone), max(steps, key=lambda s: s.ending)
-    held, window = max(rank, key=lambda held: held.inside), max(step.window for step in steps)
-    largest = max(alone.alone, held.inside + window)
+    paired = len({(held.body, held.chunk) for held in rank if held.body is not None}) == 1
+    anywhere = None if paired else max(step.reducing for step in steps)
+    held, window = max(rank, key=lambda held: held.inside(anywhere)), max(step.window for step in steps)
+    largest = max(alone.alone, held.inside(anywhere) + window)
     if largest + sum(each.number * each.step.kept for each in rank) < last.ending:  # kept of one micro-batch
         return _together(rank, [number - 1 for number in in_flight], passing, last.end)
-    if alone.alone > held.inside + window:
+    if alone.alone > held.inside(anywhere) + window:
         return _together(rank, in_flight, passing, alone.moment)
     own = held.step.moment
-    moment = replace(own, activations=own.activations - held.freed, unsharded=own.unsharded + window)
+    moment = replace(own, activations=own.activations - held.freed, unsharded=own.unsharded + window + held.beside(anywhere))
     return _together(rank, in_flight, passing, moment)
 
 

@@ -25,11 +25,12 @@ comes the adding up of gradients, if there are several micro-batches; once a ste
 Bytes: states (parameters, gradients, optimizer) are cut by tp and by dp_shard; activations, `kept`, stay for every micro-batch
 in flight, the model's inputs for the whole step. A layer's backward pass holds at most `peak` (cost.peak) of its own, with what
 it recomputes, where those of its activations that were kept are counted already; its parameters, gathered, and those of its
-neighbour; and FSDP's buffer, in which the gradients of the layer after it are being reduced, as far as that is more than what
-that layer no longer keeps. At its end its own gradients are there, and the buffer into which they are copied, but nothing is
-kept of it any more. Under level 1 the gradients are added up in whole, and the buffer takes their place. Of these moments only
-the largest of a rank counts: the largest `inside` of any layer, less what later layers no longer keep (cost.rank), beside the
-largest `window` of any, since neighbours may differ.
+neighbour (`window`); and FSDP's buffer, in which the gradients of the layer after it are being reduced, as far as that is more
+than what that layer no longer keeps (`reducing`), or whole, where what that layer kept is counted as gone (`buffer`). At its end
+its own gradients are there, and the buffer into which they are copied, but nothing is kept of it any more. Under level 1 the
+gradients are added up in whole, and the buffer takes their place. Of these moments only the largest of a rank counts: the largest
+`inside` of any layer with what is reduced beside it, less what later layers no longer keep (cost.rank), beside the largest
+`window` of any, since neighbours may differ.
 
 The outer layer's own moment is `alone`, with a layer's parameters gathered ahead. While layers run, it holds no more than
 `beneath` of the micro-batch. Its gradients stay unreduced until the backward pass has ended; when they are reduced (`ending`),
@@ -102,7 +103,11 @@ class LayerStep(NamedTuple):
     inside: Bytes
     """While its backward pass runs, by itself."""
     window: Bytes
-    """Then, by what FSDP gathers and reduces beside it: for layers before and after it, whose windows may be larger."""
+    """Then, by what FSDP gathers of it and of its neighbour, whose window may be larger."""
+    reducing: Bytes
+    """Then, by FSDP's buffer with the gradients of the layer after it, if that is one like it: less what it no longer keeps."""
+    buffer: Bytes
+    """... when that is another, and what it no longer keeps is counted by itself (`cost.rank`)."""
 
     def seconds(self, slots: float) -> Seconds:
         """Seconds of one slot of a step of `slots` slots (`schedule.slots`): what happens once is spread over them."""
@@ -272,6 +277,8 @@ def layer_step(
         alone=moments.alone,
         inside=moments.inside,
         window=moments.window,
+        reducing=moments.reducing,
+        buffer=moments.buffer,
     )
 
 
@@ -284,6 +291,8 @@ class Moments(NamedTuple):
     alone: Bytes
     inside: Bytes
     window: Bytes
+    reducing: Bytes
+    buffer: Bytes
 
 
 def _of_outer(cost: LayerCost, kept: Bytes, raw: Bytes, buffer: Bytes, between: bool, ahead: Bytes) -> tuple[Bytes, Moments]:
@@ -292,16 +301,19 @@ def _of_outer(cost: LayerCost, kept: Bytes, raw: Bytes, buffer: Bytes, between: 
     gradients = _smaller(cost.beneath, raw)  # nearly all that is beneath are gradients
     ending = kept + raw - cost.beneath + (0.0 if between else buffer)
     less = kept - (cost.beneath - gradients)
-    return gradients + (buffer if between else 0.0), Moments(less, ahead, ending, cost.peak + ahead - cost.beneath, 0.0, 0.0)
+    return gradients + (buffer if between else 0.0), Moments(
+        less, ahead, ending, cost.peak + ahead - cost.beneath, 0.0, 0.0, 0.0, 0.0
+    )
 
 
 def _of_layer(most: Bytes, kept: Bytes, gathered: Bytes, raw: Bytes, buffer: Bytes, between: bool, zero: Zero) -> Moments:
     """The moments of a layer that holds at most so much besides what is `kept`; `gathered` for a pass, not for good."""
-    reducing = 0.0 if zero == 1 else buffer if between else _larger(buffer - kept, 0.0)
-    window = 2 * gathered + reducing
+    passed_on = 0.0 if zero == 1 else buffer
+    reducing = passed_on if between else _larger(passed_on - kept, 0.0)
+    window = 2 * gathered
     at_end = buffer + (0.0 if zero == 1 else raw + gathered) - kept
-    inside = _larger(most, at_end - window)
-    return Moments(0.0, raw, 0.0, 0.0, inside, window)
+    inside = _larger(most, at_end - window - reducing)
+    return Moments(0.0, raw, 0.0, 0.0, inside, window, reducing, passed_on)
 
 
 def _recomputed(cost: LayerCost, again: Recompute) -> tuple[Seconds, Bytes, Bytes, Bytes]:

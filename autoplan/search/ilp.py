@@ -4,22 +4,28 @@ For one stage of one mesh and micro-batch; without a pipeline there is one stage
 equal layers: of one body, in chunks with as many micro-batches in flight; what stands outside the layers is a group of one.
 Every group has options `s` in `S_g`: a strategy with its seconds `t_gs` and bytes `b_gs`, which add up over layers, and bytes
 that it needs only while its backward pass runs, so that the largest of them counts: of what stands outside `p_gs`, of a layer
-`i_gs` by itself, and `w_gs` for its neighbours. After it `l_gs` of the bytes are left, and `e_gs` are needed for its end.
+`i_gs` by itself, `w_gs` for its neighbours, and `r_gs` for a layer after it that is like it, or `h_gs'` for one that uses another
+option `s'`. After it `l_gs` of the bytes are left, and `e_gs` are needed for its end.
 
 The layers' backward passes run from the last layer to the first, each frees `k_gs = b_gs - l_gs`, and those before it need no
 room for that. Of all orders that with the larger `i_gs` first needs the least: of two neighbours a before b with i_a < i_b,
 changing places turns the larger of i_a - k_b and i_b into the larger of i_b - k_a and i_a, which is no more. So the options of a
-group are in that order (`_in_order`), as a plan's layers are (`search.naming`). Where a group is in several chunks, `k_gs = 0`.
+group are in that order (`_in_order`), as a plan's layers are (`search.naming`). Where a group is in several chunks, `k_gs = 0`
+and `h_gs = 0`; there, and where there are several groups of layers, any `r` may come after any layer.
 
     minimise    sum_g sum_s t_gs x_gs
     subject to  sum_s x_gs = N_g                                      for every group g            (`_counts`)
                 x_gs <= N_g y_gs                                      y_gs: is the strategy used?  (`_counts`)
-                P >= p_gs y_gs, W >= w_gs y_gs                        for every strategy           (`_largest`)
-                I >= i_gs y_gs - sum_{s' after s} k_gs' x_gs'         for every strategy           (`_largest`)
+                P >= p_gs y_gs, W >= w_gs y_gs, R >= r_gs y_gs        for every strategy           (`_largest`)
+                I >= i_gs y_gs + R    - F_gs,   F_gs = sum_{s' after s} k_gs' x_gs'                (`_inside`)
+                I >= i_gs y_gs + H_gs - F_gs,   H_gs >= h_gs' y_gs'   for every s' after s         (`_inside`)
                 P >= I + W
                 sum_g sum_s b_gs x_gs + P <= M - 1 MiB                                             (`_within`)
                 the same of l_gs and e_gs                                                          (`_within`)
                 x_gs in {0..N_g},  y_gs in {0, 1},  P, I, W >= 0
+
+Where there is one group of layers, `r_gs y_gs` stands for `R`. Neither `I` demands anything of a strategy that is not used: the
+one that runs its backward pass first demands `R`, the one with the largest `h` no less than `H`, for `r >= h - k`.
 
 To the objective comes `epsilon sum y_gs` with a small `epsilon`: of two plans that are equal within the gap, the one with
 fewer different strategies is the better one. The bound that is reported is one on the seconds alone.
@@ -44,6 +50,7 @@ from typing import Any
 import numpy as np
 import pulp
 
+from autoplan.cost.model import OUTER
 from autoplan.errors import SolverError
 from autoplan.search.dominance import Ints
 from autoplan.search.options import Column, Group, Option
@@ -75,21 +82,30 @@ class UnsolvedError(Exception):
 def memory(counts: Sequence[tuple[Group, Sequence[tuple[Option, int]]]]) -> Bytes:
     """Exact bytes of a choice."""
     used = [(option, n) for _, options in counts for option, n in options if n]
-    inside = max(_inside(group, options) for group, options in counts)
+    anywhere = None if _paired([group for group, _ in counts]) else max(o.reducing for o, _ in used)
+    inside = max(_most_inside(group, options, anywhere) for group, options in counts)
     largest = max(max(o.alone for o, _ in used), inside + max(o.window for o, _ in used))
     at_once = sum(o.bytes * n for o, n in used) + largest
     afterwards = sum(o.left * n for o, n in used) + max(o.ending for o, _ in used)
     return max(at_once, afterwards)
 
 
-def _inside(group: Group, options: Sequence[tuple[Option, int]]) -> Bytes:
-    """The largest `inside` of a group's layers, less what is freed before."""
-    most, freed = -inf, 0.0
+def _most_inside(group: Group, options: Sequence[tuple[Option, int]], anywhere: Bytes | None) -> Bytes:
+    """The largest `inside` of a group's layers with what is reduced beside it, less what is freed before."""
+    most, freed, after = -inf, 0.0, 0.0
     for option, number in sorted(options, key=lambda used: used[0].inside):  # in the order of the backward pass
         if number:
-            most = max(most, option.inside - freed)
-            freed += option.kept * number if group.frees else 0.0
+            beside = option.reducing if anywhere is None else anywhere
+            most = max(most, option.inside + max(beside, after) - freed)
+            if group.frees:
+                freed, after = freed + option.kept * number, max(after, option.buffer)
     return most
+
+
+def _paired(groups: Sequence[Group]) -> bool:
+    """Whether the layer after another is of its group, and so like it or of an option that is known."""
+    layers = [group for group in groups if group.body != OUTER]
+    return len(layers) == 1 and layers[0].frees
 
 
 def _in_order(group: Group) -> list[int]:
@@ -111,9 +127,8 @@ def choose(groups: Sequence[Group], limit: Bytes, *, gap: float, time_limit: flo
         return _by_trying(groups, limit, epsilon)
     problem = pulp.LpProblem("stage", pulp.LpMinimize)
     counts, used = _counts(problem, groups)
-    alone, inside, window, ending = (
-        _largest(problem, name, groups, used, counts) for name in ("alone", "inside", "window", "ending")
-    )
+    alone, window, ending = (_largest(problem, name, groups, used) for name in ("alone", "window", "ending"))
+    inside = _inside(problem, groups, used, counts)
     peak = problem.add_variable("peak", 0, None)
     problem += _sum([(part, 1.0) for part in (inside, window) if part is not None] + [(peak, -1.0)]) <= 0
     if alone is not None:
@@ -144,23 +159,30 @@ def choose(groups: Sequence[Group], limit: Bytes, *, gap: float, time_limit: flo
 def _by_trying(groups: Sequence[Group], limit: Bytes, epsilon: Seconds) -> Choice | None:
     """`choose` without a solver: every choice there is."""
     seconds, size, left, kinds = np.zeros((4, 1))
-    largest = np.zeros((4, 1))
+    largest = np.zeros((6, 1))
     picked = np.zeros((1, 0), dtype=np.int64)
+    paired = _paired(groups)
     for group in groups:
         order = _in_order(group)
         ways = np.array(order)[_multisets(len(group.options), group.number)]
-        costs = np.array([option[:7] for option in group.options]).T[:, ways]  # [7, multisets, number]
+        costs = np.array([option[:9] for option in group.options]).T[:, ways]  # [9, multisets, number]
+        inside, reducing = costs[5], costs[7]
+        after = np.zeros_like(inside)
         if group.frees:
             kept = costs[1] - costs[3]
-            costs[5] -= kept[:, ::-1].cumsum(axis=1)[:, ::-1] - kept
+            inside = inside - (kept[:, ::-1].cumsum(axis=1)[:, ::-1] - kept)
+            after[:, :-1] = np.maximum.accumulate(costs[8][:, ::-1], axis=1)[:, ::-1][:, 1:]
+        # a layer's own option among those after it demands no more than the last of this option does
+        moments = costs[2], costs[4], costs[6], inside + (reducing if paired else 0.0), inside + after, reducing
         different = 1 + (np.diff(ways, axis=1) != 0).sum(axis=1)
         old, new = (each.ravel() for each in np.indices((len(seconds), len(ways))))
-        sums, most = costs.sum(axis=2), costs.max(axis=2)
+        sums, most = costs.sum(axis=2), np.stack([moment.max(axis=1) for moment in moments])
         seconds, size, left = seconds[old] + sums[0][new], size[old] + sums[1][new], left[old] + sums[3][new]
-        largest = np.maximum(largest[:, old], most[[2, 4, 5, 6]][:, new])
+        largest = np.maximum(largest[:, old], most[:, new])
         kinds = kinds[old] + different[new]
         picked = np.concatenate((picked[old], ways[new]), axis=1)
-    alone, ending, inside, window = largest
+    alone, ending, window, inside, beside, reducing = largest
+    inside = np.maximum(inside + (0.0 if paired else reducing), beside)
     fits = np.flatnonzero(np.maximum(size + np.maximum(alone, inside + window), left + ending) <= limit - _MIB)
     if not len(fits):
         return None
@@ -197,21 +219,47 @@ def _counts(problem: Any, groups: Sequence[Group]) -> tuple[dict[Any, Any], dict
     return counts, used
 
 
-def _largest(problem: Any, name: str, groups: Sequence[Group], used: dict[Any, Any], counts: dict[Any, Any]) -> Any | None:
-    """A variable that is at least this number of every option that is used, of `inside` less what is freed before; None where all
-    of them are nothing."""
-    if not any(getattr(option, name) for group in groups for option in group.options):
+def _largest(problem: Any, name: str, groups: Sequence[Group], used: dict[Any, Any]) -> Any | None:
+    """A variable that is at least this number of every option that is used; None where all of them are nothing."""
+    sizes = {(g, s): getattr(o, name) for g, group in enumerate(groups) for s, o in enumerate(group.options)}
+    if not any(sizes.values()):
         return None
     most = problem.add_variable(name, 0, None)
-    for g, group in enumerate(groups):
-        freed: list[tuple[Any, float]] = []
-        for s in reversed(_in_order(group)):
-            option = group.options[s]
-            if size := getattr(option, name):
-                problem += _sum([(used[g, s], size / _MIB), (most, -1.0), *freed]) <= 0
-            if name == "inside" and group.frees:
-                freed = [*freed, (counts[g, s], -option.kept / _MIB)]
+    for at, size in sizes.items():
+        if size:
+            problem += _sum([(used[at], size / _MIB), (most, -1.0)]) <= 0
     return most
+
+
+def _inside(problem: Any, groups: Sequence[Group], used: dict[Any, Any], counts: dict[Any, Any]) -> Any:
+    """A variable that is at least every used option's `inside` with what is reduced beside it, less what is freed before."""
+    most, paired = problem.add_variable("inside", 0, None), _paired(groups)
+    anywhere = None if paired else _largest(problem, "reducing", groups, used)
+    for g, group in enumerate(groups):
+        if group.body == OUTER:
+            continue
+        freed: list[tuple[Any, float]] = []
+        after: list[tuple[Any, float]] = []
+        for s in reversed(_in_order(group)):
+            option, y = group.options[s], used[g, s]
+            beside = [] if anywhere is None else [(anywhere, 1.0)]
+            own = option.inside + (option.reducing if paired else 0.0)
+            problem += _sum([(y, own / _MIB), (most, -1.0), *beside, *freed]) <= 0
+            if after:
+                problem += _sum([(y, option.inside / _MIB), (most, -1.0), *after, *freed]) <= 0
+            if group.frees:
+                freed = [*freed, (counts[g, s], -option.kept / _MIB)]
+                after = _at_least(problem, f"after_{g}_{s}", after, (y, option.buffer / _MIB))
+    return most
+
+
+def _at_least(problem: Any, name: str, *terms: Any) -> list[tuple[Any, float]]:
+    """A variable that is at least each of the terms, as a term."""
+    found = problem.add_variable(name, 0, None)
+    for term in terms:
+        for each in [term] if isinstance(term, tuple) else term:
+            problem += _sum([each, (found, -1.0)]) <= 0
+    return [(found, 1.0)]
 
 
 def _within(

@@ -43,6 +43,8 @@ class Costs(NamedTuple):
     ending: Bytes
     inside: Bytes
     window: Bytes
+    reducing: Bytes
+    buffer: Bytes
 
     @staticmethod
     def of(step: LayerStep) -> Costs:
@@ -123,6 +125,8 @@ class Option(NamedTuple):
     ending: Bytes
     inside: Bytes
     window: Bytes
+    reducing: Bytes
+    buffer: Bytes
     column: Column
 
     @property
@@ -133,7 +137,7 @@ class Option(NamedTuple):
     @property
     def peak(self) -> Bytes:
         """What it holds besides in its moment, with a neighbour like itself."""
-        return self.alone + self.inside + self.window
+        return self.alone + self.inside + self.window + self.reducing
 
 
 def _on_stage(costs: Iterable[Any], slots: float, in_flight: int) -> tuple[Any, ...]:
@@ -158,7 +162,7 @@ class Options(Sequence[Option]):
 
     def __init__(self, columns: Sequence[Column], costs: Floats) -> None:
         self._columns, self._costs = columns, costs
-        peak = costs[2] + costs[5] + costs[6]
+        peak = costs[2] + costs[5] + costs[6] + costs[7]
         self.peak: Bytes = float(peak.min())
         """The smallest, as those below."""
         self.bytes: Bytes = float(costs[1].min())

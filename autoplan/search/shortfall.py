@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from autoplan.cost.model import OUTER
 from autoplan.cost.rank import Held, memory
 from autoplan.errors import NothingFits
 from autoplan.plan import Candidate
@@ -53,7 +54,10 @@ def _leanest(groups: Sequence[Group]) -> list[tuple[Group, Option]]:
 
 def _categories(staging: Staging) -> str:
     s, groups = staging.fullest
-    rank = [Held(option.column.step, group.number, group.chunk) for group, option in _leanest(groups)]
+    rank = [
+        Held(option.column.step, group.number, group.chunk, body=None if group.body == OUTER else group.body)
+        for group, option in _leanest(groups)
+    ]
     parts = memory(rank, staging.flight(s), staging.passing[s])
     shown = sorted((size, name) for name, size in parts.items() if size > 0.005 * staging.least_memory)
     return ", ".join(f"{name} {show(size, BYTE)}" for size, name in reversed(shown))
@@ -82,7 +86,8 @@ def _hints(tables: Tables, limit: Bytes, gpus: int, nearest: Staging) -> list[st
 
 
 def _gathered(staging: Staging) -> Bytes:
-    return max(option.column.step.whole + option.column.step.window for _, option in _leanest(staging.fullest[1]))
+    steps = [option.column.step for _, option in _leanest(staging.fullest[1])]
+    return max(step.whole + step.window + step.reducing for step in steps)
 
 
 def _enough_gpus(tables: Tables, limit: Bytes, gpus: int) -> int | None:

@@ -8,7 +8,7 @@ from autoplan.cost.layer import layer_cost
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.cost.peak import made
 from autoplan.cost.prices import LayerModel
-from autoplan.cost.rank import Held, memory
+from autoplan.cost.rank import Held, held_layers, memory
 from autoplan.cost.walk import walk
 from autoplan.graph import Body
 from autoplan.search.shardings import pareto_shardings
@@ -72,10 +72,20 @@ def test_a_layer_is_beside_the_largest_window_of_its_neighbours() -> None:
     three, one = (COSTS.layer_step(0, Strategy(UNSHARDED, "full" if zero == 3 else "none", zero), mesh, 2) for zero in (3, 1))
     assert one.window == 0.0 < three.window
     outer = COSTS.layer_step(OUTER, Strategy(UNSHARDED, "none", 2), mesh, 2)
-    each = [memory([Held(step, 2), Held(outer, 1)], [1], 0.0).total for step in (three, one)]
-    together = memory([Held(three, 1), Held(one, 1), Held(outer, 1)], [1], 0.0)
-    inside = max(three.inside, one.inside)
+    each = [memory([*held_layers([(0, step, 2)], 0, 1), Held(outer, 1)], [1], 0.0).total for step in (three, one)]
+    together = memory([*held_layers([(0, three, 1), (0, one, 1)], 0, 1), Held(outer, 1)], [1], 0.0)
+    inside = max(one.inside + one.reducing, three.inside - one.kept + max(three.reducing, one.buffer))
     held = sum(step.bytes(1) for step in (three, one, outer))
     assert together.total == pytest.approx(max(held + max(inside + three.window, outer.alone), sum(
         step.bytes(0) for step in (three, one, outer)) + outer.ending))  # fmt: skip
     assert together.total > min(each)
+
+
+def test_a_buffer_is_whole_beside_a_layer_whose_neighbour_differs() -> None:
+    """What the neighbour kept is counted as freed, so that the buffer with its gradients can't be in its place."""
+    mesh = Mesh(dp_shard=8)
+    full, none = (COSTS.layer_step(0, Strategy(UNSHARDED, again, 3), mesh, 2) for again in ("full", "none"))
+    assert none.reducing < none.buffer
+    first, last = held_layers([(0, full, 3), (0, none, 2)], 0, 1)
+    assert (first.freed, first.after) == (2 * none.kept, none.buffer)
+    assert (last.freed, last.after) == (0.0, 0.0)

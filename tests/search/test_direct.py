@@ -50,11 +50,16 @@ def direct(staging: Staging) -> tuple[float, float]:
         held: list[tuple[Any, float]] = []
         counts: list[tuple[Any, float]] = []
         freed: list[tuple[Any, float]] = []
+        buffers: list[tuple[Any, float]] = []
         for o, option in enumerate(sorted(layers.options, key=lambda option: option.inside)):  # the last layers first
             x = problem.add_variable(f"x{s}_{o}", 0, staging.layers, "Integer")
             y = problem.add_variable(f"y{s}_{o}", 0, 1, "Integer")
             problem += pulp.LpAffineExpression([(x, 1.0), (y, -float(staging.layers))]) <= 0
-            problem += pulp.LpAffineExpression([(y, option.inside / MIB), (inside, -1.0), *freed]) <= 0
+            problem += pulp.LpAffineExpression([(y, (option.inside + option.reducing) / MIB), (inside, -1.0), *freed]) <= 0
+            for other, buffer in buffers:  # a bound of its own for every layer of another option that comes later
+                both = [(y, option.inside / MIB), (other, buffer / MIB), (inside, -1.0)]
+                problem += pulp.LpAffineExpression([*both, *freed]) <= 0
+            buffers.append((y, option.buffer))
             freed.append((x, (option.left - option.bytes) / MIB))
             problem += pulp.LpAffineExpression([(y, option.window / MIB), (window, -1.0)]) <= 0
             seconds.append((x, option.seconds * 1e3))

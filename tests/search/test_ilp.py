@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoplan.cost.step import LayerStep
+from autoplan.cost.step import NOTHING
 from autoplan.search import ilp
 from autoplan.search.bounds import least_bytes, least_seconds, relaxed_seconds
 from autoplan.search.dominance import unbeaten
@@ -24,14 +24,15 @@ MIB = 2.0**20
 
 
 def column(
-    seconds: float, mib: float, moment: float, once: float = 0.0, kept: float = 0.0, ending: float = 0.0, window: float = 0.0
-) -> Column:
+    seconds: float, mib: float, moment: float, once: float = 0.0, kept: float = 0.0, ending: float = 0.0, window: float = 0.0,
+    buffer: float = 0.0,
+) -> Column:  # fmt: skip
     """Of a layer; where it has an ending, of what stands outside the layers."""
-    nothing = LayerStep(*[0.0] * 8, (0.0, 0.0), *[0.0] * 16)
     mibs = {"state_bytes": mib, "kept": kept, "ending": ending}
     mibs |= {"alone": moment} if ending else {"inside": moment, "window": window}
+    mibs |= {} if ending else {"buffer": buffer, "reducing": max(buffer - kept, 0.0)}
     sizes = {name: size * MIB for name, size in mibs.items()}
-    return Column.of(Strategy(), nothing._replace(slot_seconds=seconds, once_seconds=once, **sizes))
+    return Column.of(Strategy(), NOTHING._replace(slot_seconds=seconds, once_seconds=once, **sizes))
 
 
 columns = st.builds(
@@ -42,6 +43,7 @@ columns = st.builds(
     kept=st.integers(0, 20),
     ending=st.one_of(st.just(0), st.integers(0, 60)),
     window=st.one_of(st.just(0), st.integers(0, 20)),
+    buffer=st.one_of(st.just(0), st.integers(0, 20)),
 )
 problems = st.tuples(
     st.lists(st.tuples(st.integers(1, 4), st.lists(columns, min_size=1, max_size=4)), min_size=1, max_size=3), st.integers(2, 400)
@@ -53,18 +55,32 @@ def groups_of(classes: list[tuple[int, list[Column]]]) -> list[Group]:
 
 
 def held(groups: list[Group], assignment: Sequence[Sequence[Option]]) -> float:
-    """The bytes of a stage: its backward passes run one after another, each of a group in the best order there is."""
+    """The bytes of a stage: its backward passes run one after another, of a group the layers with the least `inside` first."""
     layers = [o for options in assignment for o in options]
     window, alone = max(o.window for o in layers), max(o.alone for o in layers)
+    one_kind = len(groups) == 1 and groups[0].frees
     moments = []
     for group, options in zip(groups, assignment, strict=True):
-        freed = [o.bytes - o.left if group.frees else 0.0 for o in options]
-        orders = permutations(range(len(options)))
-        moments.append(
-            min(max(options[i].inside - sum(freed[j] for j in order[k + 1 :]) for k, i in enumerate(order)) for order in orders)
-        )
+        forward = sorted(options, key=lambda o: -o.inside)
+        for k, layer in enumerate(forward):
+            later = forward[k + 1 :] if group.frees else []
+            beside = layer.reducing if one_kind else max(o.reducing for o in layers)
+            others = [o.buffer for o in later if o != layer]
+            moments.append(layer.inside + max([beside, *others]) - sum(o.bytes - o.left for o in later))
     at_once = sum(o.bytes for o in layers) + max(alone, max(moments) + window)
     return max(at_once, sum(o.left for o in layers) + max(o.ending for o in layers))
+
+
+@given(st.lists(columns, min_size=1, max_size=5))
+def test_no_order_of_layers_needs_less(options: list[Column]) -> None:
+    """Buffers aside."""
+    layers = list(Options.of(options, 1.0, 1))
+
+    def most(order: Sequence[Option]) -> float:
+        return max(o.inside - sum(each.kept for each in order[k + 1 :]) for k, o in enumerate(order))
+
+    ordered = sorted(layers, key=lambda o: -o.inside)
+    assert most(ordered) == min(map(most, permutations(layers)))
 
 
 def cheapest(groups: list[Group], limit: float) -> float:
