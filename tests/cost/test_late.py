@@ -81,7 +81,7 @@ def test_every_stage_holds_what_it_has_not_done_yet() -> None:
         waiting = 2 * s * min(left.bytes, step.kept)
         assert split.memory.total >= one.memory.total + waiting * (1 - 1e-9)
     assert found["zero-bubble"].step_time < found["1f1b"].step_time
-    assert found["zero-bubble"].simulated <= found["zero-bubble"].step_time * (1 + 1e-9)  # type: ignore[operator]
+    assert found["zero-bubble"].scheduled <= found["zero-bubble"].step_time * (1 + 1e-9)  # type: ignore[operator]
 
 
 def late_head() -> float:
