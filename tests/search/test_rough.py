@@ -60,6 +60,8 @@ def _compare(costs: CostModel) -> None:
 
 def _solved(tables: Tables, mesh: Mesh, size: int, stream: Layout, schedule: ScheduleKind, chunks: int, limit: float) -> float:
     priced = tables.priced(mesh, size, stream)
+    if priced is not None and schedule == "zero-bubble":
+        priced = tables.split(priced)
     if priced is None:
         return inf
     best = inf
