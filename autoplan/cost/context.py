@@ -123,7 +123,8 @@ class Context:
         known: dict[int, int | None] = dict(zip(body.inputs, dims, strict=True))
         for index, op in enumerate(body.ops):
             arriving = tuple(known.get(i) for i in op.inputs)
-            where = f"'{prefix}{op.module}'" if prefix or op.module else "the model itself"
+            name = f"{prefix}{op.module}".removesuffix(".")
+            where = f"'{name}'" if name else "the model itself"
             if op.kind == "call":
                 leaving = self._call(op, arriving)
             else:
