@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import pytest
 
+from autoplan.constraints import Constraints
 from autoplan.plan import Plan, Solve
 from autoplan.search.columns import Tables
 from autoplan.search.planner import written
-from autoplan.search.space import meshes, micro_batches, schedules, uncut, undealt
+from autoplan.search.space import legal, meshes, micro_batches, schedules
 from autoplan.search.stages import Solution, Staging
 from tests.apply.ranks import run
 from tests.test_parity import MODELS, on_rank, tables
@@ -27,8 +28,8 @@ WORLD, DRAWS = 4, 4
 def draw(known: Tables, dice: random.Random, world: int = WORLD, *, every_axis: bool = False) -> tuple[str, Plan] | None:
     """A plan and what it is; None when the dice fall outside the space. With `every_axis` cp and ep are among the axes."""
     costs = known.costs
-    more = (uncut(world, {}, costs.context)[0], undealt(world, {}, costs.mixtures)[0]) if every_axis else ()
-    mesh = dice.choice(list(meshes(world, {}, *more)))
+    every = legal(world, {}, Constraints(), costs.context, costs.mixtures)[0] if every_axis else list(meshes(world, {}))
+    mesh = dice.choice(every)
     sizes = micro_batches(mesh, costs.workload)
     if not sizes or mesh.pp > len(known.graph.blocks):
         return None
