@@ -9,6 +9,7 @@ other devices' tokens: on the fullest of them on `imbalance` times as many as on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 from autoplan.graph import Body, Graph, Op
@@ -109,3 +110,8 @@ def _form(body: Body, entering: list[Op], leaving: list[Op], number: int) -> Lit
     if len(rest) == 2 and all(len(v.shape) == 2 and v.shape[0] == rows.shape[0] for v in rest) and rest[0].shape == rest[1].shape:
         return "chosen"
     return "sorted" if len(rest) == 1 and rest[0].shape == (number,) else None
+
+
+def whole_rows(rows: float, tp: int) -> float:
+    """How many times as many rows there are when every rank of a tp group has as many as the fullest: `torch.chunk` cuts so."""
+    return ceil(rows / tp - 1e-9) * tp / rows

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import kernel_time
 from autoplan.cost.context import Gather, tokens_dim
-from autoplan.cost.experts import Dealt
+from autoplan.cost.experts import Dealt, whole_rows
 from autoplan.cost.ring import Ring, widened
 from autoplan.cost.rules import BORDER_COLLECTIVES, Outcome, packings
 from autoplan.graph import DTYPE_BYTES, Body, Op, Parameter, Value
@@ -278,14 +278,15 @@ class LayerModel:
             if index not in (each.first, each.last):
                 continue
             value = self.body.values[each.rows]
-            whole = value.bytes_at(self.samples)
+            filled = whole_rows(value.shape[0] * self.samples, self.tp)
+            whole = value.bytes_at(self.samples) * filled
             rows = whole * each.chosen * self._rows
             if index == each.first:
                 counts = float(each.experts.number * DTYPE_BYTES["int64"] * self.ep)
                 forward += [("all_to_all", counts, self.ep), ("all_to_all", rows * self.ep, self.ep)]
                 backward += [("all_to_all", rows * self.ep, self.ep), ("all_gather", whole, self.tp)]
                 if each.weights is not None and self.body.values[each.weights].requires_grad:
-                    backward.append(("all_gather", self.body.values[each.weights].bytes_at(self.samples), self.tp))
+                    backward.append(("all_gather", self.body.values[each.weights].bytes_at(self.samples) * filled, self.tp))
             if index == each.last:
                 forward += [("all_to_all", rows * self.ep, self.ep), ("all_gather", whole, self.tp)]
                 backward.append(("all_to_all", rows * self.ep, self.ep))

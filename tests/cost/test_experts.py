@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
-from autoplan.cost.experts import Mixtures
+from autoplan.cost.experts import Mixtures, whole_rows
 from autoplan.cost.layer import layer_cost
 from autoplan.cost.model import CostModel
 from autoplan.cost.step import data_parallel
@@ -94,3 +95,9 @@ def test_a_sharding_names_the_experts_that_the_layer_has() -> None:
     model_ = costs(expert_block())
     with pytest.raises(UsageError, match="it has 'moe'"):
         layer_cost(model_.layer_model(0, 1, 1, ep=2), UNSHARDED)
+
+
+def test_rows_that_do_not_divide_are_sent_as_if_they_did() -> None:
+    """Every rank of a tp group has as many as `torch.chunk` gives the first."""
+    for rows, tp in ((30, 4), (15, 2), (32, 4), (7, 8)):
+        assert whole_rows(rows, tp) * rows == pytest.approx(len(torch.arange(rows).chunk(tp)[0]) * tp)
