@@ -182,6 +182,10 @@ class Staging:
         if self.ranks == 1:
             return self.bound()
         slowest = self._level() if self._alike else 0.0
+        return self._no_sooner(slowest)
+
+    def _no_sooner(self, slowest: Seconds) -> Seconds:
+        """A bound on the step, from one on its slowest stage."""
         return max(self.quick_bound, self.many * slowest + self.few * self.fastest + self.hops)
 
     def _level(self) -> Seconds:
@@ -201,7 +205,7 @@ class Staging:
         if self.ranks == 1:
             return self.micro_batches * self.relaxed(0, 0, self.layers)
         slowest = self._bottleneck(self.relaxed, self.fastest / self.ranks)
-        return max(self.quick_bound, self.many * slowest + self.few * self.fastest + self.hops)
+        return self._no_sooner(slowest)
 
     @cached_property
     def hopeless(self) -> bool:

@@ -37,7 +37,7 @@ def candidates(tree: Tree) -> tuple[list[Candidate], int]:
         for key, c in found.items()
     ]
     listed += [_verdict(tree, p, solution.seconds) for key, p in sorted(pruned.items())[:LISTED] if key not in found]
-    listed += [c for key, c in list(refused.items()) if key not in found and key not in pruned]
+    listed += [c for key, c in refused.items() if key not in found and key not in pruned]
     listed.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
     slower_ones = [c for c in listed if c.step_time is not None]
     others = _of_every_reason([c for c in listed if c.step_time is None])[:REFUSED]
