@@ -157,8 +157,7 @@ def plan_of(known: Tables, wish: Wish) -> Plan | str:
     if refused is not None:
         return refused.reason
     context, mixtures = known.costs.context, known.costs.mixtures
-    unable = context.refusal(mesh.cp, mesh.tp) or mixtures.refusal(mesh.ep) or uncombined(context, mixtures, mesh)
-    unable = known.costs.context.refusal(mesh.cp, mesh.tp, mesh.cp_kind) or known.costs.mixtures.refusal(mesh.ep)
+    unable = context.refusal(mesh.cp, mesh.tp, mesh.cp_kind) or mixtures.refusal(mesh.ep) or uncombined(context, mixtures, mesh)
     if unable:
         return unable
     if wish.stream not in known.streams(mesh.tp):
