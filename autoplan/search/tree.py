@@ -280,15 +280,18 @@ class Tree:
             if not self._promises(self._best_case(shape, [mesh]), [mesh]):
                 continue
             priced = self.tables.priced(mesh, shape.micro_batch, shape.stream)
-            if priced is not None and shape.schedule == "zero-bubble":
-                priced = self.tables.split(priced)
-                if priced is None:
-                    self.refused.append(unsplit(mesh, shape.micro_batch))
-                    continue
             if priced is None:
                 self.refused.append(unplaceable(mesh, shape.micro_batch))
                 continue
             staging = Staging(self.tables, priced, priced.best_outer, shape.schedule, shape.chunks, self.limit)
+            if shape.schedule == "zero-bubble":
+                if not self._promises(staging, [mesh]):  # what it would be if parting the passes were free
+                    continue
+                priced = self.tables.split(priced)
+                if priced is None:
+                    self.refused.append(unsplit(mesh, shape.micro_batch))
+                    continue
+                staging = Staging(self.tables, priced, priced.best_outer, shape.schedule, shape.chunks, self.limit)
             self.stagings.append(staging)
             several = len(priced.outers) > 1
             self._push(max(bound, staging.early_bound), Unsettled(staging) if several else staging)
