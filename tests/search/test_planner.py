@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import pytest
 
+from autoplan.constraints import Constraints
 from autoplan.cost.model import OUTER, CostModel, Cut
 from autoplan.cost.rank import Held, held_layers, memory, seconds
 from autoplan.cost.step import LayerStep
@@ -248,6 +249,15 @@ def test_candidates_tell_prices_that_can_be_had(memory_size: float) -> None:
     for mesh, seconds_ in best.items():
         told = [c.step_time for c in plan.candidates if c.mesh == mesh and c.step_time is not None]
         assert min(told) <= seconds_ * (1 + 1e-9)
+
+
+def test_what_was_not_opened_since_nothing_fits_is_told_so() -> None:
+    graph = model(layers=8, hidden=512, ffn=1024, seq=256, vocab=2048)
+    wishes = Constraints(only={"schedule": ["zero-bubble"], "pp": [4]})
+    plan = search(graph, machine(memory=0.1e9), Workload(global_batch=16), gpus=4, constraints=wishes)
+    assert any(candidate.status == "out of memory" for candidate in plan.candidates)
+    assert all(candidate.step_time is None or candidate.step_time < inf for candidate in plan.candidates)
+    assert dump_plan(plan)
 
 
 def test_a_search_without_time_says_so_and_claims_nothing() -> None:
