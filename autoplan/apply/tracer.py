@@ -140,7 +140,8 @@ class Tracer(Outside):
             raise UsageError(f"layer '{name}' is called twice in one forward pass, which a pipeline can't run.", CUT)
         self._read([(leaf, self.site(leaf)) for leaf in _tensors((args, kwargs))])
         self.layers.append(name)
-        args, kwargs = tree_map_only(torch.Tensor, self._entering, (args, kwargs))
+        with self.pause():  # else tensors would not say that they are on meta
+            args, kwargs = tree_map_only(torch.Tensor, self._entering, (args, kwargs))
         with self.pause(), self._meta, Inside(self, name, (args, kwargs)):
             output = self._shapes(name, call, args, kwargs)
             kept = tree_map_only(torch.Tensor, torch.Tensor.detach, output)

@@ -46,11 +46,11 @@ def t5_inputs(samples):
 
 
 class Skips(GPTBlock):
-    """A block that returns more than its stream, and is given what an early layer made."""
+    """A block that returns more than its stream, and passes on what it is given of what is made before all layers."""
 
     def forward(self, x, early, *, scale):
         y = super().forward(x) * scale
-        return y + 0.1 * early, {"mean": y.mean(-1, keepdim=True)}
+        return y + 0.1 * early, {"mean": y.mean(-1, keepdim=True), "early": early}
 
 
 class Weird(nn.Module):
@@ -71,9 +71,10 @@ class Weird(nn.Module):
         x += self.frozen
         weights = torch.ones(idx.shape, dtype=x.dtype, device=x.device)
         weights[:, 0] = x.sigmoid().mean(-1)[:, 0]
-        total = 0
+        total, early = 0, kept
         for scale, block in zip(self.scales, self.blocks, strict=True):
-            x, extra = block(x, kept, scale=scale)
+            x, extra = block(x, early, scale=scale)
+            early = extra["early"]
             total = total + extra["mean"].square().mean()
             x[:, :2] *= 0.5
         logits = F.linear(x * weights[..., None], self.embed.weight) + kept.mean()
