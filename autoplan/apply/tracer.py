@@ -143,7 +143,7 @@ class Tracer(Outside):
         with self.pause():  # else tensors would not say that they are on meta
             args, kwargs = tree_map_only(torch.Tensor, self._entering, (args, kwargs))
         with self.pause(), self._meta, Inside(self, name, (args, kwargs)):
-            output = self._shapes(name, call, args, kwargs)
+            output = tree_map_only(torch.Tensor, self._apart, self._shapes(name, call, args, kwargs))
             kept = tree_map_only(torch.Tensor, torch.Tensor.detach, output)
         self.outputs.append(kept)
         for j, leaf in enumerate(tree_flatten(output)[0]):
@@ -165,6 +165,10 @@ class Tracer(Outside):
                 f"the shapes that layer '{name}' computes depend on the values of its tensors ({str(error).splitlines()[0]})",
                 "A pipeline must know the shapes of what it sends: make the plan without pp.",
             ) from error
+
+    def _apart(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What a layer returns as it was given it is another tensor from here on: it has another site."""
+        return tensor if self.site(tensor) is None else tensor.view_as(tensor)
 
     def _entering(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = self.absent(tensor)
