@@ -11,14 +11,14 @@ torch and the solver are imported where they are used, so that `import autoplan`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autoplan.constraints import Constraints
-from autoplan.errors import NothingFits, UsageError
+from autoplan.errors import UsageError
 from autoplan.files.constraints import load_constraints
 from autoplan.files.plan import load_plan, plan_json, save_plan
 from autoplan.files.workload import workload
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from autoplan.capture import LoadedModel
     from autoplan.export.exported import Exported
     from autoplan.report.rows import Table
+    from autoplan.search.explaining import Answer
     from autoplan.search.planner import Progress
     from autoplan.verify import DryRun
 
@@ -64,15 +65,6 @@ __all__ = [
     "save_plan",
     "verify",
 ]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What would become of a wish: the best plan that keeps it, or the reason why there is none."""
-
-    fixed: dict[str, int]
-    plan: Plan | None
-    reason: str
 
 
 Objective = Literal["fewest", "speed", "cost"]
@@ -259,23 +251,21 @@ def imported(
     return planned(told, graph, _profile(hardware), load, mesh, micro_batch)
 
 
-def explain(plan: Plan, fixed: Mapping[str, int], *, model: str | LoadedModel | Graph | None = None, gap: float = 1e-4) -> Answer:
-    """Why not `fixed`, {"tp": 2}? The best plan with those axes, under the same workload and memory, beside the given one.
+def explain(
+    plan: Plan, wishes: Mapping[str, int | str], *, model: str | LoadedModel | Graph | None = None, gap: float = 1e-4
+) -> Answer:
+    """Why not `wishes`, {"tp": 2, "schedule": "zero-bubble"}? The best plan that keeps them, under the same workload and memory,
+    beside the given one. They are axes of the mesh, micro_batch, schedule, cp_kind, and recompute and zero of all layers.
 
-    A wish that is illegal or does not fit is an answer too. Raises `UsageError` when the model cannot be captured.
+    A wish that is illegal or does not fit is an answer too. Raises `UsageError` for a wish that is none, or when the model cannot
+    be captured.
     """
-    from autoplan.search.planner import search
+    from autoplan.files.wishes import wishes as checked
+    from autoplan.search.explaining import answer
 
+    asked = checked(wishes)
     graph = model if isinstance(model, Graph) else inspect(model or plan.model, compute_dtype=plan.workload.compute_dtype)
-    profile = find_hardware(plan.hardware)
-    headroom = max(0.0, 1.0 - plan.memory_limit / (profile.device.memory - profile.device.reserved))
-    try:
-        other = search(graph, profile, plan.workload, gpus=plan.mesh.size, fixed=fixed, headroom=headroom, gap=gap)
-    except NothingFits as error:
-        return Answer(fixed=dict(fixed), plan=None, reason=error.message)
-    except UsageError as error:
-        return Answer(fixed=dict(fixed), plan=None, reason=error.message)
-    return Answer(fixed=dict(fixed), plan=other, reason="")
+    return answer(graph, find_hardware(plan.hardware), plan, asked, gap)
 
 
 def verify(plan: Plan, model: str | LoadedModel | None = None) -> DryRun:

@@ -12,7 +12,6 @@ import typer
 from autoplan.cli import arguments, outputs, talk
 from autoplan.cli.app import app
 from autoplan.cli.arguments import Force, Json, Model, Open, PlanFile, Settings
-from autoplan.errors import UsageError
 from autoplan.plan import Plan
 from autoplan.units import SECOND, parse, show
 
@@ -151,26 +150,29 @@ def _cost(plan: Plan, price: float | None) -> str:
 
 
 @app.command(
-    epilog="Examples:\n\nautoplan explain plan.yaml tp=2\n\nautoplan explain plan.yaml dp_shard=4 tp=2\n\n"
-    "autoplan explain plan.yaml tp=3 --json"
+    epilog="Examples:\n\nautoplan explain plan.yaml tp=2\n\nautoplan explain plan.yaml pp=4 schedule=zero-bubble\n\n"
+    "autoplan explain plan.yaml recompute=none\n\nautoplan explain plan.yaml tp=3 --json"
 )
 def explain(
     plan_file: PlanFile,
-    wishes: Annotated[list[str], typer.Argument(metavar="AXIS=SIZE...", help="Axes of the mesh: tp=2 dp_shard=4.")],
+    wishes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="WHAT=VALUE...",
+            help="Axes of the mesh, tp=2 dp_shard=4; micro_batch, schedule, cp_kind; recompute and zero of all layers.",
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Answer "why not tp=2?": the best plan with that wish beside the given one, or why there is none."""
     from autoplan import api
     from autoplan.report.compare import answer
 
-    fixed = arguments.settings(wishes)
-    for axis, size in fixed.items():
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise UsageError(f"'{axis}={size}' is no size of an axis.", "Write a whole number: tp=2.")
+    asked = arguments.wishes(wishes)
     plan = api.load_plan(plan_file)
-    told = api.explain(plan, fixed)
+    told = api.explain(plan, asked)
     if as_json:
         other = told.plan and json.loads(api.plan_json(told.plan))
-        typer.echo(json.dumps({"asked": told.fixed, "plan": other, "reason": told.reason}, indent=2))
+        typer.echo(json.dumps({"asked": told.asked, "plan": other, "reason": told.reason}, indent=2))
         return
-    talk.show(answer(plan, told.fixed, told.plan, told.reason))
+    talk.show(answer(plan, told.asked, told.plan, told.reason, told.kept))

@@ -23,7 +23,7 @@ from autoplan.search.shortfall import nothing_fits
 from autoplan.search.solver import solver_name
 from autoplan.search.space import check_parameters
 from autoplan.search.stages import Solution
-from autoplan.search.telling import candidates, misses
+from autoplan.search.telling import candidates, misses, refusals
 from autoplan.search.tree import Progress, Tell, Tree
 from autoplan.search.wishes import divided
 from autoplan.units import SECOND, Bytes, Seconds, show
@@ -90,7 +90,7 @@ def plans(graph: Graph, hardware: HardwareProfile, workload: Workload, top: int,
             f"{show(time_limit, SECOND)} passed before any plan was found.", "Give --time-limit more, or fix an axis: --pp 1."
         )
     if run.best is None:
-        raise nothing_fits(run.tables, misses(run), run.refused, limit, gpus, constrained=constraints != Constraints())
+        raise nothing_fits(run.tables, misses(run), refusals(run), limit, gpus, constrained=constraints != Constraints())
     told, covered = candidates(run)
     found, bound = run.plans or run.leaders(), run.proven_bound()
     return [

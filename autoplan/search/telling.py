@@ -68,6 +68,12 @@ def misses(tree: Tree) -> list[Staging]:
     return found
 
 
+def refusals(tree: Tree) -> list[Candidate]:
+    """When nothing is legal: why, of what came furthest first."""
+    before = tree.meshes.refused
+    return [*tree.refused[len(before) :], *tree.meshes.ruled_out(), *before]
+
+
 def _needed(tree: Tree, mesh: Mesh, micro_batch: int) -> Bytes:
     """A rank holds at least so much."""
     return max(tree.tables.least_states(mesh), tree.tables.least_moment(mesh.within, micro_batch))

@@ -226,7 +226,7 @@ class Tree:
         every = self.meshes.schedules(some[0], depth.micro_batch)
         rough = self._rough(some, depth.micro_batch, depth.stream, largest)
         if rough is None:
-            self.refused += [unplaceable(mesh, depth.micro_batch) for mesh in some]
+            self.refused += [unplaceable(mesh, depth.micro_batch, self.tables.unmet(mesh)) for mesh in some]
         elif every and self._promises(best_case := AnySchedule(self.tables, rough, every, self.limit), some):
             return best_case
         return None
@@ -281,7 +281,7 @@ class Tree:
                 continue
             priced = self.tables.priced(mesh, shape.micro_batch, shape.stream)
             if priced is None:
-                self.refused.append(unplaceable(mesh, shape.micro_batch))
+                self.refused.append(unplaceable(mesh, shape.micro_batch, self.tables.unmet(mesh)))
                 continue
             staging = Staging(self.tables, priced, priced.best_outer, shape.schedule, shape.chunks, self.limit)
             if shape.schedule == "zero-bubble":
