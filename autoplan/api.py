@@ -106,6 +106,7 @@ def plan(
     fixed: Mapping[str, int] | None = None,
     constraints: str | Path | Constraints | None = None,
     headroom: float = 0.0,
+    frontier: int = 0,
     gap: float = 1e-4,
     time_limit: float | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -120,7 +121,8 @@ def plan(
     What is not given here is taken from the file's `workload`, else from `Workload`'s defaults. `fixed` holds axes of the
     mesh that the user has decided, {"tp": 8}; `constraints`, or a file of them, say more: see `autoplan.constraints`;
     `headroom` is a fraction of each device's memory to keep free. A search that `time_limit` seconds or Ctrl-C ends gives the
-    best plan so far, see `Solve.stopped`. `beside` are configurations of other trainers (see `imported`) for as many GPUs, that
+    best plan so far, see `Solve.stopped`. With `frontier` the plan tells so many of the fastest plans on less memory, see
+    `Plan.frontier`. `beside` are configurations of other trainers (see `imported`) for as many GPUs, that
     become baselines of the plan.
     Raises `NothingFits` when no plan fits into memory and `UsageError` for a wish or a model that cannot be met.
     """
@@ -144,6 +146,7 @@ def plans(
     fixed: Mapping[str, int] | None = None,
     constraints: str | Path | Constraints | None = None,
     headroom: float = 0.0,
+    frontier: int = 0,
     gap: float = 1e-4,
     time_limit: float | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -182,7 +185,7 @@ def plans(
 
     today = baselines(beside, graph, profile, load, (first, last), headroom)
 
-    def plans_for(number: int, top: int = 1) -> list[Plan]:
+    def plans_for(number: int, top: int = 1, frontier: int = 0) -> list[Plan]:
         found = planner.plans(
             graph,
             profile,
@@ -192,6 +195,7 @@ def plans(
             fixed=fixed,
             constraints=constraints,
             headroom=headroom,
+            frontier=frontier,
             gap=gap,
             time_limit=inf if time_limit is None else time_limit,
             tell=on_progress,
@@ -199,14 +203,14 @@ def plans(
         return [replace(plan, baselines=(*today, *plan.baselines)) for plan in found]
 
     if first == last and step_time is None:
-        return plans_for(first, top)
+        return plans_for(first, top, frontier)
     range_of, one = numbers.counts(first, last, profile), lambda number: plans_for(number)[0]
     if objective == "fewest":
         best = numbers.fewest(range_of, one, step_time)
     else:
         cost = numbers.device_seconds if objective == "cost" else numbers.step_seconds
         best = numbers.least(range_of, one, cost, step_time)
-    return [best] if top == 1 else plans_for(best.mesh.size, top)
+    return [best] if top == 1 and not frontier else plans_for(best.mesh.size, top, frontier)
 
 
 def estimate(

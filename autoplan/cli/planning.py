@@ -23,6 +23,7 @@ from autoplan.units import SECOND, parse, show
     "autoplan plan model.py --gpus 8..64 --global-batch 256 --step-time '2.5 s'\n\n"
     "autoplan plan model.py --gpus 8..64 --global-batch 256 --objective cost=2.50\n\n"
     "autoplan plan model.py --gpus 8 --constraints wishes.yaml --top 3\n\n"
+    "autoplan plan model.py --gpus 8 --frontier 8\n\n"
     "autoplan plan model.py --gpus 64 --global-batch 512 --beside torchtitan.toml"
 )
 def plan(
@@ -74,6 +75,9 @@ def plan(
     memory_headroom: Annotated[
         str, typer.Option(metavar="SHARE", help="Share of each device's memory to keep free: 10%.")
     ] = "0%",
+    frontier: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Also find the fastest plans on less memory: N from fast to lean.")
+    ] = None,
     gap: Annotated[float, typer.Option(metavar="SHARE", help="Distance from the optimum at which to stop.")] = 1e-4,
     time_limit: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Stop then with the best so far.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.yaml"),
@@ -105,6 +109,7 @@ def plan(
             expert_imbalance=expert_imbalance,
             fixed={axis: size for axis, size in axes.items() if size is not None},
             headroom=headroom,
+            frontier=frontier or 0,
             gap=gap,
             model_kwargs=model_kwargs,
             time_limit=time_limit,

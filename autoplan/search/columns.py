@@ -57,7 +57,7 @@ class Priced:
     outers: tuple[Outer, ...] = ()
     """With a pipeline: the outer strategies, of which all stages take the same."""
     solved: dict[Hashable, dict[Hashable, Choice | None]] = field(default_factory=dict, init=False, compare=False)
-    """By schedule what `search.stages` has found for stages that have nothing of the outer body."""
+    """By schedule and limit what `search.stages` has found for stages that have nothing of the outer body."""
 
     @cached_property
     def best_outer(self) -> Outer | None:

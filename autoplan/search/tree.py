@@ -115,7 +115,7 @@ class Tree:
         self.dives: set[tuple[Within, int, ScheduleKind, int]] = set()
         self.pushed = 0
 
-    def run(self) -> bool:
+    def run(self, runners_up: int = RUNNERS_UP) -> bool:
         """Open nodes until the best solution is proven, or there is none; False when time ran out first."""
         if self.baselines is None:
             self.baselines = baselines(self.tables, self.gpus, self.limit)
@@ -136,7 +136,7 @@ class Tree:
             return False
         self.plans = self.leaders()
         if self.best is not None:
-            self._runners_up()
+            self._runners_up(runners_up)
         return True
 
     def _open_all(self) -> bool:
@@ -147,7 +147,7 @@ class Tree:
             self._open_next()
         return True
 
-    def _runners_up(self) -> None:
+    def _runners_up(self, number: int) -> None:
         """Tell the most promising other meshes by their price, not by a bound: nothing faster is left."""
         stagings = [staging_of(node) for _, _, node in self.open if not isinstance(node, Several)] + self.pruned
         by_mesh: dict[Mesh, Staging] = {}
@@ -157,7 +157,7 @@ class Tree:
         solved = 0
         for open_ in list(by_mesh.values())[:ATTEMPTS]:
             staging = min(open_.settled, key=lambda each: each.quick_bound)
-            if solved == RUNNERS_UP or monotonic() > self.deadline:
+            if solved == number or monotonic() > self.deadline:
                 return
             if staging.fits and staging.priced.mesh not in self.solutions:
                 self._solve(staging, staging.quick_bound, inf, ROUGHLY)
