@@ -2,8 +2,9 @@
 
 A plan that was found under the limit L and holds M bytes is the fastest under every limit from M to L. What is not known lies
 between: below the M of one plan and above the L of the next leaner one, and below the leanest. The next limit is the middle of
-such an interval: of the last one, until the least memory is known well; then of that in which most can be missing, by its width
-times the rise of the step across it. So a few searches show the whole line, not the first gigabyte of it.
+such an interval: of the last one, until it is narrow or the leanest plan is too slow to be of use; then of that in which most
+can be missing, by its width times the rise of the step across it. So a few searches show the whole line, not the first gigabyte
+of it.
 
 Limits are shares of a device's memory that are kept free, in thousandths, so that a user can ask for each plan.
 """
@@ -13,28 +14,34 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from math import floor
+from math import floor, inf
 
 from autoplan.plan import Plan, Point
-from autoplan.units import Bytes
+from autoplan.units import Bytes, Seconds
 
 STEPS = 1000
 """Of head-room, from none to all: limits that differ by less are one."""
 SAME = 1e-4
 """Steps that differ by less are as long: nothing is sought between them."""
+SLOWEST = 2.0
+"""Times the step of the first plan: once one is slower, none leaner is sought. It would be of no use, and takes long to find."""
 SEARCHES = 2
 """At most so many a plan that is asked for: some find nothing that fits, or what is known."""
 
 
-def frontier(first: Point, whole: Bytes, least: Bytes, number: int, solve: Callable[[float], Point | None]) -> tuple[Point, ...]:
-    """At most `number` plans, the fastest first. `solve` gives the fastest with a head-room, None when nothing fits; of devices
-    that have `whole` bytes every plan takes `least` or more."""
+Solve = Callable[[float, Seconds], Point | None]
+"""The fastest plan with a head-room, under which a step of so many seconds can be had; None when nothing fits."""
+
+
+def frontier(first: Point, whole: Bytes, least: Bytes, number: int, solve: Solve) -> tuple[Point, ...]:
+    """At most `number` plans, the fastest first; of devices that have `whole` bytes every plan takes `least` or more."""
     points, too_much = [first], _steps(1 - least / whole) + 1
     for _ in range(SEARCHES * (number - 1)):
         steps = _next(points, whole, too_much, number)
         if steps is None or len(points) == number:
             break
-        found = solve(steps / STEPS)
+        leaner = [p.step_time for p in points if p.headroom * STEPS > steps]
+        found = solve(steps / STEPS, min(leaner, default=inf))
         if found is None:
             too_much = steps
         else:  # it may be one that is known, which is then the fastest from this limit on
@@ -51,7 +58,8 @@ def _next(points: Sequence[Point], whole: Bytes, too_much: int, number: int) -> 
     """The limit to search next, in steps; None when nothing is left."""
     ends = [_steps(1 - point.memory / whole) for point in points]
     """With so much head-room a plan fits, with more it doesn't."""
-    if too_much - ends[-1] > max(1, (too_much - ends[0]) // number):
+    fast = points[-1].step_time < SLOWEST * points[0].step_time
+    if fast and too_much - ends[-1] > max(1, (too_much - ends[0]) // number):
         return (ends[-1] + too_much) // 2
     between = [
         ((_steps(lean.headroom) - end) * (lean.step_time - full.step_time), end, _steps(lean.headroom))

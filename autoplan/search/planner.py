@@ -125,14 +125,15 @@ class _Leaner:
         self.costs, self.tree, self.baselines = costs, tree, baselines
         self.stopped: Stopped = ""
 
-    def fastest(self, headroom: float) -> Point | None:
-        """Proven; None when nothing fits, or the search was stopped."""
+    def fastest(self, headroom: float, can_be_had: Seconds) -> Point | None:
+        """Proven; None when nothing fits, or the search was stopped. `can_be_had`: a step of a leaner plan."""
         if self.stopped:
             return None
         limit = self.costs.memory_limit(headroom)
         fitting = [each for each in self.baselines if each.memory is not None and each.memory <= limit]
         try:
             run = self.tree(limit, fitting)
+            run.at_most = can_be_had * (1 + run.gap)  # which that plan, solved anew, is within
             if not run.run(runners_up=0):
                 self.stopped = "time limit"
             if run.best is None or self.stopped:

@@ -106,6 +106,8 @@ class Tree:
         """The best of every mesh that was solved."""
         self.baselines = compared
         """Priced by `run` where they are not given."""
+        self.at_most: Seconds = inf
+        """A step that is known to be had, besides."""
         self.bounds: list[Seconds] = []
         self.plans: list[Found] = []
         """The `leaders` that were proven."""
@@ -316,7 +318,7 @@ class Tree:
     @property
     def known(self) -> Seconds:
         """A step that can be had: the aim, or that of a plan by hand that keeps the wishes."""
-        return (min(self._by_hand, self.aim) if self.top == 1 else self.aim) * (1 + 1e-9)
+        return (min(self._by_hand, self.aim, self.at_most) if self.top == 1 else self.aim) * (1 + 1e-9)
 
     @cached_property
     def _by_hand(self) -> Seconds:
