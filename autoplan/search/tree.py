@@ -95,8 +95,8 @@ class Tree:
         self.verdicts: list[Candidate] = []
         self.crowded: set[tuple[Mesh, int]] = set()
         """No room for parameters, gradients and optimizer states alone, or for one layer's activations."""
-        self.covered: dict[tuple[Mesh, int], Seconds] = {}
-        """Proven to be no better than what was known, and the bound on what was proven so."""
+        self.covered: dict[tuple[Mesh, int], list[Staging]] = {}
+        """Proven to be no better than what was known, by those that were."""
         self.pruned: list[Staging] = []
         """Proven to be no better than what was known; whether for want of memory or of speed is told of those that are listed."""
         self.dropped: list[Staging] = []
@@ -269,7 +269,7 @@ class Tree:
 
     def _cover(self, meshes: Sequence[Mesh], staging: Staging) -> None:
         for key in ((mesh, staging.priced.micro_batch) for mesh in meshes):
-            self.covered[key] = min(self.covered.get(key, inf), staging.quick_bound)
+            self.covered.setdefault(key, []).append(staging)
 
     def _split(self, shape: Shape, bound: Seconds) -> None:
         some = self.meshes.by_depth[shape.within, shape.pp]
