@@ -7,13 +7,13 @@ from dataclasses import replace
 from math import inf
 
 from autoplan.plan import Candidate
-from autoplan.search.candidates import best_of_each, out_of_memory, rank, slower, told
+from autoplan.search.candidates import best_of_each, out_of_memory, rank, slower, told, too_big
 from autoplan.search.givenup import GivenUp
 from autoplan.search.nodes import Depth, Family, Several, Shape, staging_of
 from autoplan.search.stages import Staging
 from autoplan.search.tree import Tree
 from autoplan.strategy import Mesh, Within
-from autoplan.units import Bytes
+from autoplan.units import Bytes, Seconds
 
 LISTED = 64
 """Candidates that a plan lists, the best first; the proof covers all of them."""
