@@ -11,14 +11,14 @@ torch and the solver are imported where they are used, so that `import autoplan`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autoplan.constraints import Constraints
-from autoplan.errors import NothingFits, UsageError
+from autoplan.errors import UsageError
 from autoplan.files.constraints import load_constraints
 from autoplan.files.plan import load_plan, plan_json, save_plan
 from autoplan.files.workload import workload
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from autoplan.capture import LoadedModel
     from autoplan.export.exported import Exported
     from autoplan.report.rows import Table
+    from autoplan.search.explaining import Answer
     from autoplan.search.planner import Progress
     from autoplan.verify import DryRun
 
@@ -64,15 +65,6 @@ __all__ = [
     "save_plan",
     "verify",
 ]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What would become of a wish: the best plan that keeps it, or the reason why there is none."""
-
-    fixed: dict[str, int]
-    plan: Plan | None
-    reason: str
 
 
 Objective = Literal["fewest", "speed", "cost"]
@@ -114,6 +106,7 @@ def plan(
     fixed: Mapping[str, int] | None = None,
     constraints: str | Path | Constraints | None = None,
     headroom: float = 0.0,
+    frontier: int = 0,
     gap: float = 1e-4,
     time_limit: float | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -128,7 +121,8 @@ def plan(
     What is not given here is taken from the file's `workload`, else from `Workload`'s defaults. `fixed` holds axes of the
     mesh that the user has decided, {"tp": 8}; `constraints`, or a file of them, say more: see `autoplan.constraints`;
     `headroom` is a fraction of each device's memory to keep free. A search that `time_limit` seconds or Ctrl-C ends gives the
-    best plan so far, see `Solve.stopped`. `beside` are configurations of other trainers (see `imported`) for as many GPUs, that
+    best plan so far, see `Solve.stopped`. With `frontier` the plan tells so many of the fastest plans on less memory, see
+    `Plan.frontier`. `beside` are configurations of other trainers (see `imported`) for as many GPUs, that
     become baselines of the plan.
     Raises `NothingFits` when no plan fits into memory and `UsageError` for a wish or a model that cannot be met.
     """
@@ -152,6 +146,7 @@ def plans(
     fixed: Mapping[str, int] | None = None,
     constraints: str | Path | Constraints | None = None,
     headroom: float = 0.0,
+    frontier: int = 0,
     gap: float = 1e-4,
     time_limit: float | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -190,7 +185,7 @@ def plans(
 
     today = baselines(beside, graph, profile, load, (first, last), headroom)
 
-    def plans_for(number: int, top: int = 1) -> list[Plan]:
+    def plans_for(number: int, top: int = 1, frontier: int = 0) -> list[Plan]:
         found = planner.plans(
             graph,
             profile,
@@ -200,6 +195,7 @@ def plans(
             fixed=fixed,
             constraints=constraints,
             headroom=headroom,
+            frontier=frontier,
             gap=gap,
             time_limit=inf if time_limit is None else time_limit,
             tell=on_progress,
@@ -207,14 +203,14 @@ def plans(
         return [replace(plan, baselines=(*today, *plan.baselines)) for plan in found]
 
     if first == last and step_time is None:
-        return plans_for(first, top)
+        return plans_for(first, top, frontier)
     range_of, one = numbers.counts(first, last, profile), lambda number: plans_for(number)[0]
     if objective == "fewest":
         best = numbers.fewest(range_of, one, step_time)
     else:
         cost = numbers.device_seconds if objective == "cost" else numbers.step_seconds
         best = numbers.least(range_of, one, cost, step_time)
-    return [best] if top == 1 else plans_for(best.mesh.size, top)
+    return [best] if top == 1 and not frontier else plans_for(best.mesh.size, top, frontier)
 
 
 def estimate(
@@ -259,23 +255,21 @@ def imported(
     return planned(told, graph, _profile(hardware), load, mesh, micro_batch)
 
 
-def explain(plan: Plan, fixed: Mapping[str, int], *, model: str | LoadedModel | Graph | None = None, gap: float = 1e-4) -> Answer:
-    """Why not `fixed`, {"tp": 2}? The best plan with those axes, under the same workload and memory, beside the given one.
+def explain(
+    plan: Plan, wishes: Mapping[str, int | str], *, model: str | LoadedModel | Graph | None = None, gap: float = 1e-4
+) -> Answer:
+    """Why not `wishes`, {"tp": 2, "schedule": "zero-bubble"}? The best plan that keeps them, under the same workload and memory,
+    beside the given one. They are axes of the mesh, micro_batch, schedule, cp_kind, and recompute and zero of all layers.
 
-    A wish that is illegal or does not fit is an answer too. Raises `UsageError` when the model cannot be captured.
+    A wish that is illegal or does not fit is an answer too. Raises `UsageError` for a wish that is none, or when the model cannot
+    be captured.
     """
-    from autoplan.search.planner import search
+    from autoplan.files.wishes import wishes as checked
+    from autoplan.search.explaining import answer
 
+    asked = checked(wishes)
     graph = model if isinstance(model, Graph) else inspect(model or plan.model, compute_dtype=plan.workload.compute_dtype)
-    profile = find_hardware(plan.hardware)
-    headroom = max(0.0, 1.0 - plan.memory_limit / (profile.device.memory - profile.device.reserved))
-    try:
-        other = search(graph, profile, plan.workload, gpus=plan.mesh.size, fixed=fixed, headroom=headroom, gap=gap)
-    except NothingFits as error:
-        return Answer(fixed=dict(fixed), plan=None, reason=error.message)
-    except UsageError as error:
-        return Answer(fixed=dict(fixed), plan=None, reason=error.message)
-    return Answer(fixed=dict(fixed), plan=other, reason="")
+    return answer(graph, find_hardware(plan.hardware), plan, asked, gap)
 
 
 def verify(plan: Plan, model: str | LoadedModel | None = None) -> DryRun:

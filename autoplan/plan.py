@@ -169,6 +169,22 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """The fastest plan on less memory, proven as the plan itself is."""
+
+    headroom: float
+    """The share of each device's memory that was kept free: `--memory-headroom` gives this plan."""
+    mesh: Mesh
+    micro_batch: int
+    schedule: str = ""
+    recompute: str
+    """Of how many layers: "30 selective, 2 none"; of all of them "full"."""
+    step_time: Seconds
+    memory: Bytes
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Solve:
     """What was proved. `gap` is (step_time - bound) / step_time; "optimal" means that it is within the gap asked for."""
 
@@ -236,6 +252,8 @@ class Plan:
     """What the plan may use of one device."""
     baselines: tuple[Baseline, ...] = ()
     candidates: tuple[Candidate, ...] = ()
+    frontier: tuple[Point, ...] = ()
+    """The fastest plans on less and less memory, none of them beaten in both; empty where they were not asked for."""
     solve: Solve
     warnings: tuple[str, ...] = ()
     version: int = PLAN_VERSION

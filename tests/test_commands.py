@@ -46,6 +46,10 @@ def test_explain_as_json(planned: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_explain_answers_in_numbers_or_with_the_reason(planned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", str(planned), "tp=2"]) == 0
     assert "% slower" in " ".join(capsys.readouterr().out.split())
+    assert main(["explain", str(planned), "pp=2", "schedule=gpipe"]) == 0
+    assert "Why not pp=2 schedule=gpipe? Its best plan, pp 2" in " ".join(capsys.readouterr().out.split())
+    assert main(["explain", str(planned), "recompute=none"]) == 0
+    assert "The plan has it already" in " ".join(capsys.readouterr().out.split())
     assert main(["explain", str(planned), "tp=3"]) == 0
     assert "tp 3 does not divide 8 devices" in " ".join(capsys.readouterr().out.split())
 
@@ -61,6 +65,9 @@ def test_explain_answers_in_numbers_or_with_the_reason(planned: Path, capsys: py
         (["estimate", "PLAN", "--model", f"{EXAMPLES}/transformer.py"], 2, "which the model does not have"),
         (["explain", "PLAN", "pp=2"], 0, ""),
         (["explain", "PLAN", "tp=big"], 2, "no size of an axis"),
+        (["explain", "PLAN", "tp"], 2, "'tp' is no wish"),
+        (["explain", "PLAN", "tp=2", "tp=4"], 2, "tp is asked for twice"),
+        (["explain", "PLAN", "schedule=zb"], 2, "none of gpipe, 1f1b, interleaved-1f1b, zero-bubble"),
         (["report", "nowhere.yaml"], 2, "there is no file nowhere.yaml"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from autoplan.cli import main
 from autoplan.files.plan import document
 from autoplan.files.plan_document import plan_schema
-from tests.report.plans import llama, piped, single
+from tests.report.plans import frontier, llama, piped, single
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "docs" / "schema" / "plan.schema.json"
@@ -23,7 +23,9 @@ def test_the_published_schema_is_current(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == PUBLISHED.read_text(encoding="utf-8"), again
 
 
-@pytest.mark.parametrize("plan", [llama(), piped("interleaved-1f1b", chunks=2), single()], ids=["llama", "piped", "single"])
+@pytest.mark.parametrize(
+    "plan", [frontier(llama()), piped("interleaved-1f1b", chunks=2), single()], ids=["llama", "piped", "single"]
+)
 def test_the_schema_knows_every_key(plan: Any) -> None:
     schema = plan_schema()
     strangers = list(unknown(json.loads(json.dumps(document(plan))), schema, schema["$defs"]))

@@ -80,6 +80,22 @@ def numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
+def wishes(pairs: Sequence[str]) -> dict[str, int | str]:
+    """`["tp=2", "schedule=1f1b"]` by name, checked before any work."""
+    from autoplan.files.wishes import ASKED, listed
+    from autoplan.files.wishes import wishes as checked
+
+    found: dict[str, str] = {}
+    for pair in pairs:
+        what, equals, value = pair.partition("=")
+        if not equals or not value:
+            raise UsageError(f"'{pair}' is no wish.", f"Write WHAT=VALUE, such as tp=2; WHAT is one of {listed(ASKED)}.")
+        if what in found:
+            raise UsageError(f"{what} is asked for twice.", "Ask for one of them at a time.")
+        found[what] = value
+    return checked(found)
+
+
 def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
     """`["size=70B", "layers=4"]` as keyword arguments; what reads as a Python value becomes one, the rest stays text."""
     found: dict[str, Any] = {}

@@ -12,7 +12,6 @@ import typer
 from autoplan.cli import arguments, outputs, talk
 from autoplan.cli.app import app
 from autoplan.cli.arguments import Force, Json, Model, Open, PlanFile, Settings
-from autoplan.errors import UsageError
 from autoplan.plan import Plan
 from autoplan.units import SECOND, parse, show
 
@@ -24,6 +23,7 @@ from autoplan.units import SECOND, parse, show
     "autoplan plan model.py --gpus 8..64 --global-batch 256 --step-time '2.5 s'\n\n"
     "autoplan plan model.py --gpus 8..64 --global-batch 256 --objective cost=2.50\n\n"
     "autoplan plan model.py --gpus 8 --constraints wishes.yaml --top 3\n\n"
+    "autoplan plan model.py --gpus 8 --frontier 8\n\n"
     "autoplan plan model.py --gpus 64 --global-batch 512 --beside torchtitan.toml"
 )
 def plan(
@@ -75,6 +75,9 @@ def plan(
     memory_headroom: Annotated[
         str, typer.Option(metavar="SHARE", help="Share of each device's memory to keep free: 10%.")
     ] = "0%",
+    frontier: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Also find the fastest plans on less memory: N from fast to lean.")
+    ] = None,
     gap: Annotated[float, typer.Option(metavar="SHARE", help="Distance from the optimum at which to stop.")] = 1e-4,
     time_limit: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Stop then with the best so far.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.yaml"),
@@ -106,6 +109,7 @@ def plan(
             expert_imbalance=expert_imbalance,
             fixed={axis: size for axis, size in axes.items() if size is not None},
             headroom=headroom,
+            frontier=frontier or 0,
             gap=gap,
             model_kwargs=model_kwargs,
             time_limit=time_limit,
@@ -151,26 +155,29 @@ def _cost(plan: Plan, price: float | None) -> str:
 
 
 @app.command(
-    epilog="Examples:\n\nautoplan explain plan.yaml tp=2\n\nautoplan explain plan.yaml dp_shard=4 tp=2\n\n"
-    "autoplan explain plan.yaml tp=3 --json"
+    epilog="Examples:\n\nautoplan explain plan.yaml tp=2\n\nautoplan explain plan.yaml pp=4 schedule=zero-bubble\n\n"
+    "autoplan explain plan.yaml recompute=none\n\nautoplan explain plan.yaml tp=3 --json"
 )
 def explain(
     plan_file: PlanFile,
-    wishes: Annotated[list[str], typer.Argument(metavar="AXIS=SIZE...", help="Axes of the mesh: tp=2 dp_shard=4.")],
+    wishes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="WHAT=VALUE...",
+            help="Axes of the mesh, tp=2 dp_shard=4; micro_batch, schedule, cp_kind; recompute and zero of all layers.",
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Answer "why not tp=2?": the best plan with that wish beside the given one, or why there is none."""
     from autoplan import api
     from autoplan.report.compare import answer
 
-    fixed = arguments.settings(wishes)
-    for axis, size in fixed.items():
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise UsageError(f"'{axis}={size}' is no size of an axis.", "Write a whole number: tp=2.")
+    asked = arguments.wishes(wishes)
     plan = api.load_plan(plan_file)
-    told = api.explain(plan, fixed)
+    told = api.explain(plan, asked)
     if as_json:
         other = told.plan and json.loads(api.plan_json(told.plan))
-        typer.echo(json.dumps({"asked": told.fixed, "plan": other, "reason": told.reason}, indent=2))
+        typer.echo(json.dumps({"asked": told.asked, "plan": other, "reason": told.reason}, indent=2))
         return
-    talk.show(answer(plan, told.fixed, told.plan, told.reason))
+    talk.show(answer(plan, told.asked, told.plan, told.reason, told.kept))

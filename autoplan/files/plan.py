@@ -27,6 +27,7 @@ from autoplan.plan import (
     MemoryBreakdown,
     Pipeline,
     Plan,
+    Point,
     Prediction,
     Solve,
     StagePrediction,
@@ -104,6 +105,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "solve": {k: v for k, v in asdict(plan.solve).items() if v != ""} | {"bound": exact(plan.solve.bound, SECOND)},
         "baselines": [_with_units(asdict(b)) for b in plan.baselines],
         "candidates": [_with_units(asdict(c)) for c in plan.candidates],
+        **({"frontier": [_with_units(asdict(p)) for p in plan.frontier]} if plan.frontier else {}),
         **({"warnings": list(plan.warnings)} if plan.warnings else {}),
     }
 
@@ -217,6 +219,7 @@ def _plan(data: PlanDocument) -> Plan:
         solve=Solve(**data.solve.model_dump()),
         baselines=tuple(Baseline(**{**b.model_dump(), "mesh": Mesh(**b.mesh.model_dump())}) for b in data.baselines),
         candidates=tuple(Candidate(**{**c.model_dump(), "mesh": Mesh(**c.mesh.model_dump())}) for c in data.candidates),
+        frontier=tuple(Point(**{**p.model_dump(), "mesh": Mesh(**p.mesh.model_dump())}) for p in data.frontier),
         warnings=tuple(data.warnings),
     )
     _check(plan)

@@ -169,6 +169,19 @@ class CandidateDocument(_Document):
     memory: _Bytes | None = None
 
 
+class PointDocument(_Document):
+    """The fastest plan on less memory; `--memory-headroom` with this share gives it."""
+
+    headroom: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mesh: MeshDocument
+    micro_batch: _Count
+    schedule: str = ""
+    recompute: str
+    step_time: _Seconds
+    memory: _Bytes
+    tokens_per_second: _Fraction
+
+
 class SolveDocument(_Document):
     """What was proved."""
 
@@ -203,6 +216,7 @@ class PlanDocument(_Document):
     solve: SolveDocument
     baselines: list[BaselineDocument] = []
     candidates: list[CandidateDocument] = []
+    frontier: list[PointDocument] = []
     warnings: list[str] = []
 
 

@@ -70,8 +70,17 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
     return [i * step for i in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
 
 
-def scatter(points: Sequence[Point], label: str, x_name: str, y_name: str, limit: float, limit_text: str) -> str:
-    """Time (down is better) against memory; what lies beyond `limit` does not fit. The last points are drawn on top."""
+def scatter(
+    points: Sequence[Point],
+    label: str,
+    x_name: str,
+    y_name: str,
+    limit: float,
+    limit_text: str,
+    line: Sequence[tuple[float, float]] = (),
+) -> str:
+    """Time (down is better) against memory; what lies beyond `limit` does not fit. The last points are drawn on top, all of them
+    on the line."""
     x_high = max([limit * 1.08, *(point.x * 1.03 for point in points)])
     ys = [point.y for point in points]
     margin = (max(ys) - min(ys)) * 0.12 or max(ys) * 0.1
@@ -98,6 +107,10 @@ def scatter(points: Sequence[Point], label: str, x_name: str, y_name: str, limit
     out.append(f'<text class="tick" x="{edge - 5:.1f}" y="{_TOP + 12}" text-anchor="end">{escape(limit_text)}</text>')
     out.append(f'<text class="name" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end">{escape(x_name)}</text>')
     out.append(f'<text class="name" x="8" y="{_TOP - 10}">{escape(y_name)}</text>')
+    if line:
+        out.append(
+            f'<polyline class="stair" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*place) for place in line))}"/>'
+        )
     places = [(point, *at(point.x, point.y)) for point in points]
     out += [_mark(*place) for place in places]
     said = (edge - 5 - _LETTER * len(limit_text), _TOP - 3.0, edge, _TOP + 16.0)

@@ -12,6 +12,9 @@ from autoplan.plan import Plan
 from autoplan.report import words
 from autoplan.report.tables import table, titled
 
+SAME = 1.5e-4
+"""Steps that differ by less are as long: both are known within a gap."""
+
 
 def repriced(written: Plan, priced: Plan) -> RenderableType:
     """What the plan says that it costs, and what it costs by the model as it is now."""
@@ -51,17 +54,26 @@ def _memory(plan: Plan) -> Text:
     return Text(f"{told}." if fits else f"{told}: it does not fit.", style="" if fits else "red")
 
 
-def answer(plan: Plan, fixed: Mapping[str, int], other: Plan | None, reason: str) -> RenderableType:
-    """Why the plan does not have the axes in `fixed`: the best plan that has them, or what forbids it."""
-    wish = " ".join(f"{axis}={size}" for axis, size in fixed.items())
+def answer(plan: Plan, asked: Mapping[str, int | str], other: Plan | None, reason: str, kept: bool = False) -> RenderableType:
+    """Why the plan does not do what is `asked`: the best plan that does, or what forbids it. `kept`: it does."""
+    wish = " ".join(f"{what}={value}" for what, value in asked.items())
     if other is None:
-        return Text(f"Why not {wish}? {words.clean(reason)}")
+        return Text(f"Why not {wish}? {words.clean(_sentence(reason))}")
     slower = other.prediction.step_time / plan.prediction.step_time - 1
-    if slower < 1e-6:
-        return Text(f"Why not {wish}? The plan has it already, or costs the same without: {other.mesh}.")
-    took = words.seconds(other.prediction.step_time)
-    line = f"Why not {wish}? Its best plan, {other.mesh}, takes {took} a step: {words.percent(slower)} slower."
-    return Group(Text(line, style="bold"), *_sections({"the plan": plan, f"with {wish}": other}))
+    if kept and abs(slower) < SAME:
+        return Text(f"Why not {wish}? The plan has it already: {plan.mesh}.")
+    took = f"Its best plan, {other.mesh}, takes {words.seconds(other.prediction.step_time)} a step"
+    if slower < -SAME:
+        line = f"{took}: {words.percent(-slower)} faster. The plan at hand was made under other wishes, or edited."
+    elif slower < SAME:
+        line = f"{took}, as long as the plan."
+    else:
+        line = f"{took}: {words.percent(slower)} slower."
+    return Group(Text(f"Why not {wish}? {line}", style="bold"), *_sections({"the plan": plan, f"with {wish}": other}))
+
+
+def _sentence(reason: str) -> str:
+    return reason if reason.endswith(".") else f"{reason}."
 
 
 def _sections(plans: Mapping[str, Plan]) -> Iterable[RenderableType]:

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from autoplan.plan import Plan
-from autoplan.report import charts, facts, gantt, layers, pipeline, sure, versus, words
+from autoplan.report import charts, facts, frontier, gantt, layers, pipeline, sure, versus, words
 from autoplan.units import BYTE
 
 MAX_CANDIDATES = 300
@@ -104,6 +104,9 @@ def page(plan: Plan) -> str:
         scheduled=any(row.schedule for row in candidates),
         counts=facts.candidate_counts(plan),
         scatter=Markup(scatter(plan)),
+        frontier=frontier.rows(plan),
+        frontier_scheduled=any(point.schedule for point in plan.frontier),
+        frontier_chart=Markup(frontier.chart(plan)),
         baselines=facts.baselines(plan),
         workload=facts.workload(plan),
         hardware=facts.hardware(plan),

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoplan.plan import CandidateStatus, Plan
-from autoplan.report import facts, layers, pipeline
+from autoplan.report import facts, frontier, layers, pipeline
 from autoplan.report.tables import table, titled
 
 TOP = 6
@@ -34,6 +34,8 @@ def summary(plan: Plan, path: str = "plan.yaml") -> RenderableType:
     ]
     if plan.baselines:
         sections.append(titled("Against plans written by hand", _baselines(plan)))
+    if plan.frontier:
+        sections.append(titled("With less memory", _frontier(plan)))
     if plan.candidates:
         sections.append(titled("What else was looked at", _candidates(plan)))
     sections += [Text(f"warning: {warning}", style="yellow") for warning in facts.warnings(plan)]
@@ -124,6 +126,15 @@ def _baselines(plan: Plan) -> Table:
         why_not = row.note if row.speedup is None else ""
         _add(rows, row.name, row.mesh, row.step_time, row.memory, row.verdict, why_not, style="dim" if why_not else "")
     return rows
+
+
+def _frontier(plan: Plan) -> RenderableType:
+    found = table(("<", "mesh"), ("<", "recompute"), (">", "step"), (">", "slower"), (">", "memory"), (">", "head-room"))
+    for row in frontier.rows(plan):
+        mesh = f"{row.mesh}, {row.schedule}" if row.schedule else row.mesh
+        style = "green" if row.chosen else ""
+        _add(found, mesh, row.recompute, row.step_time, row.slower, row.memory, row.headroom, style=style)
+    return Group(found, Text("Each is the fastest that fits; --memory-headroom with the last column gives it.", style="dim"))
 
 
 def _candidates(plan: Plan) -> RenderableType:

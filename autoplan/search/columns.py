@@ -57,7 +57,7 @@ class Priced:
     outers: tuple[Outer, ...] = ()
     """With a pipeline: the outer strategies, of which all stages take the same."""
     solved: dict[Hashable, dict[Hashable, Choice | None]] = field(default_factory=dict, init=False, compare=False)
-    """By schedule what `search.stages` has found for stages that have nothing of the outer body."""
+    """By schedule and limit what `search.stages` has found for stages that have nothing of the outer body."""
 
     @cached_property
     def best_outer(self) -> Outer | None:
@@ -155,17 +155,23 @@ class Tables:
     def _wish(self, g: int) -> Wish:
         return self.wishes.get(g, FREE)
 
+    def unmet(self, mesh: Mesh) -> str:
+        """Why no layer can do on a mesh what is asked of it; "" when it can."""
+        asked = mesh.pp > 1 and mesh.shards > 1 and any(wish.zero == 2 for wish in self.wishes.values())
+        return "ZeRO-2 is not searched with a pipeline: what it would keep is freed by other micro-batches" if asked else ""
+
+    def _levels(self, g: int, zeros: Sequence[Zero]) -> Sequence[Zero]:
+        """Those of the ZeRO levels that are asked for; where there is one micro-batch level 1 is, though 2 costs the same."""
+        asked = self._wish(g).zero
+        if asked is None or len(zeros) == 1:
+            return zeros
+        return [asked] if asked in (1, *zeros) else []
+
     def _ways_to_run(self, g: int, zeros: Sequence[Zero]) -> list[tuple[Recompute, Zero]]:
         """Recomputations and ZeRO levels to choose from; embeddings and head frame the step: they are not recomputed."""
         wish = self._wish(g)
         recomputes: tuple[Recompute, ...] = ("none",) if g == OUTER else ALL_RECOMPUTES
-        return [
-            (again, zero)
-            for zero in zeros
-            if len(zeros) == 1 or wish.zero in (None, zero)
-            for again in recomputes
-            if wish.recompute in (None, again)
-        ]
+        return [(again, zero) for zero in zeros for again in recomputes if wish.recompute in (None, again)]
 
     def lattice(self, g: int, tp: int, stream: Layout, ep: int = 1, cp: int = 1) -> Lattice:
         """Whatever ep and cp are, where they are above 1: their sizes change prices alone."""
@@ -223,7 +229,7 @@ class Tables:
         """Better than any of some meshes that differ in their dp axes alone, and quickly made (`search.rough`): at once for all
         that are `alike`, of what the `largest` micro-batch costs. What stands outside the layers of a pipeline is free.
 
-        Its strategies are no strategies; only bounds come of it.
+        Its strategies are no strategies; only bounds come of it. It is called by the first of the meshes, which shards most.
         """
         mesh, parts = meshes[0], self.costs.outer.parts
         key = (self.rough, mesh.within, mesh.pp > 1, micro_batch, stream, largest)
@@ -236,7 +242,7 @@ class Tables:
             return None
         columns = {g: rough.columns([numbers[each] for each in meshes]) for g, rough in found.items()}
         outers = (Outer(Strategy(Sharding(stream=stream)), dict.fromkeys(parts, NOTHING)),) if mesh.pp > 1 else ()
-        return Priced(_best_arranged(mesh), micro_batch, stream, columns, outers)
+        return Priced(mesh, micro_batch, stream, columns, outers)
 
     def _of_mesh(
         self, columns_of: Make[Columns], outers_of: Make[tuple[Outer, ...]], mesh: Mesh, micro_batch: int, stream: Layout
@@ -268,7 +274,8 @@ class Tables:
         m = min(self.costs.micro_batches(mesh, micro_batch) for mesh in meshes)
         zeros = sorted({zero for mesh in meshes for zero in _zeros(mesh, m, outer=g == OUTER)})
         sent = [self._sent(g, corner, mesh, stream) for mesh in meshes]
-        cost, ways = share_of(corner.cost, micro_batch / largest), self._ways_to_run(g, zeros)
+        levels = self._levels(g, zeros) or [2]  # where that is illegal and the mesh shards nothing it means nothing
+        cost, ways = share_of(corner.cost, micro_batch / largest), self._ways_to_run(g, levels)
         return Rough(cost, stream, sent, m, ways, self.costs, outer=g == OUTER, pipelined=meshes[0].pp > 1)
 
     def _sent(self, g: int, corner: Corner, mesh: Mesh, stream: Layout) -> DataParallel:
@@ -294,7 +301,7 @@ class Tables:
         m = costs.micro_batches(mesh, micro_batch)
         step = self._step(g, found.cost, dp, m, pipelined=mesh.pp > 1, ahead=costs.ahead(mesh))
         price = partial(_price, costs, g, mesh, micro_batch)
-        ways = self._ways_to_run(g, _zeros(mesh, m, outer=g == OUTER))
+        ways = self._ways_to_run(g, self._levels(g, _zeros(mesh, m, outer=g == OUTER)))
         return self._unbeaten(found, ways, step, price, found.cut_by(mesh.shards))
 
     def _unbeaten(
@@ -352,10 +359,6 @@ class Tables:
     def _outer(self, strategy: Strategy, mesh: Mesh, micro_batch: int) -> Outer:
         parts = {regions: self.costs.outer_step(regions, strategy, mesh, micro_batch) for regions in self.costs.outer.parts}
         return Outer(strategy, parts)
-
-
-def _best_arranged(mesh: Mesh) -> Mesh:
-    return Mesh(pp=mesh.pp, dp_shard=mesh.dp, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep, cp_kind=mesh.cp_kind)
 
 
 def _zeros(mesh: Mesh, micro_batches: int, *, outer: bool) -> tuple[Zero, ...]:

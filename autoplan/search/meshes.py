@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
+from typing import get_args
 
 from autoplan.constraints import Constraints
 from autoplan.cost.model import CostModel
+from autoplan.plan import Candidate
 from autoplan.schedule import ScheduleKind
-from autoplan.search.space import indivisible, legal, micro_batches, schedules, unstageable
-from autoplan.strategy import Mesh, Within
+from autoplan.search.space import divisors, indivisible, legal, meshes, micro_batches, schedules, unscheduled, unstageable
+from autoplan.strategy import CP_KINDS, Mesh, Within
 
 
 class Meshes:
@@ -19,7 +21,9 @@ class Meshes:
         self.costs, self.constraints = costs, constraints
         self.by_depth: dict[tuple[Within, int], list[Mesh]] = {}
         """By (tp, cp and ep; pp). Of a list all can run the same micro-batches, since all have as many data-parallel groups."""
-        found, self.refused = legal(gpus, fixed, constraints, costs.context, costs.mixtures)
+        self.gpus, self.fixed = gpus, fixed
+        self.refused: list[Candidate] = []
+        found, apart = legal(gpus, fixed, constraints, costs.context, costs.mixtures)
         for mesh in found:
             refused = unstageable(mesh, costs.graph, costs.outer.order)
             if refused is None and not micro_batches(mesh, costs.workload):
@@ -28,6 +32,7 @@ class Meshes:
                 self.refused.append(refused)
             elif self._allowed_sizes(mesh):
                 self.by_depth.setdefault((mesh.within, mesh.pp), []).append(mesh)
+        self.refused += apart  # those above came further
         self.sizes, self.depths = cache(self._sizes), cache(self._depths)
 
     def _allowed_sizes(self, mesh: Mesh) -> list[int]:
@@ -49,7 +54,33 @@ class Meshes:
         depths = self.depths(mesh.within, mesh.pp > 1, micro_batch)
         return [each for pp in depths for each in self.by_depth[mesh.within, pp]]
 
+    def ruled_out(self) -> Iterator[Candidate]:
+        """Where the constraints leave nothing to search: what the model could run but for them, and why it isn't."""
+        workload, graph = self.costs.workload, self.costs.graph
+        for mesh, size in ((some[0], size) for (within, pp), some in self.by_depth.items() for size in self.sizes(within, pp)):
+            for kind in get_args(ScheduleKind):
+                if self.constraints.allows("schedule", kind):
+                    reason = unscheduled(kind, mesh, self.costs.micro_batches(mesh, size), graph)
+                    if mesh.pp > 1 and reason:
+                        yield _illegal(mesh, size, reason)
+        found, _ = legal(self.gpus, self.fixed, self.constraints, self.costs.context, self.costs.mixtures)
+        for mesh in sorted(found, key=lambda each: (each.dp, each)):
+            if micro_batches(mesh, workload) and not self._allowed_sizes(mesh):
+                asked = " or ".join(map(str, self.constraints.only.get("micro_batch", []))) or "what is left"
+                share = f"the {workload.global_batch // mesh.dp} samples of a step"
+                share += f" of each of {mesh.dp} data-parallel groups" if mesh.dp > 1 else ""
+                yield _illegal(mesh, 1, f"a micro-batch of {asked} does not divide {share}")
+        if not found:
+            cut = [mesh for mesh in meshes(self.gpus, self.fixed, divisors(self.gpus)) if mesh.cp > 1]
+            for mesh, kind in ((mesh, kind) for mesh in cut for kind in CP_KINDS if self.constraints.allows("cp_kind", kind)):
+                if reason := self.costs.context.refusal(mesh.cp, mesh.tp, kind):
+                    yield _illegal(mesh, 1, reason)
+
     def schedules(self, mesh: Mesh, micro_batch: int) -> list[tuple[ScheduleKind, int]]:
         """Those that may be used, with their chunks."""
         found = schedules(mesh, self.costs.micro_batches(mesh, micro_batch), self.costs.graph)
         return [each for each in found if mesh.pp == 1 or self.constraints.allows("schedule", each[0])]
+
+
+def _illegal(mesh: Mesh, micro_batch: int, reason: str) -> Candidate:
+    return Candidate(mesh=mesh, micro_batch=micro_batch, status="illegal", reason=reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from time import monotonic
@@ -15,21 +15,25 @@ from autoplan.cost.simulated import simulated
 from autoplan.errors import SolverError
 from autoplan.graph import Graph
 from autoplan.hardware import HardwareProfile
-from autoplan.plan import Baseline, Candidate, Pipeline, Plan, Solve
+from autoplan.plan import Baseline, Candidate, Pipeline, Plan, Point, Solve
 from autoplan.search.baselines import baselines
 from autoplan.search.columns import Priced, Tables
+from autoplan.search.frontier import frontier, point
 from autoplan.search.naming import named
 from autoplan.search.shortfall import nothing_fits
 from autoplan.search.solver import solver_name
 from autoplan.search.space import check_parameters
 from autoplan.search.stages import Solution
-from autoplan.search.telling import candidates, misses
+from autoplan.search.telling import candidates, misses, refusals
 from autoplan.search.tree import Progress, Tell, Tree
 from autoplan.search.wishes import divided
 from autoplan.units import SECOND, Bytes, Seconds, show
 from autoplan.workload import Workload
 
 __all__ = ["Asked", "Progress", "plans", "search", "written"]
+
+
+Stopped = Literal["", "interrupted", "time limit"]
 
 
 class Asked(TypedDict, total=False):
@@ -41,6 +45,8 @@ class Asked(TypedDict, total=False):
     headroom: float
     gap: float
     time_limit: Seconds
+    frontier: int
+    """Plans of the line of time against memory."""
     tell: Tell | None
 
 
@@ -55,6 +61,7 @@ def plans(graph: Graph, hardware: HardwareProfile, workload: Workload, top: int,
     A search that `time_limit` or Ctrl-C ends gives the best plan so far, which is then not called optimal (`Solve.stopped`).
     Before there is any plan Ctrl-C goes on as `KeyboardInterrupt`, and the time limit is a `SolverError`. Raises `NothingFits`
     when no plan fits into memory and `UsageError` when the wishes in `fixed` or `constraints` contradict each other.
+    With `frontier` the first plan gets so many of the fastest plans on less memory; what ends this search leaves those known.
     """
     check_parameters(graph)
     gpus, gap, time_limit = asked["gpus"], asked.get("gap", 1e-4), asked.get("time_limit", inf)
@@ -66,19 +73,14 @@ def plans(graph: Graph, hardware: HardwareProfile, workload: Workload, top: int,
         compared = baselines(tables, gpus, limit)  # of what people write by hand nothing is asked
         parted, wishes = divided(graph, constraints)
         tables = Tables(CostModel(parted, hardware, workload), wishes)
-    run = Tree(
-        tables,
-        gpus,
-        asked.get("fixed") or {},
-        constraints,
-        limit,
-        gap,
-        monotonic() + time_limit,
-        asked.get("tell"),
-        top,
-        compared,
-    )
-    stopped: Literal["", "interrupted", "time limit"] = ""
+    deadline = monotonic() + time_limit
+
+    def tree(limit: Bytes, top: int, compared: list[Baseline] | None) -> Tree:
+        fixed, tell = asked.get("fixed") or {}, asked.get("tell")
+        return Tree(tables, gpus, fixed, constraints, limit, gap, deadline, tell, top, compared)
+
+    run = tree(limit, top, compared)
+    stopped: Stopped = ""
     try:
         stopped = "" if run.run() else "time limit"
     except KeyboardInterrupt:
@@ -90,10 +92,10 @@ def plans(graph: Graph, hardware: HardwareProfile, workload: Workload, top: int,
             f"{show(time_limit, SECOND)} passed before any plan was found.", "Give --time-limit more, or fix an axis: --pp 1."
         )
     if run.best is None:
-        raise nothing_fits(run.tables, misses(run), run.refused, limit, gpus, constrained=constraints != Constraints())
+        raise nothing_fits(run.tables, misses(run), refusals(run), limit, gpus, constrained=constraints != Constraints())
     told, covered = candidates(run)
     found, bound = run.plans or run.leaders(), run.proven_bound()
-    return [
+    all_found = [
         written(
             tables.costs,
             staging.priced,
@@ -106,6 +108,43 @@ def plans(graph: Graph, hardware: HardwareProfile, workload: Workload, top: int,
         )
         for number, (staging, solution) in enumerate(found)
     ]
+    number = asked.get("frontier", 0)
+    if number > 1 and not stopped:
+        leaner = _Leaner(tables.costs, lambda limit, compared: tree(limit, 1, compared), run.baselines or [])
+        first = point(all_found[0], asked.get("headroom", 0.0))
+        least = min(tables.least_states(mesh) for some in run.meshes.by_depth.values() for mesh in some)
+        line = frontier(first, costs.memory_limit(0.0), least, number, leaner.fastest)
+        all_found[0] = replace(all_found[0], frontier=line, solve=replace(all_found[0].solve, stopped=leaner.stopped))
+    return all_found
+
+
+class _Leaner:
+    """The same search under tighter limits: what was priced for the first one holds for all."""
+
+    def __init__(self, costs: CostModel, tree: Callable[[Bytes, list[Baseline]], Tree], baselines: Sequence[Baseline]) -> None:
+        self.costs, self.tree, self.baselines = costs, tree, baselines
+        self.stopped: Stopped = ""
+
+    def fastest(self, headroom: float, can_be_had: Seconds) -> Point | None:
+        """Proven; None when nothing fits, or the search was stopped. `can_be_had`: a step of a leaner plan."""
+        if self.stopped:
+            return None
+        limit = self.costs.memory_limit(headroom)
+        fitting = [each for each in self.baselines if each.memory is not None and each.memory <= limit]
+        try:
+            run = self.tree(limit, fitting)
+            run.at_most = can_be_had * (1 + run.gap)  # which that plan, solved anew, is within
+            if not run.run(runners_up=0):
+                self.stopped = "time limit"
+            if run.best is None or self.stopped:
+                return None
+            staging, solution = run.best
+            proof = _proof(solution.seconds, run.proven_bound(), run.gap, candidates=0)
+            plan = written(self.costs, staging.priced, solution, proof, [], [], limit)
+        except KeyboardInterrupt:
+            self.stopped = "interrupted"
+            return None
+        return point(plan, headroom) if proof.status == "optimal" else None
 
 
 def _proof(seconds: Seconds, bound: Seconds, gap: float, candidates: int) -> Solve:

@@ -31,13 +31,15 @@ def nothing_fits(
     device = tables.costs.hardware.device
     where = f"{gpus} x {device.name} ({show(limit, BYTE)} usable each)"
     if not stagings:
-        reason = refused[0].reason if refused else "there is no mesh"
+        reason = refused[0].reason if refused else "what is asked for leaves no mesh"
         hint = "Ask for less in --constraints." if constrained else _other_batch_or_axes(reason)
         return NothingFits(f"No plan is legal on {where}: {reason}.", hint)
     nearest = min(stagings, key=lambda staging: staging.least_memory)
+    over = nearest.least_memory - limit
+    missing = f", {show(over, BYTE)} too much" if over > 0 else ""
     message = (
         f"No plan fits {where}: the nearest miss ({nearest.priced.mesh}, micro-batch {nearest.priced.micro_batch}) needs at "
-        f"least {show(nearest.least_memory, BYTE)} ({_categories(nearest)})."
+        f"least {show(nearest.least_memory, BYTE)}{missing} ({_categories(nearest)})."
     )
     return NothingFits(message, " ".join(_hints(tables, limit, gpus, nearest)))
 

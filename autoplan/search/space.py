@@ -89,6 +89,20 @@ def schedules(mesh: Mesh, micro_batches: int, graph: Graph) -> list[tuple[Schedu
     return found
 
 
+def unscheduled(kind: ScheduleKind, mesh: Mesh, micro_batches: int, graph: Graph) -> str:
+    """Why a mesh with a pipeline does not run a schedule; "" when it does."""
+    if kind == "zero-bubble" and micro_batches < mesh.pp:
+        return f"zero-bubble is not searched with fewer micro-batches ({micro_batches}) than pp {mesh.pp} stages"
+    if kind != "interleaved-1f1b":
+        return ""
+    if len(graph.bodies) > 1:
+        return "interleaved-1f1b is searched for layers that are all alike, and do the same"
+    if micro_batches % mesh.pp:
+        return f"interleaved-1f1b needs micro-batches ({micro_batches}) in multiples of pp {mesh.pp}"
+    layers = len(graph.blocks)
+    return "" if _chunks(layers, mesh.pp) else f"{layers} layers over pp {mesh.pp} leave a rank no chunks of equal length"
+
+
 def _chunks(layers: int, stages: int) -> list[int]:
     """Chunks a rank that can be equally long: divisors of the layers of a stage, rounded down or up."""
     either = {chunks for size in (layers // stages, -(-layers // stages)) for chunks in divisors(size)}
@@ -170,9 +184,9 @@ def undealt(gpus: int, fixed: Mapping[str, int], mixtures: Mixtures) -> tuple[li
     return [], [Candidate(mesh=mesh, micro_batch=1, status="illegal", reason=mixtures.refusal(asked))]
 
 
-def unplaceable(mesh: Mesh, micro_batch: int) -> Candidate:
-    """The candidate of a mesh on which some layer has no legal strategy."""
-    reason = f"a packed weight of every sharding that may be used does not divide over dp_shard {mesh.dp_shard}"
+def unplaceable(mesh: Mesh, micro_batch: int, unmet: str) -> Candidate:
+    """The candidate of a mesh on which some layer has no legal strategy, or none that does what is asked of it (`unmet`)."""
+    reason = unmet or f"a packed weight of every sharding that may be used does not divide over dp_shard {mesh.dp_shard}"
     return Candidate(mesh=mesh, micro_batch=micro_batch, status="illegal", reason=reason)
 
 

@@ -71,7 +71,7 @@ class Staging:
         self._relaxed: dict[Hashable, Seconds] = {}
         self._outer_stages: dict[int, tuple[Seconds, Bytes, Bytes]] = {}
         self._exact: dict[Hashable, Choice | None] = {}
-        self._shared = priced.solved.setdefault((schedule, chunks), {})
+        self._shared = priced.solved.setdefault((schedule, chunks, limit), {})
 
     @cached_property
     def settled(self) -> list[Staging]:

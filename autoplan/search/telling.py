@@ -8,6 +8,7 @@ from math import inf
 
 from autoplan.plan import Candidate
 from autoplan.search.candidates import best_of_each, out_of_memory, rank, slower, told, too_big
+from autoplan.search.givenup import GivenUp
 from autoplan.search.nodes import Depth, Family, Several, Shape, staging_of
 from autoplan.search.stages import Staging
 from autoplan.search.tree import Tree
@@ -26,19 +27,18 @@ def candidates(tree: Tree) -> tuple[list[Candidate], int]:
     """What became of the (meshes, micro-batches), the best first, with its reason, and how many there are in all."""
     assert tree.best is not None
     staging, solution = tree.best
-    chosen = staging.priced.mesh, staging.priced.micro_batch
+    best, chosen = solution.seconds, (staging.priced.mesh, staging.priced.micro_batch)
+    given_up = GivenUp(tree.covered, best, tree.limit)
     found = best_of_each(tree.verdicts, _unopened(tree))
-    found[chosen] = slower(staging, solution.seconds, bound=False)
-    crowded = [_crowded(tree, *key) for key in sorted(tree.crowded)]
-    pruned = {(p.priced.mesh, p.priced.micro_batch): p for p in [*tree.dropped, *tree.pruned]}
-    refused = {(c.mesh, c.micro_batch): c for c in [*crowded, *tree.refused]}
-    covered = tree.covered.keys() | pruned.keys() | found.keys() | refused.keys()
-    listed = [
-        replace(c, status="chosen", reason="the fastest") if key == chosen else told(_no_later(tree, c), solution.seconds)
-        for key, c in found.items()
-    ]
-    listed += [_verdict(tree, p, solution.seconds) for key, p in sorted(pruned.items())[:LISTED] if key not in found]
-    listed += [c for key, c in refused.items() if key not in found and key not in pruned]
+    found[chosen] = replace(slower(staging, best, bound=False), status="chosen", reason="the fastest")
+    dropped, pruned = ({(p.priced.mesh, p.priced.micro_batch): p for p in some} for some in (tree.dropped, tree.pruned))
+    refused = {(c.mesh, c.micro_batch): c for c in [*(_crowded(tree, *key) for key in sorted(tree.crowded)), *tree.refused]}
+    covered = tree.covered.keys() | dropped.keys() | found.keys() | refused.keys()
+    listed = [_no_later(given_up, c) for c in sorted(found.values(), key=lambda c: (*rank(c), c.mesh, c.micro_batch))[:LISTED]]
+    further = [*sorted(pruned), *sorted(dropped.keys() - pruned.keys())]  # the first came further
+    left = [key for key in further if key not in found][:LISTED]
+    listed += [given_up.verdict(pruned.get(key) or dropped[key]) for key in left]
+    listed += [c for key, c in refused.items() if key not in found and key not in pruned and key not in dropped]
     listed.sort(key=lambda c: (*rank(c), c.mesh, c.micro_batch))
     slower_ones = [c for c in listed if c.step_time is not None]
     others = _of_every_reason([c for c in listed if c.step_time is None])[:REFUSED]
@@ -69,6 +69,12 @@ def misses(tree: Tree) -> list[Staging]:
     return found
 
 
+def refusals(tree: Tree) -> list[Candidate]:
+    """When nothing is legal: why, of what came furthest first."""
+    before = tree.meshes.refused
+    return [*tree.refused[len(before) :], *tree.meshes.ruled_out(), *before]
+
+
 def _needed(tree: Tree, mesh: Mesh, micro_batch: int) -> Bytes:
     """A rank holds at least so much."""
     return max(tree.tables.least_states(mesh), tree.tables.least_moment(mesh.within, micro_batch))
@@ -78,18 +84,12 @@ def _crowded(tree: Tree, mesh: Mesh, micro_batch: int) -> Candidate:
     return out_of_memory(mesh, micro_batch, "", _needed(tree, mesh, micro_batch), tree.limit)
 
 
-def _verdict(tree: Tree, staging: Staging, best: Seconds) -> Candidate:
-    if staging.fits:
-        return told(_no_later(tree, slower(staging, max(best, staging.quick_bound), bound=True)), best)
-    return too_big(staging, tree.limit)
-
-
-def _no_later(tree: Tree, candidate: Candidate) -> Candidate:
-    """A bound, if something else of this mesh and micro-batch was given up by a lower one, by that."""
-    given_up = tree.covered.get((candidate.mesh, candidate.micro_batch))
-    if not candidate.bound or candidate.step_time is None or given_up is None or tree.best is None:
-        return candidate
-    return replace(candidate, step_time=min(candidate.step_time, max(tree.best[1].seconds, given_up)))
+def _no_later(given_up: GivenUp, candidate: Candidate) -> Candidate:
+    """With its reason; a bound, if something else of this mesh and micro-batch was given up by a lower one, by that."""
+    if not candidate.bound or candidate.step_time is None:
+        return told(candidate, given_up.best)
+    least = min(candidate.step_time, given_up.least(candidate.mesh, candidate.micro_batch))
+    return told(replace(candidate, step_time=least), given_up.best)
 
 
 def _unopened(tree: Tree) -> Iterator[Candidate]:

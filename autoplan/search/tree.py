@@ -95,8 +95,8 @@ class Tree:
         self.verdicts: list[Candidate] = []
         self.crowded: set[tuple[Mesh, int]] = set()
         """No room for parameters, gradients and optimizer states alone, or for one layer's activations."""
-        self.covered: dict[tuple[Mesh, int], Seconds] = {}
-        """Proven to be no better than what was known, and the bound on what was proven so."""
+        self.covered: dict[tuple[Mesh, int], list[Staging]] = {}
+        """Proven to be no better than what was known, by those that were."""
         self.pruned: list[Staging] = []
         """Proven to be no better than what was known; whether for want of memory or of speed is told of those that are listed."""
         self.dropped: list[Staging] = []
@@ -106,6 +106,8 @@ class Tree:
         """The best of every mesh that was solved."""
         self.baselines = compared
         """Priced by `run` where they are not given."""
+        self.at_most: Seconds = inf
+        """A step that is known to be had, besides."""
         self.bounds: list[Seconds] = []
         self.plans: list[Found] = []
         """The `leaders` that were proven."""
@@ -115,7 +117,7 @@ class Tree:
         self.dives: set[tuple[Within, int, ScheduleKind, int]] = set()
         self.pushed = 0
 
-    def run(self) -> bool:
+    def run(self, runners_up: int = RUNNERS_UP) -> bool:
         """Open nodes until the best solution is proven, or there is none; False when time ran out first."""
         if self.baselines is None:
             self.baselines = baselines(self.tables, self.gpus, self.limit)
@@ -136,7 +138,7 @@ class Tree:
             return False
         self.plans = self.leaders()
         if self.best is not None:
-            self._runners_up()
+            self._runners_up(runners_up)
         return True
 
     def _open_all(self) -> bool:
@@ -147,7 +149,7 @@ class Tree:
             self._open_next()
         return True
 
-    def _runners_up(self) -> None:
+    def _runners_up(self, number: int) -> None:
         """Tell the most promising other meshes by their price, not by a bound: nothing faster is left."""
         stagings = [staging_of(node) for _, _, node in self.open if not isinstance(node, Several)] + self.pruned
         by_mesh: dict[Mesh, Staging] = {}
@@ -157,7 +159,7 @@ class Tree:
         solved = 0
         for open_ in list(by_mesh.values())[:ATTEMPTS]:
             staging = min(open_.settled, key=lambda each: each.quick_bound)
-            if solved == RUNNERS_UP or monotonic() > self.deadline:
+            if solved == number or monotonic() > self.deadline:
                 return
             if staging.fits and staging.priced.mesh not in self.solutions:
                 self._solve(staging, staging.quick_bound, inf, ROUGHLY)
@@ -226,7 +228,7 @@ class Tree:
         every = self.meshes.schedules(some[0], depth.micro_batch)
         rough = self._rough(some, depth.micro_batch, depth.stream, largest)
         if rough is None:
-            self.refused += [unplaceable(mesh, depth.micro_batch) for mesh in some]
+            self.refused += [unplaceable(mesh, depth.micro_batch, self.tables.unmet(mesh)) for mesh in some]
         elif every and self._promises(best_case := AnySchedule(self.tables, rough, every, self.limit), some):
             return best_case
         return None
@@ -267,7 +269,7 @@ class Tree:
 
     def _cover(self, meshes: Sequence[Mesh], staging: Staging) -> None:
         for key in ((mesh, staging.priced.micro_batch) for mesh in meshes):
-            self.covered[key] = min(self.covered.get(key, inf), staging.quick_bound)
+            self.covered.setdefault(key, []).append(staging)
 
     def _split(self, shape: Shape, bound: Seconds) -> None:
         some = self.meshes.by_depth[shape.within, shape.pp]
@@ -281,7 +283,7 @@ class Tree:
                 continue
             priced = self.tables.priced(mesh, shape.micro_batch, shape.stream)
             if priced is None:
-                self.refused.append(unplaceable(mesh, shape.micro_batch))
+                self.refused.append(unplaceable(mesh, shape.micro_batch, self.tables.unmet(mesh)))
                 continue
             staging = Staging(self.tables, priced, priced.best_outer, shape.schedule, shape.chunks, self.limit)
             if shape.schedule == "zero-bubble":
@@ -316,7 +318,7 @@ class Tree:
     @property
     def known(self) -> Seconds:
         """A step that can be had: the aim, or that of a plan by hand that keeps the wishes."""
-        return (min(self._by_hand, self.aim) if self.top == 1 else self.aim) * (1 + 1e-9)
+        return (min(self._by_hand, self.aim, self.at_most) if self.top == 1 else self.aim) * (1 + 1e-9)
 
     @cached_property
     def _by_hand(self) -> Seconds:

@@ -11,6 +11,7 @@ from autoplan.plan import (
     MemoryBreakdown,
     Pipeline,
     Plan,
+    Point,
     Prediction,
     Solve,
     StagePrediction,
@@ -114,6 +115,25 @@ def _candidates() -> tuple[Candidate, ...]:
         )
     )
     return tuple(rows)
+
+
+def frontier(plan: Plan) -> Plan:
+    """With plans on less memory: the plan itself, one that recomputes more and one over more devices."""
+    now = plan.prediction
+    first = Point(
+        headroom=0.0,
+        mesh=plan.mesh,
+        micro_batch=plan.micro_batch,
+        recompute="12 full, 20 none",
+        step_time=now.step_time,
+        memory=now.memory.total,
+        tokens_per_second=now.tokens_per_second,
+    )
+    second = replace(first, headroom=0.35, recompute="full", step_time=now.step_time * 1.1, memory=45 * GIB)
+    third = replace(
+        second, headroom=0.8125, mesh=Mesh(pp=2, tp=4), schedule="1f1b", step_time=now.step_time * 1.9, memory=14 * GIB
+    )
+    return replace(plan, frontier=(first, second, third))
 
 
 def llama() -> Plan:

@@ -20,7 +20,7 @@ from autoplan.report.terminal import summary
 from autoplan.strategy import GATHERED, PARTIAL, Mesh, Sharding, shard
 from autoplan.units import SECOND, parse
 
-from .plans import EVIL, hostile, llama, piped, single
+from .plans import EVIL, frontier, hostile, llama, piped, single
 
 GOLDEN = Path(__file__).parent / "golden"
 PLANS = {"llama": llama, "single": single, "piped": piped, "hostile": hostile}
@@ -209,6 +209,23 @@ def test_labels_of_the_scatter_keep_apart() -> None:
         boxes = [(float(a) - 150 * (anchor == "end"), float(y), anchor) for a, y, anchor, _ in found]
         for one, other in itertools.combinations(boxes, 2):
             assert one[2] != other[2] or abs(one[1] - other[1]) >= 19
+
+
+def test_plans_on_less_memory_are_a_line_and_a_table() -> None:
+    plan = frontier(llama())
+    text = Reader(page(plan)).text
+    assert "With less memory" in text
+    for said in ("12 full, 20 none", "90.0 %", "81.25%", "pp 2 \N{MULTIPLICATION SIGN} tp 4", "14 GiB", "1f1b"):
+        assert said in text
+    stair = re.search(r'<polyline class="stair" points="([^"]*)"', page(plan))
+    assert stair is not None
+    places = [tuple(map(float, place.split(","))) for place in stair.group(1).split()]
+    assert len(places) == 5
+    assert all(a[0] == b[0] or a[1] == b[1] for a, b in itertools.pairwise(places)), "steps, up or along"
+    assert [x for x, _ in places] == sorted((x for x, _ in places), reverse=True)
+    assert "With less memory" in plain(summary(plan))
+    assert "With less memory" not in page(llama())
+    assert "With less memory" not in plain(summary(llama()))
 
 
 def test_short_steps_are_drawn_in_milliseconds() -> None:

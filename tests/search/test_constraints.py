@@ -96,6 +96,7 @@ def test_a_file_of_constraints(tmp_path: Path) -> None:
     assert found.layers == {"layers.*": LayerWish(recompute="full")}
     for text, message in (
         ("only: {tq: [1]}", "no choice of 'tq'"),
+        ("only: {schedule: [1f1b, gpip]}", "schedule 'gpip' is none of gpipe, 1f1b"),
         ("layers: {a: {recompute: some}}", "recompute"),
         ("without: 1", "'without' is not a known key"),
         ("parameters: {a: Shard}", "'Shard' is no layout"),
