@@ -99,10 +99,8 @@ class Rank:
             self._backward(flight.pop(0))
         while flight:
             self._backward(flight.pop(0))
-        if not self.late:
-            self._settle()
-        self.memory.give(*self.held)
-        self.held = []
+        self.memory.give(*self.held, *(block for each in self.delayed for block in each))
+        self.held, self.delayed = [], [[]]
 
     def _settle(self) -> None:
         """The host has waited for the device."""
