@@ -241,6 +241,9 @@ class Arranged:
         sent = [own.tp_exposed * t for t in (cost.tp_forward, cost.tp_backward)]
         products = [product * p for p in cost.products]
         if at and at.asynchronous:
+            if own.pieces:
+                longer = self._pieces(at, cost) - 1
+                products = [products[0] * (1 + longer), products[1] * (1 + longer * own.tp_backward_hidden / 2)]
             late = (1 - own.tp_backward_hidden) * sent[1]
             sent = [self._beside(products[0], sent[0]), late + self._beside(products[1], sent[1] - late)]
         (f, b), (tp_f, tp_b) = (p + r for p, r in zip(products, rests, strict=True)), sent
@@ -252,6 +255,11 @@ class Arranged:
             tp_backward=tp_b,
             attention=(own.compute * own.attention * cost.attention[0], own.compute * own.attention * cost.attention[1]),
         )
+
+    def _pieces(self, at: Arrangement, cost: LayerCost) -> float:
+        """How many times longer the forward pass's products take, each in as many pieces (of its rows) as tp has ranks."""
+        piece = self.costs.layer_cost(0, at.block, at.tp, cast(int, at.micro_batch / at.tp), ep=at.ep)
+        return at.tp * piece.products[0] / cost.products[0]
 
     def _norms(self, at: Arrangement) -> tuple[Seconds, Seconds]:
         """What of a block's forward and backward seconds are norms."""

@@ -33,6 +33,9 @@ class Software:
     """Fraction of the tp collectives that computation does not hide."""
     tp_backward_hidden: float = 1.0
     """Fraction of the backward pass's tp collectives that asynchronous tp can hide."""
+    pieces: bool = False
+    """Asynchronous tp cuts a product into one for each rank's rows; of the backward pass only what it can hide, and weights'
+    gradients never."""
     dp_exposed: float = 0.0
     """Fraction of gradient reductions (and ZeRO's gathers) that even a long backward pass does not hide."""
     hop_exposed: float = 0.0
