@@ -1,4 +1,4 @@
-"""What rank 0 of nanotron has reserved after two steps: its allocations, one by one, in PyTorch's allocator (benchmarks.allocator).
+"""What rank 0 of nanotron has reserved after two steps: its allocations, one by one, as PyTorch's allocator serves them.
 
 The sweep publishes `max_memory_reserved` of rank 0. Runs of one micro-batch without tp show that the sizes and lifetimes below,
 read from nanotron's source, are all there is: they come out within 1 %. Of a layer's forward pass

@@ -107,9 +107,10 @@ class Pricer:
 
 
 def dealt(run: Run) -> tuple[int, ...]:
-    """nanotron cuts by cost: a stage takes blocks until the sum passes its share, the head counting as what it multiplies
-    (its `get_block_compute_costs`). Megatron-Bridge counts embedding and head as a layer each where that divides. Others deal
-    layers evenly, which the arrangement does by itself."""
+    """nanotron cuts by cost: a stage takes blocks until the sum reaches its share, the head counting as what it multiplies
+    (its `get_block_compute_costs`; its source of today wants the sum above the share, the runs' memory shows otherwise).
+    Megatron-Bridge counts embedding and head as a layer each where that divides. Others deal layers evenly, which the arrangement
+    does by itself."""
     virtual = run.pp * run.chunks
     if framework(run.source) == "megatron-bridge" and virtual > 1 and run.layers % virtual and (run.layers + 2) % virtual == 0:
         each = (run.layers + 2) // virtual
