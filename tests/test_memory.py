@@ -11,6 +11,7 @@ import torch
 
 import autoplan
 from autoplan.apply import apply
+from autoplan.graph import Graph
 from autoplan.plan import Plan
 from autoplan.strategy import Mesh, Recompute
 from autoplan.verify.dry import one_rank
@@ -33,10 +34,13 @@ MESHES = (
 )
 
 
-def planned(name: str, mesh: Mesh) -> Plan:
+def captured(name: str, sizes: dict[str, Any], dtype: str) -> Graph:
+    return autoplan.inspect(str(EXAMPLES / f"{name}.py"), compute_dtype=dtype, **sizes)
+
+
+def planned(graph: Graph, mesh: Mesh, batch: int, **formats: Any) -> Plan:
     axes = {axis: getattr(mesh, axis) for axis in ("dp_replicate", "dp_shard", "tp")}
-    load: dict[str, Any] = {"compute_dtype": "float32", "param_dtype": "float32", "global_batch": 8}
-    return autoplan.plan(str(EXAMPLES / f"{name}.py"), gpus=mesh.size, fixed=axes, model_kwargs=MODELS[name], **load)
+    return autoplan.plan(graph, gpus=mesh.size, fixed=axes, global_batch=batch, **formats)
 
 
 def states(plans: list[Plan]) -> list[tuple[int, int, int]]:
@@ -64,7 +68,8 @@ def local(tensor: Any) -> int:
 @pytest.mark.gloo
 @pytest.mark.parametrize("name", list(MODELS))
 def test_states_are_exact_to_the_byte(name: str) -> None:
-    plans = [planned(name, mesh) for mesh in MESHES]
+    graph = captured(name, MODELS[name], "float32")
+    plans = [planned(graph, mesh, 8, compute_dtype="float32", param_dtype="float32") for mesh in MESHES]
     ranks = run(4, states, plans)
     for number, plan in enumerate(plans):
         fullest = tuple(max(rank[number][part] for rank in ranks) for part in range(3))
@@ -76,11 +81,11 @@ WIDE = {"layers": 4, "hidden": 256, "heads": 8, "ffn": 1024, "vocab": 4096, "seq
 PEAKS = (Mesh(dp_shard=8), Mesh(dp_replicate=8), Mesh(dp_shard=4, tp=2), Mesh(tp=8))
 
 
-def changed(plan: Plan, recompute: Recompute) -> Plan:
+def changed(plan: Plan, graph: Graph, recompute: Recompute) -> Plan:
     """All layers recomputed alike, the whole share of the batch at once."""
     strategies = tuple((n, s if n == plan.outer else replace(s, recompute=recompute)) for n, s in plan.strategies)
     plan = replace(plan, strategies=strategies, micro_batch=plan.workload.global_batch // plan.mesh.dp)
-    return replace(plan, prediction=autoplan.estimate(plan))
+    return replace(plan, prediction=autoplan.estimate(plan, graph))
 
 
 def test_the_peak_is_never_optimistic() -> None:
@@ -88,11 +93,10 @@ def test_the_peak_is_never_optimistic() -> None:
     kernels keep the same tensors on a CPU as on a GPU."""
     plans = []
     for dtype, meshes in (("bfloat16", PEAKS), ("float32", PEAKS[:2])):
+        graph = captured("gpt", WIDE, dtype)
         for mesh in meshes:
-            axes = {axis: getattr(mesh, axis) for axis in ("dp_replicate", "dp_shard", "tp")}
-            wishes: dict[str, Any] = {"compute_dtype": dtype, "global_batch": 8 * mesh.dp, "model_kwargs": WIDE}
-            plan = autoplan.plan(str(EXAMPLES / "gpt.py"), gpus=8, fixed=axes, **wishes)
-            plans += [changed(plan, recompute) for recompute in get_args(Recompute)]
+            plan = planned(graph, mesh, 8 * mesh.dp, compute_dtype=dtype)
+            plans += [changed(plan, graph, recompute) for recompute in get_args(Recompute)]
     for plan in plans:
         _, measured = one_rank(plan, autoplan.load_model(plan.model), rank=0)
         predicted = plan.prediction.memory

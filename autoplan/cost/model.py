@@ -57,6 +57,10 @@ class Cut:
     chunks: int = 1
     starts: tuple[int, ...] = ()
 
+    def runs(self, layers: int) -> list[tuple[int, int]]:
+        """(first, last + 1) of every virtual stage's layers."""
+        return list(pairwise((0, *self.starts, layers)))
+
 
 class CostModel:
     """Prices layers and whole plans of one model on one machine. Tables are filled as they are asked for."""
@@ -318,8 +322,8 @@ class CostModel:
     ) -> Sequence[Rank]:
         """What every pipeline rank holds: its layers, equal ones counted, and its parts of the outer body."""
         ranks: list[list[Held]] = [[] for _ in range(mesh.pp)]
-        edges, split = (0, *cut.starts, len(layers)), cut.schedule == "zero-bubble"
-        for k, (first, last) in enumerate(pairwise(edges)):
+        split = cut.schedule == "zero-bubble"
+        for k, (first, last) in enumerate(cut.runs(len(layers))):
             rank, chunk = ranks[k % mesh.pp], k // mesh.pp
             runs = [(layer, len(list(equal))) for layer, equal in groupby(layers[first:last])]
             priced = [(body, self.layer_step(body, strategy, mesh, micro_batch, split=split), n) for (body, strategy), n in runs]

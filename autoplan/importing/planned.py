@@ -22,7 +22,7 @@ from autoplan.search.columns import Priced, Tables
 from autoplan.search.options import Column
 from autoplan.search.planner import written
 from autoplan.search.space import check_parameters, meshes, uncut, undealt, unstageable
-from autoplan.search.stages import Assignment, Solution, edges_of
+from autoplan.search.stages import Assignment, Solution
 from autoplan.strategy import DEGREES, REPLICATE, Layout, Mesh, Sharding, Strategy
 from autoplan.workload import Workload
 
@@ -88,7 +88,7 @@ class _Builder:
         outer = Strategy(shardings[OUTER], "none", 2 if zero == 3 and mesh.shards > 1 and mesh.pp == 1 else zero)
         stages = []
         layers: list[tuple[int, Strategy]] = []
-        for first, last in edges_of(cut, len(graph.blocks)):
+        for first, last in cut.runs(len(graph.blocks)):
             again = set(self._again(first, last))
             each = [
                 (graph.blocks[i].body, Strategy(shardings[graph.blocks[i].body], told.recompute if i in again else "none", zero))

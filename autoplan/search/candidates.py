@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from autoplan.plan import Candidate
-from autoplan.search.stages import Staging
+from autoplan.search.stages import AnySchedule, Staging
 from autoplan.strategy import Mesh
 from autoplan.units import BYTE, SECOND, Bytes, Seconds, show
 
 
 def _schedule_words(staging: Staging) -> str:
-    if staging.ranks == 1:
+    if staging.ranks == 1 or isinstance(staging, AnySchedule):
         return ""
     return staging.schedule if staging.chunks == 1 else f"{staging.schedule} x {staging.chunks}"
 

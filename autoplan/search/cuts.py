@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from math import inf, isinf
 from typing import NamedTuple
@@ -87,9 +88,16 @@ def at_least(wanted: int, number: Callable[[int], int], last: int) -> bool:
         runs += [(first, middle), (middle + 1, end)]
 
 
-def chunk_sizes(layers: int, chunks: int) -> list[int]:
-    """Layers of every chunk of a rank: as even as they go, the last chunks take the rest."""
-    return [layers // chunks + (chunk >= chunks - layers % chunks) for chunk in range(chunks)]
+@lru_cache(maxsize=65536)
+def chunk_sizes(layers: int, beside: tuple[float, ...]) -> tuple[int, ...]:
+    """Layers of every chunk of a rank, with what is `beside` them in each, counted in layers: at least one, and as even as they
+    go. For the ranks pass a chunk on together: one that takes long makes all of them wait, whatever their others take. Of equal
+    chunks the last takes more: fewest micro-batches of it are in flight."""
+    chunks = len(beside)
+    sizes = [int(chunk >= chunks - layers) for chunk in range(chunks)]
+    for _ in range(layers - chunks):
+        sizes[min(range(chunks), key=lambda chunk: (sizes[chunk] + beside[chunk], -chunk))] += 1
+    return tuple(sizes)
 
 
 class _Label(NamedTuple):

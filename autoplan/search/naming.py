@@ -8,7 +8,7 @@ from autoplan.cost.model import OUTER
 from autoplan.graph import Graph
 from autoplan.plan import LayerRun
 from autoplan.search.options import Column
-from autoplan.search.stages import Solution, edges_of
+from autoplan.search.stages import Solution
 from autoplan.strategy import REPLICATE, Mesh, Strategy
 
 
@@ -27,7 +27,7 @@ def named(graph: Graph, solution: Solution, mesh: Mesh) -> tuple[tuple[tuple[str
     places: dict[str, int] = {}
     outer = name_of(OUTER, solution.outer)
     runs: list[LayerRun] = []
-    for (first, last), stage in zip(edges_of(solution.cut, len(graph.blocks)), solution.stages, strict=True):
+    for (first, last), stage in zip(solution.cut.runs(len(graph.blocks)), solution.stages, strict=True):
         queues = {g: _queue([(name_of(g, c.strategy), c, n) for c, n in columns]) for g, columns in stage.items()}
         for block in graph.blocks[first:last]:
             strategy = queues[block.body].pop(0)

@@ -6,8 +6,8 @@ is `many max_s u + few sum_s u + hops` (cost.model), so that the best cut is fou
 first on bounds; then the runs that the best cut uses are solved exactly, and again, until the best cut uses solved runs only
 (`Staging.solve`). No other cut is better, since every number that was not solved is a bound.
 
-With several chunks a rank, all layers must be of one body: a rank with `k` layers gives each of its chunks `k // v` of them and
-the last chunks, which are in flight for the shortest time, one more (`cuts.chunk_sizes`).
+With several chunks a rank, all layers must be of one body: a rank deals its layers evenly to its chunks, with what these have of
+the outer body counted as layers (`cuts.chunk_sizes`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from math import inf
 
 from autoplan.cost.model import OUTER, Cut
@@ -107,7 +107,7 @@ class Staging:
             for g, counts in self.tables.counts.items():
                 number = counts[j] - counts[i]
                 alike: dict[int, int] = {}  # layers of chunks with as many micro-batches in flight are interchangeable
-                for chunk, size in enumerate(chunk_sizes(number, self.chunks)):
+                for chunk, size in enumerate(chunk_sizes(number, self.loads[s])):
                     alike[flight[chunk]] = alike.get(flight[chunk], 0) + size
                 found += [
                     Group(g, flight.index(held), size, self._layer_options(g, held), frees=self.chunks == 1)
@@ -122,6 +122,18 @@ class Staging:
                     found.append(Group(OUTER, chunk, 1, Options.of([column], self.slots, flight[chunk])))
             self._groups[key] = found
         return self._groups[key]
+
+    @cached_property
+    def loads(self) -> list[tuple[float, ...]]:
+        """What every chunk of every rank has of the outer body, in layers that take as long; alike for all outer strategies."""
+        loads, outer = [[0.0] * self.chunks for _ in range(self.ranks)], self.priced.best_outer
+        if self.chunks > 1 and outer is not None:
+            (g,) = self.tables.counts
+            layer = self._layer_options(g, 1).hull[-1].seconds
+            for s in (0, self.ranks - 1):
+                for chunk, regions in self._parts(s, 0, 0):
+                    loads[s][chunk] = outer.parts[regions].seconds(self.slots) / layer
+        return [tuple(each) for each in loads]
 
     def flight(self, s: int) -> tuple[int, ...]:
         """Micro-batches in flight in every chunk of rank `s`."""
@@ -366,7 +378,7 @@ class Staging:
         chunks: list[Assignment] = [{} for _ in flight]
         for g, counts in self.tables.counts.items():
             left = {held: choice.columns(g, flight.index(held)) for held in flight}
-            for chunk, size in enumerate(chunk_sizes(counts[j] - counts[i], self.chunks)):
+            for chunk, size in enumerate(chunk_sizes(counts[j] - counts[i], self.loads[s])):
                 while size:
                     column, number = left[flight[chunk]].pop(0)
                     taken = min(size, number)
@@ -386,8 +398,3 @@ class AnySchedule(Staging):
         self.few = min(costs.share(schedule, chunks, mesh, size) for schedule, chunks in schedules)
         self.many = self.micro_batches - self.few
         self.hops = min(costs.hops(schedule, chunks, mesh, size, priced.stream) for schedule, chunks in schedules)
-
-
-def edges_of(cut: Cut, layers: int) -> list[tuple[int, int]]:
-    """(first, last + 1) of every virtual stage's layers."""
-    return list(pairwise((0, *cut.starts, layers)))

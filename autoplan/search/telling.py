@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import inf
 
 from autoplan.plan import Candidate
 from autoplan.search.candidates import best_of_each, out_of_memory, rank, slower, told, too_big
@@ -94,7 +95,7 @@ def _no_later(tree: Tree, candidate: Candidate) -> Candidate:
 def _unopened(tree: Tree) -> Iterator[Candidate]:
     for bound, _, node in (*tree.open, *tree.waiting):
         if not isinstance(node, Several):
-            yield slower(staging_of(node), bound, bound=True)
+            yield slower(staging_of(node), bound, bound=True) if bound < inf else too_big(staging_of(node), tree.limit)
             continue
         for (within, pp), some in tree.meshes.by_depth.items():
             if within != node.within or (pp != node.pp if isinstance(node, Depth | Shape) else (pp > 1) != node.piped):
@@ -102,5 +103,10 @@ def _unopened(tree: Tree) -> Iterator[Candidate]:
             sizes = tree.meshes.sizes(within, pp)
             for size in sizes if isinstance(node, Family) else [node.micro_batch]:
                 if size in sizes:
-                    for mesh in some:
-                        yield Candidate(mesh=mesh, micro_batch=size, status="slower", reason="", step_time=bound, bound=True)
+                    yield from (_unpriced(tree, mesh, size, bound) for mesh in some)
+
+
+def _unpriced(tree: Tree, mesh: Mesh, micro_batch: int, bound: Seconds) -> Candidate:
+    if bound == inf:
+        return _crowded(tree, mesh, micro_batch)
+    return Candidate(mesh=mesh, micro_batch=micro_batch, status="slower", reason="", step_time=bound, bound=True)

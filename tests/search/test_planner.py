@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import pytest
 
+from autoplan.constraints import Constraints
 from autoplan.cost.model import OUTER, CostModel, Cut
 from autoplan.cost.rank import Held, held_layers, memory, seconds
 from autoplan.cost.step import LayerStep
@@ -81,7 +82,8 @@ def brute_force(tables: Tables, gpus: int, limits: Sequence[float]) -> list[floa
                     hops = costs.hops(kind, chunks, mesh, micro_batch, stream)
                     flight = [in_flight_by_chunk(kind, s, mesh.pp, m, chunks) for s in range(mesh.pp)]
                     passing = costs.passing(mesh, micro_batch, stream, Cut(kind, chunks))
-                    for starts in all_starts(len(bodies), mesh.pp, chunks):
+                    loads = Staging(tables, priced, priced.best_outer, kind, chunks, inf).loads
+                    for starts in all_starts(len(bodies), loads):
                         edges = list(pairwise((0, *starts, len(bodies))))
                         for outer, steps in product(outers, product(*choices)):
                             ranks: list[list[Held]] = [[] for _ in range(mesh.pp)]
@@ -98,13 +100,14 @@ def brute_force(tables: Tables, gpus: int, limits: Sequence[float]) -> list[floa
     return best
 
 
-def all_starts(layers: int, stages: int, chunks: int) -> list[tuple[int, ...]]:
-    """Every cut; with several chunks those of equal chunks a rank but for one layer more in the last ones."""
+def all_starts(layers: int, loads: Sequence[tuple[float, ...]]) -> list[tuple[int, ...]]:
+    """Every cut; with several chunks those whose ranks deal their layers evenly."""
+    stages, chunks = len(loads), len(loads[0])
     if chunks == 1:
         return list(combinations(range(1, layers), stages - 1))
     found = []
     for edges in combinations(range(1, layers), stages - 1):
-        sizes = [chunk_sizes(j - i, chunks) for i, j in pairwise((0, *edges, layers))]
+        sizes = [chunk_sizes(j - i, beside) for (i, j), beside in zip(pairwise((0, *edges, layers)), loads, strict=True)]
         if all(min(rank) > 0 for rank in sizes):
             found.append(tuple(accumulate(sizes[s][c] for c in range(chunks) for s in range(stages)))[:-1])
     return found
@@ -248,6 +251,15 @@ def test_candidates_tell_prices_that_can_be_had(memory_size: float) -> None:
     for mesh, seconds_ in best.items():
         told = [c.step_time for c in plan.candidates if c.mesh == mesh and c.step_time is not None]
         assert min(told) <= seconds_ * (1 + 1e-9)
+
+
+def test_what_was_not_opened_since_nothing_fits_is_told_so() -> None:
+    graph = model(layers=8, hidden=512, ffn=1024, seq=256, vocab=2048)
+    wishes = Constraints(only={"schedule": ["zero-bubble"], "pp": [4]})
+    plan = search(graph, machine(memory=0.1e9), Workload(global_batch=16), gpus=4, constraints=wishes)
+    assert any(candidate.status == "out of memory" for candidate in plan.candidates)
+    assert all(candidate.step_time is None or candidate.step_time < inf for candidate in plan.candidates)
+    assert dump_plan(plan)
 
 
 def test_a_search_without_time_says_so_and_claims_nothing() -> None:

@@ -25,6 +25,8 @@ from autoplan.verify.traffic import axis_of, coordinates
 from autoplan.workload import DType
 from tests.test_parity import CASES, EXAMPLES, PIPELINES, SEQUENCE, Case, load, plan_of
 
+BATCH = 16
+"""Of steps with many micro-batches."""
 MIXED = Case(Mesh(pp=2, dp_replicate=2, dp_shard=2, tp=2), 1, SEQUENCE, "full", 3)
 PAST = Case(Mesh(pp=2, dp_shard=2), 1, schedule="interleaved-1f1b", chunks=2)
 """An encoder-decoder sends the embedded target past the encoder: FSDP must not gather the encoder's last layer for it."""
@@ -288,7 +290,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         (Case(Mesh(pp=2, dp_shard=2), 1, zero=1), (1, 3)),
         (Case(Mesh(pp=2, dp_shard=2), 1, schedule="interleaved-1f1b", chunks=2, recompute="full"), (2, 6)),
-        (Case(Mesh(pp=2, dp_shard=2), 1, schedule="gpipe"), (1, 12)),
+        (Case(Mesh(pp=2, dp_shard=2), 1, schedule="gpipe"), (1, 8)),
         (Case(Mesh(pp=2, dp_shard=2), 1, schedule="zero-bubble"), (2, 3)),
         (Case(Mesh(pp=2, tp=2), 1, SEQUENCE, zero=2), (1, 3)),
         (Case(Mesh(dp_shard=4), 1, recompute="full"), (1, 2)),
@@ -302,7 +304,7 @@ def test_a_few_micro_batches_show_what_many_do(case: Case, fewer: tuple[int, int
     from autoplan.verify import dry, steady
 
     plan, loaded = priced("gpt", case), load("gpt", case.mesh.pp > 1)
-    plan = replace(plan, workload=replace(plan.workload, global_batch=24))
+    plan = replace(plan, workload=replace(plan.workload, global_batch=BATCH))
     assert steady.sample_of(plan, 0).counts == fewer
     said = steady.told({steady.sample_of(plan, 0)})
     if fewer[1] == plan.micro_batches:
@@ -314,7 +316,7 @@ def test_a_few_micro_batches_show_what_many_do(case: Case, fewer: tuple[int, int
             said == f"steps of {fewer[0]} and {fewer[1]} micro-batches were run; what {plan.micro_batches} send follows from them"
         )
     sent, held = dry.one_rank(plan, loaded, 0)
-    monkeypatch.setattr(dry, "sample_of", lambda plan, rank: steady.Sample((24 // plan.mesh.dp,) * 2, 24 // plan.mesh.dp))
+    monkeypatch.setattr(dry, "sample_of", lambda plan, rank: steady.Sample((BATCH // plan.mesh.dp,) * 2, BATCH // plan.mesh.dp))
     all_sent, all_held = dry.one_rank(plan, loaded, 0)
     assert sent == all_sent
     assert abs(all_held - held) <= 128 * plan.micro_batches  # a few scalars of each: its loss
