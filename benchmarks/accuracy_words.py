@@ -66,7 +66,8 @@ MISSES = """## Where it misses its targets, and why
   2 are two to three times slower than their siblings. Runs below 10 % MFU, which the source calls pathological, are 70 % off in
   the median: the model prices what a machine can do, not what went wrong. Its **memory** is {nano_memory} off and meets
   its 6 %, but {nano_margin} of its rows are predicted too small by more than the margin, target 2 %: how
-  far the host is ahead of the device, and so how much of what NCCL has read waits to be used again, is timing, which the table does not tell. Two stages
+  far the host is ahead of the device, and so how much of what NCCL has read waits to be used again, is timing, which the table
+  does not tell. Two stages
   whose device is the slower of both are worst; of one configuration run again three times reserved bytes are 6 GiB apart.
 - **megatron-bridge on GB200, GB300 and B200**: nothing is fitted there, and curves are those of a B200 timed alone; FSDP of
   2025 and recipes of 26.x differ by up to 10 % on equal layouts. Hybrids are refused.
