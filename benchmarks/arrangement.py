@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import cast
 
 from autoplan.cost.collectives import collective_time
@@ -34,7 +35,7 @@ from autoplan.cost.walk import Step, walk
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES
 from autoplan.schedule import ScheduleKind, pipeline_seconds
-from autoplan.strategy import Mesh, Sharding
+from autoplan.strategy import UNSHARDED, Mesh, Sharding
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES
 from benchmarks.memory import experts, memory, numel
@@ -64,6 +65,8 @@ class Arrangement:
     layers: int
     counts: tuple[int, ...] = ()
     """Layers of every virtual stage, where they are not dealt evenly."""
+    plain: int = 0
+    """The first layers that have no experts, in a model whose others have some."""
     again: float = 1.0
     """Fraction of the layers whose forward runs again, where any does."""
     stays: bool = False
@@ -88,6 +91,16 @@ class Arrangement:
             raise UsageError(f"{self.layers} layers do not fill {virtual} stages.")
         return self.counts or tuple(self.layers // virtual + (k < self.layers % virtual) for k in range(virtual))
 
+    @property
+    def plains(self) -> tuple[int, ...]:
+        """Of these, those without experts."""
+        before = accumulate(self.dealt, initial=0)
+        return tuple(min(n, max(0, self.plain - first)) for n, first in zip(self.dealt, before, strict=False))
+
+    @property
+    def without_experts(self) -> Arrangement:
+        return replace(self, block=UNSHARDED, ep=1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrangedStep:
@@ -102,8 +115,15 @@ class ArrangedStep:
 class Arranged:
     """Prices arrangements of one model with the tables of a `CostModel`."""
 
-    def __init__(self, costs: CostModel, software: Software = NEUTRAL, recomputed: Recomputed | None = None) -> None:
-        self.costs, self.software, self.recomputed = costs, software, recomputed
+    def __init__(
+        self,
+        costs: CostModel,
+        software: Software = NEUTRAL,
+        recomputed: Recomputed | None = None,
+        plain: Arranged | None = None,
+    ) -> None:
+        """`plain` prices the layers without experts."""
+        self.costs, self.software, self.recomputed, self.plain = costs, software, recomputed, plain
         self._parts: dict[tuple[object, ...], LayerCost] = {}
         self._temporaries: dict[tuple[object, ...], tuple[Bytes, Bytes, Bytes]] = {}
 
@@ -129,8 +149,9 @@ class Arranged:
             for part in (embed, head) if at.pp > 1 else (self._scaled(self._outer(at)),):
                 g, r, _ = self._collectives(part, at)
                 outside += g + r
-        f = [n * paid_forward for n in counts]
-        b = [n * paid_backward for n in counts]
+        first_forward, first_backward = self._first(at) if at.plain else (0.0, 0.0)
+        f = [(n - k) * paid_forward + k * first_forward for n, k in zip(counts, at.plains, strict=True)]
+        b = [(n - k) * paid_backward + k * first_backward for n, k in zip(counts, at.plains, strict=True)]
         for k, part in ((0, embed), (virtual - 1, head)):
             more = _seconds(part)
             f[k], b[k] = f[k] + more[0], b[k] + more[1]
@@ -146,8 +167,9 @@ class Arranged:
         tail = optimizer = 0.0
         for s in range(at.pp):
             own = [k for k in range(virtual) if k % at.pp == s]
-            held = self.held(at, sum(counts[k] for k in own), embed if 0 in own else None, head if virtual - 1 in own else None)
-            dealt = sum(counts[k] for k in own) * experts(block)
+            layers, plain = sum(counts[k] for k in own), sum(at.plains[k] for k in own)
+            held = self.held(at, layers, embed if 0 in own else None, head if virtual - 1 in own else None, plain)
+            dealt = (layers - plain) * experts(block)
             groups = [(held - dealt, at.dp, at.tp), *([(dealt, at.dp * at.tp // at.ep, at.ep)] if dealt else [])]
             optimizer = max(optimizer, self.software.optimizer * sum(self._optimizer(n, dp, at) for n, dp, _ in groups))
             if at.zero < 3:
@@ -159,6 +181,13 @@ class Arranged:
             exposed=tail,
             optimizer=optimizer,
         )
+
+    def _first(self, at: Arrangement) -> tuple[Seconds, Seconds]:
+        """Forward and backward seconds of a layer without experts."""
+        assert self.plain is not None
+        place = at.without_experts
+        forward, backward = _seconds(self.plain._scaled(self.plain.parts(place)[0], place))
+        return forward, backward + at.again * self.plain._again(place)
 
     def micro_batches(self, at: Arrangement) -> int:
         return int(self.costs.micro_batches(Mesh(dp_replicate=at.dp, tp=at.tp), at.samples))
@@ -212,6 +241,9 @@ class Arranged:
         sent = [own.tp_exposed * t for t in (cost.tp_forward, cost.tp_backward)]
         products = [product * p for p in cost.products]
         if at and at.asynchronous:
+            if own.pieces:
+                longer = self._pieces(at, cost) - 1
+                products = [products[0] * (1 + longer), products[1] * (1 + longer * own.tp_backward_hidden / 2)]
             late = (1 - own.tp_backward_hidden) * sent[1]
             sent = [self._beside(products[0], sent[0]), late + self._beside(products[1], sent[1] - late)]
         (f, b), (tp_f, tp_b) = (p + r for p, r in zip(products, rests, strict=True)), sent
@@ -223,6 +255,11 @@ class Arranged:
             tp_backward=tp_b,
             attention=(own.compute * own.attention * cost.attention[0], own.compute * own.attention * cost.attention[1]),
         )
+
+    def _pieces(self, at: Arrangement, cost: LayerCost) -> float:
+        """How many times longer the forward pass's products take, each in as many pieces (of its rows) as tp has ranks."""
+        piece = self.costs.layer_cost(0, at.block, at.tp, cast(int, at.micro_batch / at.tp), ep=at.ep)
+        return at.tp * piece.products[0] / cost.products[0]
 
     def _norms(self, at: Arrangement) -> tuple[Seconds, Seconds]:
         """What of a block's forward and backward seconds are norms."""
@@ -258,6 +295,10 @@ class Arranged:
         apart = at.pp > 1 and at.tp * at.dp * at.pp > self.costs.hardware.links[0].span > 0
         return max(own.layer + own.layer_tp, own.layer_hop + own.layer_hop_tp * at.tp if apart else 0.0)
 
+    def ahead(self, at: Arrangement) -> bool:
+        """Whether a layer takes the device longer than the host."""
+        return sum(_seconds(self._scaled(self.parts(at)[0], at))) > self._host(at)
+
     def _paid(self, cover: Seconds, sent: Seconds) -> Seconds:
         """e(c, q): what communication beside `cover` seconds of computation costs."""
         hidden = min(cover, sent) * (1 - self.software.dp_exposed)
@@ -285,16 +326,20 @@ class Arranged:
         stride = at.tp * at.dp
         return self._slower(2 * stride) * collective_time("send_recv", size / at.tp, 2, stride, self.costs.hardware)
 
-    def held(self, at: Arrangement, layers: int, embed: LayerCost | None, head: LayerCost | None) -> float:
-        """Parameters on one rank of a stage, cut by tp."""
-        block = self.costs.layer_cost(0, at.block, at.tp, at.samples, ep=at.ep)
+    def held(self, at: Arrangement, layers: int, embed: LayerCost | None, head: LayerCost | None, plain: int = 0) -> float:
+        """Parameters on one rank of a stage, cut by tp; `plain` of its layers have no experts."""
         outer = [self._outer(at)] if embed and head else [part for part in (embed, head) if part]
-        return layers * numel(block) + sum(map(numel, outer))
+        return self._layers(at, layers, plain) + sum(map(numel, outer))
+
+    def _layers(self, at: Arrangement, layers: int, plain: int) -> float:
+        each = numel(self.costs.layer_cost(0, at.block, at.tp, at.samples, ep=at.ep))
+        first = numel(self.plain.parts(at.without_experts)[0]) if self.plain and plain else 0.0
+        return (layers - plain) * each + plain * first
 
     def _parameters(self, at: Arrangement) -> list[float]:
         """Parameters of every virtual stage on one rank, cut by tp."""
-        block, embed, head = self.parts(at)
-        held = [n * numel(block) for n in at.dealt]
+        _, embed, head = self.parts(at)
+        held = [self._layers(at, n, k) for n, k in zip(at.dealt, at.plains, strict=True)]
         if len(held) == 1:
             return [held[0] + numel(self._outer(at))]
         return [held[0] + numel(embed), *held[1:-1], held[-1] + numel(head)]

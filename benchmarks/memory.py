@@ -48,27 +48,27 @@ def stages(arranged: Arranged, at: Arrangement) -> list[Stage]:
     block, embed, head = arranged.parts(at)
     temporary, of_embed, of_head = arranged.temporaries(at)
     kept, moment = _layer(arranged, at, block, temporary)
+    first_kept = _first(arranged, at) if at.plain else 0.0
     loss = _loss(arranged, at, head.saved + of_head)
     per_parameter, per_expert = _per_parameter(arranged, at, at.dp), _per_parameter(arranged, at, at.dp * at.tp // at.ep)
     table = compute * numel(embed) if own.local_table else of_embed
     found = []
     for s in range(at.pp):
         mine = [k for k in range(virtual) if k % at.pp == s]
-        layers = sum(counts[k] for k in mine)
+        layers, plain = sum(counts[k] for k in mine), sum(at.plains[k] for k in mine)
         first, last = 0 in mine, virtual - 1 in mine
-        held = arranged.held(at, layers, embed if first else None, head if last else None)
+        held = arranged.held(at, layers, embed if first else None, head if last else None, plain)
         flight = in_flight(at.schedule, s, at.pp, min(m, 4 * at.pp), at.chunks) / at.chunks
-        dealt = layers * experts(block)
-        states = (
-            (held - dealt) * per_parameter + dealt * per_expert + own.dummies * (numel(block) + (numel(head) if last else 0.0))
-        )
+        dealt = (layers - plain) * experts(block)
+        buffers = own.dummies * (dummies(block) + (numel(head) if last else 0.0))
+        states = (held - dealt) * per_parameter + dealt * per_expert + buffers
         if at.zero == 3:
             outer = arranged.held(at, 0, embed if first else None, head if last else None)
             states += 2 * compute * numel(block) + (compute + reduce) * numel(block) + compute * outer
         found.append(
             Stage(
                 states,
-                own.fragments * flight * (layers * kept + (embed.saved if first else 0.0)),
+                flight * ((layers - plain) * kept + plain * first_kept + (embed.saved if first else 0.0)),
                 max(moment, table if first else 0.0),
                 loss if last else 0.0,
             )
@@ -77,10 +77,8 @@ def stages(arranged: Arranged, at: Arrangement) -> list[Stage]:
 
 
 def memory(arranged: Arranged, at: Arrangement) -> Bytes:
-    """Bytes of the rank whose peak the framework publishes: the fullest one's, or rank 0's."""
-    own = arranged.software
-    each = [stage.total(own.reserves) for stage in stages(arranged, at)]
-    return each[0] if own.first_rank else max(each)
+    """Bytes of the fullest rank."""
+    return max(stage.total(arranged.software.reserves) for stage in stages(arranged, at))
 
 
 def _per_parameter(arranged: Arranged, at: Arrangement, dp: int) -> Bytes:
@@ -104,6 +102,13 @@ def _layer(arranged: Arranged, at: Arrangement, block: LayerCost, temporary: Byt
     return at.again * kept + (1 - at.again) * saved, temporary + block.saved - kept
 
 
+def _first(arranged: Arranged, at: Arrangement) -> Bytes:
+    """What a layer without experts keeps of a micro-batch."""
+    assert arranged.plain is not None
+    place = at.without_experts
+    return _layer(arranged.plain, place, arranged.plain.parts(place)[0], 0.0)[0]
+
+
 def _loss(arranged: Arranged, at: Arrangement, unfused: Bytes) -> Bytes:
     """Bytes of the final norm, the head and the loss at their fullest moment: `unfused` where nothing is told of it."""
     per_logit = arranged.software.logits
@@ -124,3 +129,9 @@ def numel(cost: LayerCost) -> float:
 def experts(cost: LayerCost) -> float:
     """Of these, those of experts that are dealt over ep."""
     return float(sum(p.numel(1) for p in cost.parameters if p.dealt))
+
+
+@lru_cache(maxsize=4096)
+def dummies(cost: LayerCost) -> float:
+    """Of a layer's parameters, those that need a buffer of their own: experts have one for all, being of one shape."""
+    return numel(cost) - sum(p.numel(1) * (1 - 1 / p.shape[0]) for p in cost.parameters if p.dealt)

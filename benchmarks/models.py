@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 class Experts(NamedTuple):
-    """The mixture in every layer. A model's first layers that have none count as the others: they compute as much."""
+    """The mixture in a layer."""
 
     latent: bool
     """Attention is DeepSeek's, by its own sizes; else grouped heads."""
@@ -33,6 +33,8 @@ class Experts(NamedTuple):
     ffn: int
     shared: int
     """Size of what all tokens pass besides; 0: nothing."""
+    plain: bool = False
+    """The layers are those without experts with which such a model begins."""
 
 
 class Shape(NamedTuple):
@@ -117,7 +119,7 @@ def _mixture(shape: Shape, experts: Experts, layers: int) -> Graph:
         "tie_word_embeddings": shape.tied,
     }
     if experts.latent:
-        shared = {"n_shared_experts": experts.shared // experts.ffn, "first_k_dense_replace": 0}
+        shared = {"n_shared_experts": experts.shared // experts.ffn, "first_k_dense_replace": layers if experts.plain else 0}
         config = AutoConfig.for_model("deepseek_v3", **sizes, **shared, n_routed_experts=experts.number)
         config.architectures = ["DeepseekV3ForCausalLM"]
     else:

@@ -22,6 +22,7 @@ from autoplan.strategy import GATHERED, REPLICATE, UNSHARDED, Sharding, shard
 from autoplan.workload import DType, Workload
 from benchmarks.arrangement import Arranged, ArrangedStep, Arrangement, Recomputed
 from benchmarks.models import Shape, graph_of
+from benchmarks.nanotron import reserved
 from benchmarks.runs import Refused, Run, framework
 from benchmarks.software import NEUTRAL, Software, frameworks
 
@@ -40,6 +41,8 @@ class Pricer:
         for key, arranged in self._arranged.items():
             if key[3] == source:
                 arranged.software = software
+                if arranged.plain:
+                    arranged.plain.software = software
 
     def price(self, run: Run) -> ArrangedStep:
         """Raises `Refused` where the model or the machine does not allow what the row says."""
@@ -50,10 +53,14 @@ class Pricer:
             raise Refused(f"the model refuses: {_short(error.message)}") from None
 
     def memory(self, run: Run) -> float:
-        """Bytes of the fullest rank. Raises `Refused` like `price`."""
+        """Bytes of the fullest rank, or of the one whose peak is published. Raises `Refused` like `price`."""
         try:
             arranged, place = self._placed(run)
-            return arranged.memory(place)
+            if not arranged.software.allocations:
+                return arranged.memory(place)
+            device = arranged.costs.hardware.device
+            limit = device.memory - device.reserved
+            return reserved(run, place.dealt[0], limit, arranged.software, arranged.ahead(place))
         except UsageError as error:
             raise Refused(f"the model refuses: {_short(error.message)}") from None
 
@@ -67,7 +74,10 @@ class Pricer:
         costs = self._cost_model(run)
         key = (run.shape, run.hardware, run.dtype, run.source, how)
         if key not in self._arranged:
-            self._arranged[key] = Arranged(costs, self.software.get(framework(run.source), NEUTRAL), recomputed(how, costs.graph))
+            own = self.software.get(framework(run.source), NEUTRAL)
+            plain = self._cost_model(run, plain=True) if run.plain else None
+            first = Arranged(plain, own, recomputed(how, plain.graph)) if plain else None
+            self._arranged[key] = Arranged(costs, own, recomputed(how, costs.graph), first)
         arranged = self._arranged[key]
         arranged.costs = costs.with_batch(run.global_batch)
         return arranged, arrangement(run, *shardings(run.shape, run.tp, run.sequence_parallel, run.ep))
@@ -84,19 +94,23 @@ class Pricer:
         one, two = (arranged.price(replace(place, layers=n)).pipeline for n in (1, 2))
         return two - one
 
-    def _cost_model(self, run: Run) -> CostModel:
-        key = (run.shape, run.hardware, run.dtype)
+    def _cost_model(self, run: Run, plain: bool = False) -> CostModel:
+        """`plain`: of a model whose layers have no experts."""
+        experts = run.shape.experts
+        shape = run.shape._replace(experts=experts._replace(plain=True)) if plain and experts else run.shape
+        key = (shape, run.hardware, run.dtype)
         if key not in self._costs:
             hardware = self.hardware.get(run.hardware) or find_hardware(run.hardware)
             load = Workload(global_batch=run.global_batch, compute_dtype=cast(DType, run.dtype))
-            self._costs[key] = CostModel(graph_of(run.shape), hardware, load)
+            self._costs[key] = CostModel(graph_of(shape), hardware, load)
         return self._costs[key]
 
 
 def dealt(run: Run) -> tuple[int, ...]:
-    """nanotron cuts by cost: a stage takes blocks until the sum passes its share, the head counting as what it multiplies
-    (its `get_block_compute_costs`). Megatron-Bridge counts embedding and head as a layer each where that divides. Others deal
-    layers evenly, which the arrangement does by itself."""
+    """nanotron cuts by cost: a stage takes blocks until the sum reaches its share, the head counting as what it multiplies
+    (its `get_block_compute_costs`; its source of today wants the sum above the share, the runs' memory shows otherwise).
+    Megatron-Bridge counts embedding and head as a layer each where that divides. Others deal layers evenly, which the arrangement
+    does by itself."""
     virtual = run.pp * run.chunks
     if framework(run.source) == "megatron-bridge" and virtual > 1 and run.layers % virtual and (run.layers + 2) % virtual == 0:
         each = (run.layers + 2) // virtual
@@ -111,7 +125,7 @@ def dealt(run: Run) -> tuple[int, ...]:
     for _ in range(run.layers):
         counts[stage] += 1
         passed += layer
-        if passed > total * (stage + 1) / run.pp and stage + 1 < run.pp:
+        if passed >= total * (stage + 1) / run.pp and stage + 1 < run.pp:
             stage += 1
     return tuple(counts)
 
@@ -131,6 +145,7 @@ def arrangement(run: Run, block: Sharding, outer: Sharding) -> Arrangement:
         outer=outer,
         layers=run.layers,
         counts=dealt(run),
+        plain=run.plain,
         again=0.5 if run.recompute == "alternate" else 1.0,
         stays=run.stays,
         policy=run.recompute == "op",

@@ -107,6 +107,8 @@ class Run:
     memory: float | None
     group: str
     single_layer: bool = False
+    plain: int = 0
+    """First layers without experts, in a model whose others have some."""
 
     @property
     def held_out(self) -> bool:
@@ -179,6 +181,7 @@ def run_of(row: Row, failed: bool = False) -> Run:
         memory=memory * _unit(row, source) if memory else None,
         group=f"{row.text('model')}/{gpus}/{tp}/{pp}",
         single_layer="single layer" in row.text("other"),
+        plain=_plain(row, shape, layers),
     )
 
 
@@ -261,6 +264,13 @@ def _experts(row: Row) -> Experts:
         ffn=row.count("model_moe_ffn"),
         shared=int(row.number("model_shared_expert_ffn") or 0),
     )
+
+
+def _plain(row: Row, shape: Shape, layers: int) -> int:
+    """DeepSeek's models, told by their attention, begin with layers without experts: one, where a row does not tell."""
+    if shape.experts is None or not shape.experts.latent:
+        return 0
+    return max(0, layers - row.count("model_moe_layers", layers - 1))
 
 
 def _seconds(row: Row, gpus: int, tokens: int) -> float:

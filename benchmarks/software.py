@@ -33,6 +33,9 @@ class Software:
     """Fraction of the tp collectives that computation does not hide."""
     tp_backward_hidden: float = 1.0
     """Fraction of the backward pass's tp collectives that asynchronous tp can hide."""
+    pieces: bool = False
+    """Asynchronous tp cuts a product into one for each rank's rows; of the backward pass only what it can hide, and weights'
+    gradients never."""
     dp_exposed: float = 0.0
     """Fraction of gradient reductions (and ZeRO's gathers) that even a long backward pass does not hide."""
     hop_exposed: float = 0.0
@@ -63,12 +66,14 @@ class Software:
     """Bytes for every parameter of one layer and of the head in buffers that stand for their gradients (TransformerEngine)."""
     logits: Bytes = 0.0
     """Most bytes that the loss holds for a logit; 0: what PyTorch's cross entropy does."""
-    fragments: float = 1.0
-    """The allocator reserves so many times the bytes of the activations."""
     reserves: bool = False
     """The published peak is what the allocator has reserved: blocks that a layer's moment left do not fit the loss's."""
-    first_rank: bool = False
-    """The published peak is that of rank 0, in the first stage, not the fullest."""
+    allocations: bool = False
+    """The published peak is what rank 0's allocator has reserved, counted allocation by allocation (benchmarks.nanotron)."""
+    pending: float = 0.0
+    """There, the fraction of the tensors sent by tp whose memory is not used again before the host waits for the device."""
+    pending_pipeline: float = 0.0
+    """The same in the first stage of several."""
 
 
 NEUTRAL = Software()

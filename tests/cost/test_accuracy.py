@@ -169,3 +169,18 @@ def test_kept_by_operation_is_between_nothing_and_everything() -> None:
     tokens, hidden, heads = run.micro_batch * 8192, 4096, 32
     kept = tokens * (2 * (4 * hidden + 1024 + 14336) + 4 * heads)
     assert sizes[1] - sizes[0] == pytest.approx(32 * (kept - 2 * tokens * hidden), rel=0.05)
+
+
+def test_first_layers_without_experts_weigh_and_take_less() -> None:
+    run, pricer = run_of(ROWS["simumax-b200-deepseekv3_l4_tp1_ep8_pp1_dp8_mbc4_cef"]), Pricer(frameworks())
+    mixed = replace(run, plain=0)
+    assert run.plain == 1
+    assert pricer.memory(run) < pricer.memory(mixed)
+    assert pricer.seconds(run) < pricer.seconds(mixed)
+
+
+def test_products_in_pieces_take_longer() -> None:
+    run, own = run_of(ROWS["titan-asynctp-8b-bf16-async"]), frameworks()["torchtitan-compile"]
+    assert own.pieces
+    whole = Pricer({"torchtitan-compile": replace(own, pieces=False)})
+    assert whole.seconds(run) < Pricer({"torchtitan-compile": own}).seconds(run)

@@ -1,0 +1,69 @@
+"""PyTorch's allocator as the exam models it, and what it reserves for runs that were measured."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.allocator import MIB, Allocator
+from benchmarks.pricing import Pricer, dealt, frameworks
+from benchmarks.rows import read
+from benchmarks.runs import Run, run_of
+
+ROWS = {row.text("id"): row for row in read(Path(__file__).parents[2] / "benchmarks" / "published" / "nanotron.csv")}
+
+
+def a_run(name: str) -> Run:
+    return run_of(ROWS[f"nanotron-{name}"])
+
+
+@given(st.lists(st.tuples(st.integers(1, 40 * MIB), st.integers(0, 5)), max_size=60))
+def test_reserved_holds_all_that_is_taken_and_is_used_again(steps: list[tuple[int, int]]) -> None:
+    memory = Allocator()
+    taken = []
+    for _ in range(2):
+        for size, place in steps:
+            taken.append(memory.take(size))
+            if place < len(taken):
+                memory.give(taken.pop(place))
+            assert sum(block.size for block in taken) <= memory.reserved <= memory.peak
+        memory.give(*taken)
+        taken = []
+    memory.limit = 0
+    memory.take(41 * MIB)
+    assert memory.reserved == 42 * MIB, "all segments are whole again, and given back before another is reserved"
+
+
+def test_requests_take_the_smallest_block_and_split_it() -> None:
+    memory = Allocator()
+    large, small = memory.take(64 * MIB), memory.take(32 * MIB)
+    memory.give(large, small)
+    first = memory.take(20 * MIB)
+    assert first.address == small.address
+    memory.take(11 * MIB)
+    memory.take(60 * MIB)
+    assert memory.reserved == 96 * MIB
+    memory.take(100)
+    assert memory.reserved == 98 * MIB, "small requests have segments of their own"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["1.34B-n128-dp128tp1pp1-mbs2ga1-z1", "1.34B-n64-dp64tp1pp1-mbs1ga4-z1", "3.57B-n64-dp4tp1pp16-mbs1ga64-z0"],
+)
+def test_a_run_without_tp_reserves_what_was_measured(name: str) -> None:
+    run = a_run(name)
+    assert run.memory
+    assert Pricer(frameworks()).memory(run) == pytest.approx(run.memory, rel=0.01)
+
+
+def test_sharded_states_and_smaller_micro_batches_take_less() -> None:
+    run, pricer = a_run("1.34B-n64-dp64tp1pp1-mbs2ga2-z1"), Pricer(frameworks())
+    assert pricer.memory(run) < pricer.memory(replace(run, zero=0))
+    assert pricer.memory(replace(run, micro_batch=1)) < pricer.memory(run)
+
+
+def test_a_block_that_fills_a_stage_is_its_last() -> None:
+    assert dealt(a_run("1.34B-n64-dp32tp1pp2-mbs1ga8-z1")) == (10, 6), "the head counts as four layers"
