@@ -1,6 +1,8 @@
 """Trains every model under every kind of plan on real processes beside one process; writes the table docs/parity.md.
 
-python -m benchmarks.parity_matrix [MODEL ...] [--plan WORDS]     (all of both: the file is written)
+python -m benchmarks.parity_matrix [MODEL ...] [--plan WORDS] [--keep FILE]     (all of both: the file is written)
+
+With `--keep` what is found is kept in a file, and the table is written of all that is in it: so some can be run anew.
 
 A cell is three AdamW steps in float64 of a tiny model; its number is the largest relative difference of the losses, of the
 gradients of the first step and of the parameters after the last, from those of one process.
@@ -9,11 +11,12 @@ gradients of the first step and of the parameters after the last, from those of 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -289,10 +292,21 @@ def _entry(cell: Cell | None, notes: list[str]) -> str:
     return f"{cell.error:.0e}" if cell.error else "0"
 
 
+def kept(file: Path, found: list[Cell]) -> list[Cell]:
+    """The cells of the file with those that were found in their places, in the order of the table; the file holds them then."""
+    known = [Cell(**each) for each in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+    cells = {(cell.model, cell.plan): cell for cell in (*known, *found)}
+    order = {title: number for number, title in enumerate((*models(), *PLANS, *EXPERT_PLANS))}
+    every = sorted(cells.values(), key=lambda cell: (order[cell.model], order[cell.plan]))
+    file.write_text(json.dumps([asdict(cell) for cell in every], indent=0), encoding="utf-8")
+    return every
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", help="words of models' names; default: all")
     parser.add_argument("--plan", help="words of plans' names; default: all")
+    parser.add_argument("--keep", type=Path, help="a file of cells, to which these are added")
     arguments = parser.parse_args()
     plans = {t: wish for t, wish in {**PLANS, **EXPERT_PLANS}.items() if not arguments.plan or arguments.plan in t}
     start, found = time.perf_counter(), []
@@ -301,10 +315,10 @@ def main() -> None:
     for cell in (cell for task in todo for cell in cells(task)):
         print(f"{cell.model:24} {cell.plan:28} {told(cell)}", flush=True)
         found.append(cell)
-    text = page(found)
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
-    if not arguments.models and not arguments.plan:
-        PAGE.write_text(text, encoding="utf-8")
+    told_of = kept(arguments.keep, found) if arguments.keep else found
+    if arguments.keep or (not arguments.models and not arguments.plan):
+        PAGE.write_text(page(told_of), encoding="utf-8")
     if any(cell.failed or (not cell.refused and cell.error >= TOLERANCE) for cell in found):
         raise SystemExit(1)
 
