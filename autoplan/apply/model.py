@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from autoplan.apply import checkpoint
+from autoplan.apply import checkpoint, weights
 from autoplan.apply.lifeline import lifeline
 from autoplan.apply.loss import LossFn, loss_of
 from autoplan.apply.pipeline import Pipeline
@@ -197,3 +197,18 @@ class ParallelModel:
         reshard(self.units())
         with self._watch("loading a checkpoint"):
             return checkpoint.load(self, Path(path), optimizer)
+
+    def save_weights(self, path: str | Path) -> None:
+        """Write the whole model's weights into the folder `path` as safetensors, which Hugging Face's `from_pretrained` reads."""
+        reshard(self.units())
+        with self._watch("writing the weights"):
+            weights.save(self, Path(path))
+
+    def load_weights(self, path: str | Path) -> None:
+        """Read weights from a safetensors file, or a folder as Hugging Face writes it; every rank reads its own pieces.
+
+        Raises `UsageError` when they are another model's, or there are none.
+        """
+        reshard(self.units())
+        with self._watch("reading the weights"):
+            weights.load(self, Path(path))
