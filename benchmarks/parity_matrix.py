@@ -316,9 +316,9 @@ def main() -> None:
         print(f"{cell.model:24} {cell.plan:28} {told(cell)}", flush=True)
         found.append(cell)
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
-    told_of = kept(arguments.keep, found) if arguments.keep else found
+    every = kept(arguments.keep, found) if arguments.keep else found
     if arguments.keep or (not arguments.models and not arguments.plan):
-        PAGE.write_text(page(told_of), encoding="utf-8")
+        PAGE.write_text(page(every), encoding="utf-8")
     if any(cell.failed or (not cell.refused and cell.error >= TOLERANCE) for cell in found):
         raise SystemExit(1)
 

@@ -31,7 +31,6 @@ LARGEST: Bytes = 5e9
 
 def load(model: ParallelModel, path: Path) -> None:
     """Fill what this rank holds. Raises `UsageError` for what is no such file, or another model's."""
-    safetensors = _library()
     files = _files(path)
     every = _names(model)
     found = {name: next((other for other in same if other in files), None) for name, same in every.items()}
@@ -44,7 +43,7 @@ def load(model: ParallelModel, path: Path) -> None:
         )
     with torch.no_grad():
         for file in sorted(set(files.values())):
-            with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
+            with _opened(file) as opened:
                 for name, tensor in model.module.state_dict().items():
                     key = found[name]
                     if key is not None and files[key] == file and not tensor.is_meta:
@@ -56,7 +55,7 @@ def _fill(model: ParallelModel, name: str, tensor: torch.Tensor, slices: Any, pa
     if shape != tuple(tensor.shape):
         raise UsageError(f"'{name}' has the shape {list(tensor.shape)}, and in '{path}' {list(shape)}.", "It is another model's.")
     if not isinstance(tensor, DTensor):
-        tensor.copy_(slices[:] if shape else slices[...])
+        tensor.copy_(slices[...])
         return
     local = tensor.to_local()
     for piece in model._shards[name].pieces(model._at):
@@ -126,13 +125,26 @@ def _files(path: Path) -> dict[str, Path]:
     """By key: the file that holds it."""
     index = path / INDEX
     if index.is_file():
-        return {key: path / name for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+        try:
+            found = {key: path / name for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(f"'{index}' is no index of safetensors files.", "Write the folder anew.") from None
+        absent = sorted(str(file) for file in set(found.values()) if not file.is_file())
+        if absent:
+            raise UsageError(f"'{index}' names '{absent[0]}', which is not there.", "Copy the whole folder.")
+        return found
     file = path / WHOLE if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"'{path}' holds no weights.", f"Give a safetensors file, or a folder with {WHOLE} or {INDEX}.")
+    with _opened(file) as opened:
+        return dict.fromkeys(opened.keys(), file)
+
+
+def _opened(file: Path) -> Any:
     try:
-        with _library().safe_open(file, framework="pt", device="cpu") as opened:
-            return dict.fromkeys(opened.keys(), file)
+        return _library().safe_open(file, framework="pt", device="cpu")
+    except UsageError:
+        raise
     except Exception as error:  # the library's own, which is not always there to be named
         raise UsageError(f"'{file}' is no safetensors file: {error}.") from None
 

@@ -92,6 +92,10 @@ def alone(folder: Path) -> None:
     (folder / weights.WHOLE).write_bytes(b"no weights")
     with pytest.raises(UsageError, match="is no safetensors file"):
         model.load_weights(folder)
+    for text, told in (("{", "is no index"), ('{"weight_map": {"a": "gone.safetensors"}}', "which is not there")):
+        (folder / weights.INDEX).write_text(text)
+        with pytest.raises(UsageError, match=told):
+            model.load_weights(folder)
 
 
 def test_what_is_no_file_of_weights(tmp_path: Path) -> None:
