@@ -101,6 +101,7 @@ def plan(
     compute_dtype: DType | None = None,
     param_dtype: DType | None = None,
     optimizer: OptimizerName | None = None,
+    compile: bool | None = None,
     expert_imbalance: float | None = None,
     objective: Objective = "fewest",
     fixed: Mapping[str, int] | None = None,
@@ -141,6 +142,7 @@ def plans(
     compute_dtype: DType | None = None,
     param_dtype: DType | None = None,
     optimizer: OptimizerName | None = None,
+    compile: bool | None = None,
     expert_imbalance: float | None = None,
     objective: Objective = "fewest",
     fixed: Mapping[str, int] | None = None,
@@ -178,6 +180,7 @@ def plans(
         "compute_dtype": compute_dtype,
         "param_dtype": param_dtype,
         "optimizer": optimizer,
+        "compile": compile,
         "expert_imbalance": expert_imbalance,
     }
     load = workload({} if isinstance(loaded, Graph) else loaded.workload, wishes, last)

@@ -18,6 +18,13 @@ SolveStatus = Literal["optimal", "feasible", "given"]
 CandidateStatus = Literal["chosen", "slower", "out of memory", "illegal"]
 
 
+def needs_fsdp(mesh: Mesh, load: Workload) -> bool:
+    """Whether FSDP has anything to do: gather, reduce, cast, serve a pipeline's stages. Over tp alone it would only copy what is
+    whole already; a model on one device keeps it, so that its parameters are of one kind everywhere."""
+    casts = not load.param_dtype == load.compute_dtype == load.reduce_dtype
+    return casts or mesh.tp == 1 or mesh.size > mesh.tp
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeBreakdown:
     """Where one step's seconds go, on the slowest stage; the parts add up to the step."""

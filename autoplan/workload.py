@@ -23,6 +23,8 @@ class Workload:
     compute_dtype: DType = "bfloat16"
     reduce_dtype: DType = "float32"
     optimizer: OptimizerName = "adamw"
+    compile: bool = False
+    """Layers run through `torch.compile`, and are priced so (cost.fusion)."""
     expert_imbalance: float = 1.0
     """Where experts are dealt over devices: tokens of the fullest device over the mean. It multiplies what that device
     computes, sends and keeps of them; 1 is a router that balances perfectly."""

@@ -217,8 +217,7 @@ seconds tell more.
 
 {table}
 
-The applied model returns the mean loss of all ranks, which the other doesn't. A plan of tp alone keeps FSDP, on a mesh of one
-rank.
+The applied model returns the mean loss of all ranks, which the other doesn't.
 """
 
 

@@ -40,7 +40,7 @@ def _plans(costs: CostModel, gpus: int) -> Iterator[Plan]:
                 for zero in _zeros(mesh):
                     for recompute in ALL_RECOMPUTES:
                         one, outer = uniform(priced, zero, recompute)
-                        for schedule, chunks in schedules(mesh, costs.micro_batches(mesh, micro_batch), costs.graph):
+                        for schedule, chunks in schedules(mesh, costs.micro_batches(mesh, micro_batch), costs):
                             staging = _staging(tables, one, outer, schedule, chunks, limit)
                             solution = staging.solve(1e-4) if staging is not None else None
                             if staging is not None and isinstance(solution, Solution):

@@ -28,7 +28,7 @@ WORLD, DRAWS = 4, 4
 def draw(known: Tables, dice: random.Random, world: int = WORLD, *, every_axis: bool = False) -> tuple[str, Plan] | None:
     """A plan and what it is; None when the dice fall outside the space. With `every_axis` cp and ep are among the axes."""
     costs = known.costs
-    every = legal(world, {}, Constraints(), costs.context, costs.mixtures)[0] if every_axis else list(meshes(world, {}))
+    every = legal(world, {}, Constraints(), costs)[0] if every_axis else list(meshes(world, {}))
     mesh = dice.choice(every)
     sizes = micro_batches(mesh, costs.workload)
     if not sizes or mesh.pp > len(known.graph.blocks):
@@ -37,7 +37,7 @@ def draw(known: Tables, dice: random.Random, world: int = WORLD, *, every_axis: 
     priced = known.priced(mesh, micro_batch, stream)
     if priced is None:
         return None
-    kind, chunks = dice.choice(schedules(mesh, costs.micro_batches(mesh, micro_batch), known.graph))
+    kind, chunks = dice.choice(schedules(mesh, costs.micro_batches(mesh, micro_batch), costs))
     if kind == "zero-bubble":
         priced = known.split(priced)
         if priced is None:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autoplan.apply import data_parallel, expert_parallel, ring, stages, tensor_parallel
 from autoplan.apply._torch import HashStore
-from autoplan.apply.check import check_pipeline, check_world, parameter_shards
+from autoplan.apply.check import check_compiled, check_pipeline, check_world, parameter_shards
 from autoplan.apply.context_parallel import cut_inputs
 from autoplan.apply.loss import LossFn, loss_of
 from autoplan.apply.materialize import Source, materialize, source
@@ -58,6 +58,7 @@ def apply(
     check_world(plan, _started())  # before anyone joins: a rank that ends would take along who still waits for it
     _join(device)
     check_pipeline(plan)
+    check_compiled(plan)
     if isinstance(model, nn.Module):
         parameter_shards(model, plan)  # a misfit is told while the module still has its weights
     found = source(model, data_parallel.dtype(plan.workload.param_dtype), seed)
@@ -102,9 +103,10 @@ def _whole(
     spread = spread_over(plan, place.mesh)
     _wrap_forwards(found.model, plan, spread, place.dealing)
     data_parallel.recompute(found.model, plan, spread)
+    data_parallel.compile_layers(found.model, plan)
     data_parallel.shard(found.model, plan, shards, place.mesh, place.dealing)
     with allocating:
-        found.model.to_empty(device=place.device)
+        data_parallel.allocate(found.model, plan, place.device)
         materialize(found, shards, place.at, place.device)
 
 
@@ -142,6 +144,7 @@ def _staged(
             example,
         )
     data_parallel.recompute(module, plan, spread)
+    data_parallel.compile_layers(module, plan)
     root, ignored = stages.build(module, plan, pipeline.program, pipeline.rank, pipeline.run)
     units = data_parallel.shard_stages(root, module, ignored, plan, shards, mesh, dealing)
     present = stages.present(module, plan, pipeline.program, pipeline.rank)

@@ -48,6 +48,15 @@ def check_pipeline(plan: Plan) -> None:
     order(pipeline.schedule, 0, plan.mesh.pp, plan.micro_batches, pipeline.chunks)
 
 
+def check_compiled(plan: Plan) -> None:
+    """Raise `UsageError` where the plan compiles layers that can't be."""
+    spread = [axis for axis in ("tp", "cp", "ep") if getattr(plan.mesh, axis) > 1]
+    split = plan.pipeline is not None and plan.pipeline.schedule == "zero-bubble"
+    if plan.workload.compile and (spread or split):
+        what = f"are spread over {spread[0]}" if spread else "run under zero-bubble"
+        raise UsageError(f"the plan compiles layers that {what}, which is not done.", "Set workload.compile to false.")
+
+
 def parameter_shards(model: nn.Module, plan: Plan) -> dict[str, ParameterShards]:
     """How every parameter of `model` is cut, tied names included. Raises `UsageError` when plan and model do not fit."""
     layouts = _layouts(model, plan)

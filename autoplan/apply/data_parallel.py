@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.utils.checkpoint import checkpoint
 
 from autoplan.apply import selective
@@ -22,7 +22,7 @@ from autoplan.apply.shards import ParameterShards
 from autoplan.apply.split import splitting
 from autoplan.apply.stages import Rank, fsdp_units
 from autoplan.apply.zero import Unit, level, units_of
-from autoplan.plan import Plan
+from autoplan.plan import Plan, needs_fsdp
 from autoplan.workload import Workload
 
 
@@ -45,22 +45,59 @@ def _checkpointed(
         with splitting(split), local_ops(tp):  # the second run happens in the backward pass, outside the root's forward
             return forward(*args, **kwargs)
 
+    called = run if split or tp is not None else forward
+
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return again(partial(run, **kwargs), *args)
+        return again(partial(called, **kwargs), *args)
 
     return wrapped
+
+
+def compile_layers(model: nn.Module, plan: Plan) -> None:
+    """Compile the forward pass of every layer, with what it recomputes; what FSDP and borders do at its ends stays outside.
+
+    Equal layers share one compiled function, as their code does.
+    """
+    if plan.workload.compile:
+        for name, _ in plan.layers():
+            module = model.get_submodule(name)
+            module.forward = torch.compile(module.forward)
 
 
 def shard(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh, dealing: DeviceMesh | None) -> None:
     """FSDP per layer and for the root, over `dp_shard` (and `cp`), replicated over `dp_replicate`; for experts, over `efsdp`.
 
-    A mesh of size 1 goes the same way: FSDP then skips its collectives, and still casts parameters, brings gradients to
-    their placements and keeps master weights, so there is one path. Resharding is free there, so it always happens.
+    A mesh of size 1 goes the same way: FSDP then skips its collectives, and still casts parameters and keeps master weights.
+    Resharding is free there, so it always happens. Only where it has nothing to do at all there is no FSDP: see `allocate`.
     """
+    if not needs_fsdp(plan.mesh, plan.workload):
+        return
     wrap = _wrapper(model, plan, shards, mesh, dealing)
     for module, zero in units_of(model, plan, (name for name, _ in plan.layers())):
         wrap(module, zero)
     wrap(model, level(plan.outer_strategy.zero, plan.mesh.shards))
+
+
+def allocate(model: nn.Module, plan: Plan, device: torch.device) -> None:
+    """Memory for a sharded model. Without FSDP its parameters' gradients are brought to their placements by hooks."""
+    if needs_fsdp(plan.mesh, plan.workload):
+        model.to_empty(device=device)
+        return
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) not in made:
+            made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+            if parameter.requires_grad:
+                made[id(parameter)].register_hook(partial(_settled, placements=cast(DTensor, parameter).placements))
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner)._parameters[last] = made[id(parameter)]
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = torch.empty_like(buffer, device=device) if buffer is not None else None
+
+
+def _settled(gradient: DTensor, placements: tuple[Placement, ...]) -> DTensor:
+    return gradient.redistribute(placements=placements)
 
 
 def shard_stages(

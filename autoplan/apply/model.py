@@ -21,7 +21,7 @@ from autoplan.apply.shards import Coordinate, ParameterShards
 from autoplan.apply.tied import Tied
 from autoplan.apply.zero import Unit, before_backward, level, reshard, units_of
 from autoplan.errors import UsageError
-from autoplan.plan import Plan
+from autoplan.plan import Plan, needs_fsdp
 
 
 class ParallelModel:
@@ -134,6 +134,8 @@ class ParallelModel:
         """Everything that FSDP manages."""
         if self._pipeline is not None:
             return self._pipeline.units
+        if not needs_fsdp(self.plan.mesh, self.plan.workload):
+            return []
         layers = units_of(self.module, self.plan, (name for name, _ in self.plan.layers()))
         outer = level(self.plan.outer_strategy.zero, self.plan.mesh.shards)
         return [*layers, (self.module, outer)]  # type: ignore[list-item]

@@ -60,6 +60,9 @@ def plan(
         int | None, typer.Option(min=1, metavar="N", help="Fix over how many GPUs experts are dealt; 1: none are.")
     ] = None,
     tp: Annotated[int | None, typer.Option(min=1, metavar="N", help="Fix this axis of the mesh.")] = None,
+    compile_layers: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Run layers through torch.compile.", show_default=False)
+    ] = None,
     expert_imbalance: Annotated[
         float | None,
         typer.Option(min=1, metavar="FACTOR", help="Tokens of the device with most, over the mean, where experts are dealt."),
@@ -106,6 +109,7 @@ def plan(
             gpus=arguments.numbers(gpus),
             step_time=None if step_time is None else parse(step_time, SECOND),
             global_batch=global_batch,
+            compile=compile_layers,
             expert_imbalance=expert_imbalance,
             fixed={axis: size for axis, size in axes.items() if size is not None},
             headroom=headroom,

@@ -29,6 +29,7 @@ from itertools import groupby, pairwise
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.context import Context, Gather
 from autoplan.cost.experts import Mixtures
+from autoplan.cost.fusion import fused
 from autoplan.cost.late import Late, late, split_step
 from autoplan.cost.layer import LayerCost, layer_cost
 from autoplan.cost.outer import OuterParts
@@ -66,7 +67,8 @@ class CostModel:
     """Prices layers and whole plans of one model on one machine. Tables are filled as they are asked for."""
 
     def __init__(self, graph: Graph, hardware: HardwareProfile, workload: Workload) -> None:
-        self.graph, self.hardware, self.workload = graph, hardware, workload
+        self.given, self.hardware, self.workload = graph, hardware, workload
+        self.graph = fused(graph) if workload.compile else graph
         hardware.device.peak_of(workload.compute_dtype)  # a profile without this dtype is the user's error, told early
         self._models: dict[tuple[int, int, int, int, int, CpKind], LayerModel] = {}
         self._costs: dict[tuple[int, int, int, int, int, CpKind, Sharding], LayerCost] = {}
@@ -76,7 +78,7 @@ class CostModel:
         self._passed: dict[tuple[int, float], Bytes] = {}
         self._late: dict[Hashable, Late] = {}
         self._thirds: dict[Hashable, list[tuple[Seconds, Seconds, Seconds]]] = {}
-        self.outer = OuterParts(graph)
+        self.outer = OuterParts(self.graph)
 
     def with_batch(self, global_batch: int) -> CostModel:
         """The same model at another global batch; what layers cost for one micro-batch is shared."""
@@ -172,7 +174,7 @@ class CostModel:
         if key not in self._late:
             model = self.layer_model(body, mesh.tp, micro_batch, mesh.cp, mesh.ep, mesh.cp_kind)
             self._late[key] = late(model, strategy.sharding, regions, self.outer.regions)
-        trained = self._dp[key, mesh.dp_replicate, mesh.dp_shard].whole_trainable
+        trained = self._dp[key, mesh.dp_replicate, mesh.dp_shard, mesh.pp > 1].whole_trainable
         reduced = strategy.zero != 1 or mesh.shards == 1
         return split_step(step, self._late[key], trained, mesh.pp, reduced, self.workload, outer=body == OUTER)
 
@@ -214,7 +216,7 @@ class CostModel:
     def _step(
         self, key: Hashable, cost: LayerCost, strategy: Strategy, mesh: Mesh, micro_batch: int, *, outer: bool
     ) -> LayerStep:
-        of = (key, mesh.dp_replicate, mesh.dp_shard)  # the other axes are in the key
+        of = (key, mesh.dp_replicate, mesh.dp_shard, mesh.pp > 1)  # the other axes are in the key
         if of not in self._dp:
             self._dp[of] = data_parallel(cost, mesh, self.hardware, self.workload)
         zero: Zero = strategy.zero if mesh.shards > 1 else 3

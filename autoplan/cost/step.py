@@ -54,7 +54,7 @@ from autoplan.cost.layer import LayerCost
 from autoplan.cost.prices import Sizes
 from autoplan.graph import DTYPE_BYTES
 from autoplan.hardware import HardwareProfile
-from autoplan.plan import MemoryBreakdown, TimeBreakdown
+from autoplan.plan import MemoryBreakdown, TimeBreakdown, needs_fsdp
 from autoplan.strategy import Mesh, Recompute, Zero
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES, Workload
@@ -173,7 +173,7 @@ class DataParallel(NamedTuple):
     """On one rank, cut by tp and dp_shard; `trainable` ones among them."""
     trainable: float
     whole: float
-    """Cut by tp alone; `whole_trainable` ones among them."""
+    """Cut by tp alone, where FSDP makes them so; `whole_trainable` ones among them."""
     whole_trainable: float
 
 
@@ -204,6 +204,8 @@ def data_parallel(cost: HasParameters, mesh: Mesh, hardware: HardwareProfile, lo
         gather = gather + seconds("all_gather", gathered * compute, shards, stride)
         reduction = reduction + seconds("reduce_scatter", trained * reduce, shards, stride)
         final = final + seconds("all_reduce", trained * reduce / shards, mesh.dp_replicate, shards * stride)
+    if not needs_fsdp(mesh, load):  # gradients are made in their place
+        whole = whole_trainable = 0.0 * numel
     states = OPTIMIZER_STATES[load.optimizer]
     optimizer = _of_each(lambda one: optimizer_time(one, states, hardware.device), trainable * size)
     return DataParallel(gather, reduction, final, optimizer, numel, trainable, whole, whole_trainable)

@@ -45,8 +45,8 @@ class Choices:
 Exporter = Callable[[Plan], Exported]
 
 
-def choices(plan: Plan) -> Choices:
-    """One value for all layers."""
+def choices(plan: Plan, *, compiles: bool = False) -> Choices:
+    """One value for all layers; `compiles`: the configuration can say that they are compiled."""
     lost: list[str] = []
     zero, shardings = _zero(plan, lost), [strategy.sharding for _, strategy in plan.layers()]
     again, layers = [strategy.recompute for _, strategy in plan.layers() if strategy.recompute != "none"], len(shardings)
@@ -55,6 +55,8 @@ def choices(plan: Plan) -> Choices:
         parts = "" if not some else " selectively" if some == len(again) else f", {some} of them selectively"
         how = "all are in full" if 0 < some < len(again) else "all are"
         lost.append(f"the plan recomputes {len(again)} of {layers} layers{parts}; here {how}, which costs time and saves memory")
+    if plan.workload.compile and not compiles:
+        lost.append("that layers are compiled (torch.compile), which is called in the script")
     main = max(dict.fromkeys(shardings), key=shardings.count) if shardings else plan.outer_strategy.sharding
     others = sum(sharding != main for sharding in shardings)
     if others:

@@ -19,7 +19,7 @@ SCHEDULES = {
 
 def registry(plan: Plan) -> Exported:
     """A function that changes the config of a model of torchtitan 0.3."""
-    made = choices(plan)
+    made = choices(plan, compiles=True)
     lost = _lost(plan, made)
     parallelism = {**_parallelism(plan, made), **_cut(plan, "lm_head")}
     fields = "".join(f"        {name}={value!r},\n" for name, value in parallelism.items() if name != CUT)
@@ -61,6 +61,7 @@ def toml(plan: Plan) -> Exported:
         "training": _training(plan),
         "parallelism": parallelism,
         "activation_checkpoint": _recompute(made),
+        **({"compile": {"enable": True, "components": ["model"]}} if plan.workload.compile else {}),
     }
     body = "\n".join(
         f"[{name}]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in values.items()) for name, values in sections.items()

@@ -57,7 +57,7 @@ class Configuration:
     layers: int | None = None
     tokens: int | None = None
     """Of one sample."""
-    workload: Mapping[str, str] = field(default_factory=dict)
+    workload: Mapping[str, str | bool] = field(default_factory=dict)
     """Number formats and optimizer, by the names of `Workload`."""
     lost: tuple[str, ...] = ()
     """In sentences what of the file autoplan has no words for, and what is priced in its place."""

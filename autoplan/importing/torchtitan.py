@@ -45,7 +45,7 @@ def configuration(path: Path, document: dict[str, Any]) -> Configuration:
     local = training.count("local_batch_size", 8)
     every, recompute = _recompute(top.section("activation_checkpoint"), lost)
     cut = _cut(parallel, pp, lost) if pp > 1 else {}
-    cp = parallel.count("context_parallel_degree")
+    cp, ep = parallel.count("context_parallel_degree"), parallel.count("expert_parallel_degree")
     if cp > 1:
         lost.append("sequences are split as a ring there; an exchange of heads around attention (Ulysses) is priced")
     whole = training.count("global_batch_size", -1, least=-1)
@@ -63,7 +63,7 @@ def configuration(path: Path, document: dict[str, Any]) -> Configuration:
         dp_shard=parallel.degree("data_parallel_shard_degree"),
         cp=cp,
         tp=tp,
-        ep=parallel.count("expert_parallel_degree"),
+        ep=ep,
         sequence_parallel=tp > 1 and parallel.flag("enable_sequence_parallel", True),
         zero=_zero(parallel, pp),
         micro_batch=micro_batch,
@@ -72,7 +72,7 @@ def configuration(path: Path, document: dict[str, Any]) -> Configuration:
         recompute_every=every,
         recompute=recompute,
         tokens=training.count("seq_len", 2048),
-        workload=_workload(top, training, lost),
+        workload=_workload(top, training, max(cp, tp, ep) > 1, lost),
         lost=tuple(lost),
         **cut,
     )
@@ -146,9 +146,13 @@ def _recompute(section: Section, lost: list[str]) -> tuple[int, Recompute]:
     return 2, "full"
 
 
-def _workload(top: Section, training: Section, lost: list[str]) -> dict[str, str]:
-    dtypes = ("float32", "bfloat16")
-    found = {
+def _workload(top: Section, training: Section, spread: bool, lost: list[str]) -> dict[str, str | bool]:
+    """`spread`: over axes under which layers are not compiled here."""
+    dtypes, compiled = ("float32", "bfloat16"), top.section("compile").flag("enable")
+    if compiled and spread:
+        lost.append("torch.compile of layers that are spread over tp, cp or ep: they are priced uncompiled")
+    found: dict[str, str | bool] = {
+        "compile": compiled and not spread,
         "param_dtype": training.word("dtype", "float32", dtypes),
         "compute_dtype": training.word("mixed_precision_param", "bfloat16", dtypes),
         "reduce_dtype": training.word("mixed_precision_reduce", "float32", dtypes),

@@ -293,6 +293,7 @@ def workload(plan: Plan) -> tuple[Fact, ...]:
         ),
         Fact("Optimizer", load.optimizer),
         *([Fact("Expert imbalance", _imbalance(load.expert_imbalance))] if mesh.ep > 1 else []),
+        *([Fact("Layers", "compiled by torch.compile")] if load.compile else []),
         Fact("Number formats", f"parameters {load.param_dtype}, compute {load.compute_dtype}, reduce {load.reduce_dtype}"),
     )
 

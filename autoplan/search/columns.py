@@ -20,6 +20,7 @@ from autoplan.cost.layer import LayerCost
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.cost.step import NOTHING, DataParallel, LayerStep, best_of, data_parallel, layer_step
 from autoplan.graph import DTYPE_BYTES
+from autoplan.plan import needs_fsdp
 from autoplan.search.corner import Corner
 from autoplan.search.dominance import Bools, unbeaten
 from autoplan.search.ilp import Choice
@@ -125,6 +126,8 @@ class Tables:
         load = self.costs.workload
         numel, trainable = self._whole(g, within.tp, within.ep)
         saved = self.graph.bodies[g].saved.at(micro_batch / within.cp) / within.tp
+        if not needs_fsdp(Mesh(tp=within.tp), load):  # on one of the meshes nothing is gathered or reduced
+            return saved
         compute, reduce = DTYPE_BYTES[load.compute_dtype], DTYPE_BYTES[load.reduce_dtype]
         return numel * compute + max(saved, trainable * (compute + reduce))
 
@@ -279,8 +282,8 @@ class Tables:
         return Rough(cost, stream, sent, m, ways, self.costs, outer=g == OUTER, pipelined=meshes[0].pp > 1)
 
     def _sent(self, g: int, corner: Corner, mesh: Mesh, stream: Layout) -> DataParallel:
-        """What a layer's parameters cost at least on the dp axes of a mesh: they are the same for every micro-batch and pp."""
-        key = (g, mesh.within, mesh.dp_replicate, mesh.dp_shard, stream)
+        """What a layer's parameters cost at least on the dp axes of a mesh: they are the same for every micro-batch."""
+        key = (g, mesh.within, mesh.dp_replicate, mesh.dp_shard, mesh.pp > 1, stream)
         if key not in self._dp:
             self._dp[key] = data_parallel(corner, mesh, self.costs.hardware, self.costs.workload)
         return self._dp[key]

@@ -23,7 +23,7 @@ class Meshes:
         """By (tp, cp and ep; pp). Of a list all can run the same micro-batches, since all have as many data-parallel groups."""
         self.gpus, self.fixed = gpus, fixed
         self.refused: list[Candidate] = []
-        found, apart = legal(gpus, fixed, constraints, costs.context, costs.mixtures)
+        found, apart = legal(gpus, fixed, constraints, costs)
         for mesh in found:
             refused = unstageable(mesh, costs.graph, costs.outer.order)
             if refused is None and not micro_batches(mesh, costs.workload):
@@ -56,14 +56,14 @@ class Meshes:
 
     def ruled_out(self) -> Iterator[Candidate]:
         """Where the constraints leave nothing to search: what the model could run but for them, and why it isn't."""
-        workload, graph = self.costs.workload, self.costs.graph
+        workload = self.costs.workload
         for mesh, size in ((some[0], size) for (within, pp), some in self.by_depth.items() for size in self.sizes(within, pp)):
             for kind in get_args(ScheduleKind):
                 if self.constraints.allows("schedule", kind):
-                    reason = unscheduled(kind, mesh, self.costs.micro_batches(mesh, size), graph)
+                    reason = unscheduled(kind, mesh, self.costs.micro_batches(mesh, size), self.costs)
                     if mesh.pp > 1 and reason:
                         yield _illegal(mesh, size, reason)
-        found, _ = legal(self.gpus, self.fixed, self.constraints, self.costs.context, self.costs.mixtures)
+        found, _ = legal(self.gpus, self.fixed, self.constraints, self.costs)
         for mesh in sorted(found, key=lambda each: (each.dp, each)):
             if micro_batches(mesh, workload) and not self._allowed_sizes(mesh):
                 asked = " or ".join(map(str, self.constraints.only.get("micro_batch", []))) or "what is left"
@@ -78,7 +78,7 @@ class Meshes:
 
     def schedules(self, mesh: Mesh, micro_batch: int) -> list[tuple[ScheduleKind, int]]:
         """Those that may be used, with their chunks."""
-        found = schedules(mesh, self.costs.micro_batches(mesh, micro_batch), self.costs.graph)
+        found = schedules(mesh, self.costs.micro_batches(mesh, micro_batch), self.costs)
         return [each for each in found if mesh.pp == 1 or self.constraints.allows("schedule", each[0])]
 
 

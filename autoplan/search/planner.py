@@ -179,7 +179,7 @@ def written(
     cut = solution.cut
     plan = Plan(
         model=graph.model,
-        graph=fingerprint or graph.fingerprint,
+        graph=fingerprint or costs.given.fingerprint,
         hardware=costs.hardware.name,
         hardware_fingerprint=costs.hardware.fingerprint,
         workload=costs.workload,

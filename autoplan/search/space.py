@@ -9,6 +9,7 @@ from itertools import product
 from autoplan.constraints import Constraints
 from autoplan.cost.context import Context
 from autoplan.cost.experts import Mixtures
+from autoplan.cost.model import CostModel
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
 from autoplan.plan import Candidate
@@ -77,20 +78,23 @@ def indivisible(mesh: Mesh, workload: Workload) -> Candidate:
     return Candidate(mesh=mesh, micro_batch=1, status="illegal", reason=reason)
 
 
-def schedules(mesh: Mesh, micro_batches: int, graph: Graph) -> list[tuple[ScheduleKind, int]]:
+def schedules(mesh: Mesh, micro_batches: int, costs: CostModel) -> list[tuple[ScheduleKind, int]]:
     """The schedules with their chunks a rank that the mesh can run."""
     if mesh.pp == 1:
         return [("1f1b", 1)]
     found: list[tuple[ScheduleKind, int]] = [("1f1b", 1), ("gpipe", 1)]
-    if micro_batches >= mesh.pp:  # with fewer nearly all gradients of weights come at the end
+    if not unscheduled("zero-bubble", mesh, micro_batches, costs):
         found.append(("zero-bubble", 1))
-    if len(graph.bodies) == 1 and micro_batches % mesh.pp == 0:
-        found += [("interleaved-1f1b", chunks) for chunks in _chunks(len(graph.blocks), mesh.pp)]
+    if not unscheduled("interleaved-1f1b", mesh, micro_batches, costs):
+        found += [("interleaved-1f1b", chunks) for chunks in _chunks(len(costs.graph.blocks), mesh.pp)]
     return found
 
 
-def unscheduled(kind: ScheduleKind, mesh: Mesh, micro_batches: int, graph: Graph) -> str:
+def unscheduled(kind: ScheduleKind, mesh: Mesh, micro_batches: int, costs: CostModel) -> str:
     """Why a mesh with a pipeline does not run a schedule; "" when it does."""
+    graph = costs.graph
+    if kind == "zero-bubble" and costs.workload.compile:
+        return "zero-bubble parts backward passes, and those of compiled layers are whole"
     if kind == "zero-bubble" and micro_batches < mesh.pp:
         return f"zero-bubble is not searched with fewer micro-batches ({micro_batches}) than pp {mesh.pp} stages"
     if kind != "interleaved-1f1b":
@@ -141,14 +145,21 @@ def uncombined(context: Context, mixtures: Mixtures, mesh: Mesh) -> str:
     return "experts and cp x tp are not run together yet" if mixtures.numbers else context.refusal(mesh.cp, mesh.tp)
 
 
+def uncompiled(mesh: Mesh, workload: Workload) -> str:
+    """Why layers on the mesh can't be compiled; "" when they can, or need not."""
+    axis = next((axis for axis in ("tp", "cp", "ep") if getattr(mesh, axis) > 1), "")
+    return f"layers that are spread over {axis} can't be compiled yet" if workload.compile and axis else ""
+
+
 def combined(
-    gpus: int, fixed: Mapping[str, int], cps: Sequence[int], eps: Sequence[int], context: Context, mixtures: Mixtures
+    gpus: int, fixed: Mapping[str, int], cps: Sequence[int], eps: Sequence[int], costs: CostModel
 ) -> tuple[list[Mesh], list[Candidate]]:
-    """The `meshes` but for those whose cp and tp the model can't have together, and of these the first for each reason."""
+    """The `meshes` but for those whose cp and tp the model can't have together, or that the workload doesn't allow, and of these
+    the first for each reason."""
     possible: list[Mesh] = []
     refused: dict[str, Candidate] = {}
     for mesh in meshes(gpus, fixed, cps, eps):
-        reason = uncombined(context, mixtures, mesh)
+        reason = uncombined(costs.context, costs.mixtures, mesh) or uncompiled(mesh, costs.workload)
         if reason:
             refused.setdefault(reason, Candidate(mesh=mesh, micro_batch=1, status="illegal", reason=reason))
         else:
@@ -161,14 +172,12 @@ def of_each_kind(mesh: Mesh, context: Context) -> Iterator[Mesh]:
     return (replace(mesh, cp_kind=kind) for kind in context.kinds(mesh.cp, mesh.tp))
 
 
-def legal(
-    gpus: int, fixed: Mapping[str, int], constraints: Constraints, context: Context, mixtures: Mixtures
-) -> tuple[list[Mesh], list[Candidate]]:
+def legal(gpus: int, fixed: Mapping[str, int], constraints: Constraints, costs: CostModel) -> tuple[list[Mesh], list[Candidate]]:
     """The meshes that the constraints allow and the model can be cut into, with every kind of cp; and what is told of others."""
-    cps, uncuttable = uncut(gpus, fixed, context)
-    eps, undivided = undealt(gpus, fixed, mixtures)
-    possible, apart = combined(gpus, fixed, cps, eps, context, mixtures)
-    every = [each for mesh in possible for each in of_each_kind(mesh, context)]
+    cps, uncuttable = uncut(gpus, fixed, costs.context)
+    eps, undivided = undealt(gpus, fixed, costs.mixtures)
+    possible, apart = combined(gpus, fixed, cps, eps, costs)
+    every = [each for mesh in possible for each in of_each_kind(mesh, costs.context)]
     degrees = [mesh for mesh in every if all(constraints.allows(axis, getattr(mesh, axis)) for axis in DEGREES)]
     allowed = [mesh for mesh in degrees if mesh.cp == 1 or constraints.allows("cp_kind", mesh.cp_kind)]
     return allowed, [*undivided, *uncuttable, *apart]

@@ -76,6 +76,7 @@ def one_rank(plan: Plan, loaded: LoadedModel, rank: int) -> tuple[Traffic, Bytes
 
 def _step(plan: Plan, loaded: LoadedModel, rank: int, mode: AbstractContextManager[Any]) -> tuple[Traffic, Bytes]:
     sample = sample_of(plan, rank // (plan.mesh.size // plan.mesh.pp))
+    plan = replace(plan, workload=replace(plan.workload, compile=False))  # fake tensors have nothing to compile for
     with alone(rank, plan.mesh.size), told_devices(), unannounced(), torch.random.fork_rng(devices=[]):
         build, inputs = loaded.build, loaded.example_inputs
         parallel = apply(build, plan, device="cpu", loss_fn=loaded.loss_fn, inputs=inputs, allocating=mode)

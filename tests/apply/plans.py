@@ -26,6 +26,7 @@ def make(
     schedule: ScheduleKind = "1f1b",
     chunks: int = 1,
     cuts: tuple[int, ...] | None = None,
+    compile: bool = False,
 ) -> Plan:
     """A plan for `layers` (block name -> sharding); the micro-batch is the whole share unless given.
 
@@ -42,6 +43,7 @@ def make(
             param_dtype=dtype,  # type: ignore[arg-type]
             compute_dtype=compute or dtype,  # type: ignore[arg-type]
             reduce_dtype=dtype,  # type: ignore[arg-type]
+            compile=compile,
         ),
         tokens=16,
         mesh=mesh,

@@ -6,8 +6,10 @@ from functools import cache
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from autoplan.apply import apply
+from autoplan.plan import needs_fsdp
 from autoplan.strategy import Mesh
 from tests.apply.models import FACTORIES, batches, double, gpt_loss, loss_of
 from tests.apply.plans import PLANNERS
@@ -79,7 +81,10 @@ def one(name, options):
     plan = plan_of(name, options)
     losses, gradients, parameters = reference(name)
     tolerance = TOLERANCE[name]
-    parallel = apply(double(name), plan, device="cpu", seed=3, loss_fn=gpt_loss if name == "gpt" else None)
+    inputs = {key: value[: plan.micro_batch] for key, value in next(iter(batches(name))).items()}
+    parallel = apply(double(name), plan, device="cpu", seed=3, loss_fn=gpt_loss if name == "gpt" else None, inputs=inputs)
+    if plan.pipeline is None:  # where FSDP has nothing to do there is none
+        assert isinstance(parallel.module, FSDPModule) == needs_fsdp(plan.mesh, plan.workload) == bool(parallel.units())
     opt = optimizer(parallel.parameters())
     found = {}
     for step, batch in enumerate(batches(name)):

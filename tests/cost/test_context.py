@@ -112,8 +112,8 @@ def test_experts_are_not_combined_with_cp_and_tp() -> None:
     graph = autoplan.inspect(autoplan.load_model("examples/moe.py", **CHANGES, size="1B", experts=8, chosen=2))
     wish = 4, {"pp": 1, "dp_replicate": 1}, (1, 2), (1,)
     both = Mesh(cp=2, tp=2)
-    assert both in combined(*wish, Context(llama()), CostModel(llama(), machine(), Workload(global_batch=2)).mixtures)[0]
-    possible, refused = combined(*wish, Context(llama()), CostModel(graph, machine(), Workload(global_batch=2)).mixtures)
+    assert both in combined(*wish, CostModel(llama(), machine(), Workload(global_batch=2)))[0]
+    possible, refused = combined(*wish, CostModel(graph, machine(), Workload(global_batch=2)))
     assert Mesh(dp_shard=2, cp=2) in possible
     assert both not in possible
     assert [(each.mesh, each.reason) for each in refused] == [(both, "experts and cp x tp are not run together yet")]

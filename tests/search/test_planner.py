@@ -70,7 +70,7 @@ def brute_force(tables: Tables, gpus: int, limits: Sequence[float]) -> list[floa
                 whole = tables.priced(mesh, micro_batch, stream)
                 if whole is None:
                     continue
-                for kind, chunks in schedules(mesh, m, graph):
+                for kind, chunks in schedules(mesh, m, costs):
                     priced = tables.split(whole) if kind == "zero-bubble" else whole
                     if priced is None:
                         continue
