@@ -60,11 +60,13 @@ aten = torch.ops.aten
 
 
 class _Mode(FakeTensorMode):
-    """Asks the kernels of common operations themselves what comes out. Torch's own rules, for symbolic sizes, constants and
-    several devices, take ten times as long; what has any of these is left to them."""
+    """Asks the kernels of common operations themselves what comes out, and of pointwise ones not even these. Torch's own rules,
+    for symbolic sizes, constants and several devices, take ten times as long; what has any of these is left to them."""
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _POINTWISE:
+            return self._like_the_first(args) if self._even(args, kwargs) else super().dispatch(func, types, args, kwargs)
         if func not in _COMMON or not all(map(self._plain, args)) or not all(map(self._plain, kwargs.values())):
             return super().dispatch(func, types, args, kwargs)
         if func in _DEVICED:
@@ -72,6 +74,26 @@ class _Mode(FakeTensorMode):
         with in_kernel_invocation_manager(self):
             made = func(*args, **kwargs)
         return FakeTensor(self, made, _CPU)
+
+    def _even(self, args: Any, kwargs: Any) -> bool:
+        """Whether the result is like the first argument: a dense tensor of floats, to which numbers and smaller tensors of the
+        same format are joined."""
+        first, *others = args
+        if kwargs or not (isinstance(first, FakeTensor) and self._plain(first)):
+            return False
+        if not (first.dtype.is_floating_point and first.is_contiguous()):
+            return False
+        for other in others:
+            if isinstance(other, Tensor):
+                fits = self._plain(other) and other.dtype == first.dtype and _fits(other.shape, first.shape)
+                if not fits or (other.shape == first.shape and not other.is_contiguous()):
+                    return False
+            elif type(other) not in (int, float):
+                return False
+        return True
+
+    def _like_the_first(self, args: Any) -> FakeTensor:
+        return FakeTensor(self, torch.empty(args[0].shape, dtype=args[0].dtype, device=_META), _CPU)
 
     def _plain(self, arg: Any) -> bool:
         """Whether an argument is a number, one of this mode's tensors with no known value, or a list of these."""
@@ -82,18 +104,30 @@ class _Mode(FakeTensorMode):
         return not isinstance(arg, Tensor | torch.SymInt | torch.SymFloat) and (not isinstance(arg, torch.device) or arg == _CPU)
 
 
+def _fits(small: torch.Size, large: torch.Size) -> bool:
+    """Whether the smaller shape is broadcast to the larger."""
+    return len(small) <= len(large) and all(s in (1, n) for s, n in zip(reversed(small), reversed(large), strict=False))
+
+
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _DEVICED = frozenset((aten.empty.memory_format, aten.empty_strided.default, aten._to_copy.default))
 _COMMON = _DEVICED | frozenset(
     (
         *(aten.view.default, aten._unsafe_view.default, aten.detach.default, aten.t.default, aten.transpose.int),
         *(aten.slice.Tensor, aten.select.int, aten.expand.default, aten.unsqueeze.default, aten.permute.default),
-        *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar),
-        *(aten.neg.default, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.silu.default, aten.silu_backward.default),
-        *(aten.mm.default, aten.bmm.default, aten.sum.dim_IntList, aten.mean.dim, aten.cat.default),
+        *(aten.as_strided.default, aten.alias.default),
+        *(aten.mm.default, aten.bmm.default, aten.sum.dim_IntList, aten.mean.dim),
     )
 )
 """Operations that make one tensor, most of what Transformers run; and those of them that are told a device."""
+_POINTWISE = frozenset(
+    (
+        *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar),
+        *(aten.neg.default, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.silu.default, aten.silu_backward.default),
+        *(aten.gelu.default, aten.gelu_backward.default, aten.sigmoid.default),
+    )
+)
+"""Operations that make a tensor like the larger one they are given, of the same floats."""
 
 
 def fake_of(tensor: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:

@@ -14,13 +14,14 @@ from torch import nn
 
 from autoplan.apply import ParallelModel, apply
 from autoplan.capture import LoadedModel, capture
+from autoplan.capture.private import fake_mode
 from autoplan.cost.model import CostModel
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
 from autoplan.plan import Plan
 from autoplan.profile.catalog import find_hardware
 from autoplan.units import BYTE, Bytes, show
-from autoplan.verify._torch import FakeStore, FakeTensorMode, forget_meshes, told_devices, unannounced
+from autoplan.verify._torch import FakeStore, forget_meshes, told_devices, unannounced
 from autoplan.verify.compare import DryRun, compare
 from autoplan.verify.counting import Counting
 from autoplan.verify.kernels import as_on_gpus
@@ -64,7 +65,7 @@ def one_rank(plan: Plan, loaded: LoadedModel, rank: int) -> tuple[Traffic, Bytes
     Raises `TooLarge` when it can't be run without and is too large to be run with.
     """
     try:
-        return _step(plan, loaded, rank, FakeTensorMode(allow_non_fake_inputs=True))
+        return _step(plan, loaded, rank, fake_mode())
     except Exception as error:  # fake tensors have no values to branch on; what they raise then is not one kind of error
         if plan.prediction.memory.total > SMALL:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
