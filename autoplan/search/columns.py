@@ -320,8 +320,7 @@ class Tables:
             return Columns.of(())
         blocks = []
         for again, zero in ways:
-            one = step(zero, again)
-            blocks.append(np.stack([np.broadcast_to(cost, found.number) for cost in Costs.of(one)]))
+            blocks.append(Costs.of(step(zero, again)).columns(found.number))
         every = np.concatenate(blocks, axis=1)
         candidates = np.flatnonzero(np.tile(legal, len(ways)))
         kept = candidates[unbeaten(every[:, candidates])]

@@ -56,7 +56,7 @@ class Rough:
             cover = 0.0 if outer else found.slot_seconds
             often, once = (beside(cover, seconds, costs.hardware)[0] for seconds in _sent(every, zero))
             found = found._replace(slot_seconds=found.slot_seconds + often, once_seconds=found.once_seconds + once)
-            blocks.append(np.stack([np.broadcast_to(number, len(sent)) for number in found]))
+            blocks.append(found.columns(len(sent)))
         self._numbers = np.stack(blocks, axis=2)
         """By cost, mesh and way."""
 
