@@ -32,7 +32,7 @@ class Pricer:
 
     def __init__(self, software: dict[str, Software], hardware: dict[str, HardwareProfile] | None = None) -> None:
         self.software, self.hardware = software, hardware or {}
-        self._costs: dict[tuple[Shape, str, str], CostModel] = {}
+        self._costs: dict[tuple[Shape, str, str, bool], CostModel] = {}
         self._arranged: dict[tuple[object, ...], Arranged] = {}
 
     def use(self, source: str, software: Software) -> None:
@@ -72,7 +72,7 @@ class Pricer:
     def _placed(self, run: Run) -> tuple[Arranged, Arrangement]:
         how = run.recompute if run.recompute != "unknown" else self._least_that_fits(run)
         costs = self._cost_model(run)
-        key = (run.shape, run.hardware, run.dtype, run.source, how)
+        key = (run.shape, run.hardware, run.dtype, run.source, how, run.compiled)
         if key not in self._arranged:
             own = self.software.get(framework(run.source), NEUTRAL)
             plain = self._cost_model(run, plain=True) if run.plain else None
@@ -98,10 +98,10 @@ class Pricer:
         """`plain`: of a model whose layers have no experts."""
         experts = run.shape.experts
         shape = run.shape._replace(experts=experts._replace(plain=True)) if plain and experts else run.shape
-        key = (shape, run.hardware, run.dtype)
+        key = (shape, run.hardware, run.dtype, run.compiled)
         if key not in self._costs:
             hardware = self.hardware.get(run.hardware) or find_hardware(run.hardware)
-            load = Workload(global_batch=run.global_batch, compute_dtype=cast(DType, run.dtype))
+            load = Workload(global_batch=run.global_batch, compute_dtype=cast(DType, run.dtype), compile=run.compiled)
             self._costs[key] = CostModel(graph_of(shape), hardware, load)
         return self._costs[key]
 

@@ -116,6 +116,11 @@ class Run:
         return self.shape.experts is not None or sha256(self.group.encode()).digest()[0] % 2 == 1
 
     @property
+    def compiled(self) -> bool:
+        """Where the planner would compile layers, it prices them so (cost.fusion); elsewhere they have their framework's constants."""
+        return self.source == "torchtitan-compile" and self.tp == self.cp == self.ep == 1
+
+    @property
     def configuration(self) -> tuple[object, ...]:
         """What equal runs share: their differences are noise."""
         return (self.source, self.hardware, self.shape, self.layers, self.gpus, self.tp, self.dp, self.pp, self.cp, self.ep,

@@ -124,9 +124,7 @@ def load(model: ParallelModel, path: Path, optimizer: torch.optim.Optimizer | No
 
 def _empty_states(model: ParallelModel, optimizer: torch.optim.Optimizer, metadata: Metadata) -> dict[str, Any]:
     """Give the optimizer the states that the checkpoint has, to be filled. They need not exist before its first step."""
-    found: dict[str, Any] = {}
-    if _GROUPS in metadata.state_dict_metadata:
-        found[_GROUPS] = []
+    found: dict[str, Any] = {_GROUPS: _empty_groups(metadata)}
     names = _names(model)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -139,6 +137,17 @@ def _empty_states(model: ParallelModel, optimizer: torch.optim.Optimizer, metada
                 optimizer.state[parameter][key[len(prefix) :]] = value
                 found[key] = _state(model, names[parameter], value)
     return found
+
+
+def _empty_groups(metadata: Metadata) -> list[dict[str, Any]]:
+    """Places for what the checkpoint has of the optimizer's groups, learning rates and the like: each is an entry of its own."""
+    groups: dict[int, dict[str, Any]] = {}
+    for key, saved in metadata.state_dict_metadata.items():
+        if key.startswith(f"{_GROUPS}."):
+            number, name = key[len(_GROUPS) + 1 :].split(".", 1)
+            place = torch.zeros(saved.size, dtype=saved.properties.dtype) if isinstance(saved, TensorStorageMetadata) else None
+            groups.setdefault(int(number), {})[name] = place
+    return [groups[number] for number in sorted(groups)]
 
 
 def full(model: ParallelModel, name: str, tensor: torch.Tensor | None) -> torch.Tensor:

@@ -44,6 +44,7 @@ def save_and_load(folder, saved_under, others):
     train(parallel, optimizer, first)
     parallel.save(folder / "step", optimizer, step=1)
     train(parallel, optimizer, second)
+    optimizer.param_groups[0]["lr"] = 3e-3  # as a scheduler does
     parallel.save(folder / "step", optimizer, step=2)
     saved = parallel.full_state_dict()
     expected = train(parallel, optimizer, third)
