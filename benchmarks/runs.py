@@ -117,7 +117,7 @@ class Run:
 
     @property
     def compiled(self) -> bool:
-        """Where the planner would compile them, layers are priced so (cost.fusion); elsewhere their framework's constants say it."""
+        """Where the planner would compile them, layers are priced so (cost.fusion); elsewhere the constants say it."""
         return self.source == "torchtitan-compile" and self.tp == self.cp == self.ep == 1
 
     @property
