@@ -27,7 +27,7 @@ from tests.profile.faults import SHORT
 
 ROOT = Path(__file__).parent.parent
 SMALL = "examples/gpt.py?layers=2&hidden=64&heads=4&ffn=256&vocab=256&seq_len=32"
-FEWER = {"--steps": "5", "--top": "2", "--budget": "1s"}
+FEWER = {"--steps": "5", "--top": "2", "--budget": "1s", "--resume": "out/checkpoint-5"}
 RANKS = 2
 
 

@@ -118,8 +118,9 @@ def _answer(plan: Plan) -> str:
     where = "on 1 device" if plan.mesh.size == 1 else f"as {plan.mesh} over {words.plural(plan.mesh.size, 'device')}"
     accumulated = f" x {plan.micro_batches} accumulated" if plan.micro_batches > 1 else ""
     batch = f"{words.plural(plan.micro_batch, 'sample')} a micro-batch{accumulated}"
+    compiled = ", compiled layers" if plan.workload.compile else ""
     return (
-        f"Train {words.clean(plan.model)} {where}, {batch}, {recompute_clause(plan)}: "
+        f"Train {words.clean(plan.model)} {where}, {batch}, {recompute_clause(plan)}{compiled}: "
         f"{words.seconds(plan.prediction.step_time)} a step."
     )
 

@@ -10,7 +10,17 @@ from autoplan.constraints import Constraints
 from autoplan.cost.model import CostModel
 from autoplan.plan import Candidate
 from autoplan.schedule import ScheduleKind
-from autoplan.search.space import divisors, indivisible, legal, meshes, micro_batches, schedules, unscheduled, unstageable
+from autoplan.search.space import (
+    divisors,
+    indivisible,
+    legal,
+    meshes,
+    micro_batches,
+    schedules,
+    uncompiled,
+    unscheduled,
+    unstageable,
+)
 from autoplan.strategy import CP_KINDS, Mesh, Within
 
 
@@ -73,7 +83,7 @@ class Meshes:
         if not found:
             cut = [mesh for mesh in meshes(self.gpus, self.fixed, divisors(self.gpus)) if mesh.cp > 1]
             for mesh, kind in ((mesh, kind) for mesh in cut for kind in CP_KINDS if self.constraints.allows("cp_kind", kind)):
-                if reason := self.costs.context.refusal(mesh.cp, mesh.tp, kind):
+                if reason := uncompiled(mesh, workload) or self.costs.context.refusal(mesh.cp, mesh.tp, kind):
                     yield _illegal(mesh, 1, reason)
 
     def schedules(self, mesh: Mesh, micro_batch: int) -> list[tuple[ScheduleKind, int]]:

@@ -159,7 +159,7 @@ def combined(
     possible: list[Mesh] = []
     refused: dict[str, Candidate] = {}
     for mesh in meshes(gpus, fixed, cps, eps):
-        reason = uncombined(costs.context, costs.mixtures, mesh) or uncompiled(mesh, costs.workload)
+        reason = uncompiled(mesh, costs.workload) or uncombined(costs.context, costs.mixtures, mesh)
         if reason:
             refused.setdefault(reason, Candidate(mesh=mesh, micro_batch=1, status="illegal", reason=reason))
         else:

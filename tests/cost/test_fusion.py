@@ -13,6 +13,7 @@ import autoplan
 from autoplan.cost.fusion import Fusion, fused
 from autoplan.cost.model import CostModel
 from autoplan.graph import Body, Graph
+from autoplan.search.explaining import answer
 from autoplan.search.planner import search
 from autoplan.workload import Workload
 from tests.hardware import machine
@@ -143,3 +144,9 @@ def test_a_compiled_layer_is_priced_from_the_fused_body() -> None:
     assert compiled.given is plain.graph
     body: Body = compiled.graph.bodies[0]
     assert body.total("forward_bytes").at(1) < plain.graph.bodies[0].total("forward_bytes").at(1)
+
+
+def test_wishes_that_compiling_rules_out_are_told() -> None:
+    plan = search(llama(), machine(), Workload(global_batch=16, compile=True), gpus=8)
+    for wishes, told in (({"tp": 2}, "spread over tp"), ({"pp": 2, "schedule": "zero-bubble"}, "compiled layers are whole")):
+        assert told in answer(llama(), machine(), plan, wishes, 1e-4).reason
