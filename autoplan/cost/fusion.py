@@ -78,6 +78,11 @@ class Fusion:
             if root in self.maker and body.ops[self.maker[root]].kind == "pointwise" and all(op.kind == "pointwise" for op in ops)
         )
 
+    @cached_property
+    def kept(self) -> frozenset[int]:
+        """Memories that are."""
+        return frozenset(self.given.values[i].storage for op in self.given.ops for i in op.saved) - self.made_again
+
     def chains(self) -> Iterator[list[int]]:
         """Operations that become one kernel, by their numbers."""
         ops, level, chain = self.given.ops, dict[int, int](), list(range(len(self.given.ops)))
@@ -99,7 +104,7 @@ class Fusion:
         """With the costs of its chains."""
         ops = list(self.given.ops)
         for index, op in enumerate(ops):
-            ops[index] = replace(op, saved=tuple(i for i in op.saved if self.given.values[i].storage not in self.made_again))
+            ops[index] = replace(op, saved=tuple(i for i in op.saved if self.given.values[i].storage in self.kept))
         for members in self.chains():
             chain = _Chain(self, members)
             if not chain.alone:
@@ -136,29 +141,25 @@ class _Chain:
     def _outside(self, i: int) -> list[int]:
         return [reader for reader in self.fusion.readers.get(i, ()) if reader not in self.members]
 
-    def _kept(self) -> dict[int, Value]:
-        """By memory: what its operations need in the backward pass, from memory."""
-        ops, values = self.body.ops, self.body.values
-        roots = {values[i].storage for index in self.working for i in ops[index].saved} - self.fusion.made_again
-        return {root: values[root] for root in roots}
-
     def fused(self, ops: list[Op]) -> Iterator[tuple[int, Op]]:
         """The operations with other costs, these and the products behind them."""
-        yield from self._additions(ops)
-        mine = [ops[index] for index in self.working]
+        mine, added = [ops[index] for index in self.working], list(self._additions(ops))
+        for index, size in added:  # two are read, one is written
+            less = ops[index].backward_bytes + _times(size, -3)
+            ops[index] = replace(ops[index], backward_bytes=less, backward_kernels=ops[index].backward_kernels - 1)
+            yield index, ops[index]
         first, *others = self.working
         for index in others:
             yield index, _priced(ops[index], (Cost(), 0), (Cost(), 0))
         norms = sum(op.kind == "norm" and len(op.inputs) > 1 for op in mine)
         forward = _lesser(_alone(mine, "forward"), (self._forward(), 1))
-        yield first, _priced(ops[first], forward, _lesser(_alone(mine, "backward"), (self._backward(), 1 + norms)))
+        size, kernels = _alone(mine, "backward")
+        alone = sum((_times(each, 3) for _, each in added), size), kernels + len(added)
+        yield first, _priced(ops[first], forward, _lesser(alone, (self._backward(), 1 + norms)))
 
     def _forward(self) -> Cost:
-        written = {value.storage: self._value(value.storage) for value in self.outputs if self._makes(value.storage)}
-        ops, values = self.body.ops, self.body.values
-        kept = {values[i].storage for op in ops for i in op.saved} - self.fusion.made_again
-        written |= {root: self._value(root) for root in kept if self._makes(root)}
-        return _size(self._read(self.inputs)) + _size(written.values())
+        written = {value.storage for value in self.outputs} | {root for root in self.fusion.kept if self._makes(root)}
+        return _size(self._read(self.inputs)) + _size(map(self._value, written))
 
     def _read(self, values: Iterable[Value]) -> list[Value]:
         """Of several views of one memory no more than all of it."""
@@ -180,7 +181,8 @@ class _Chain:
                 leaving[passed] = self._value(passed)
                 # the gradients of its readers behind are added on the way
                 arriving += [value] * any(reader > max(self.members) for reader in self._outside(value.id))
-        return _size(arriving) + _size(self._kept().values()) + _size(self._read(leaving.values()))
+        needed = {self._value(i).storage for index in self.working for i in self.body.ops[index].saved} & self.fusion.kept
+        return _size(arriving) + _size(map(self._value, needed)) + _size(self._read(leaving.values()))
 
     def _gradients(self, i: int) -> int:
         return len(self._outside(i)) + (i in self.fusion.leaves)
@@ -194,15 +196,16 @@ class _Chain:
                 return self._passed(self.fusion.source(op.outputs[0]))
         return i
 
-    def _additions(self, ops: list[Op]) -> Iterator[tuple[int, Op]]:
-        """Products that read what this chain makes add no gradients any more."""
+    def _additions(self, ops: list[Op]) -> Iterator[tuple[int, Cost]]:
+        """(product that reads what this chain makes, size of the gradients that it adds up): it does no more."""
+        left: dict[int, int] = {}
         for value in self.outputs:
-            for reader in [each for each in self._outside(value.id) if value.requires_grad]:
+            for reader in [each for each in self._outside(value.id) if value.requires_grad and ops[each].kind in _PRODUCTS]:
                 op = ops[reader]
-                if op.kind in _PRODUCTS and op.backward_kernels > _PRODUCTS[op.kind] + (len(op.inputs) > 2):
-                    size = _size([value])  # two are read, one is written
-                    less = Cost(op.backward_bytes.per_sample - 3 * size.per_sample, op.backward_bytes.fixed - 3 * size.fixed)
-                    yield reader, replace(op, backward_kernels=op.backward_kernels - 1, backward_bytes=less)
+                additions = left.setdefault(reader, op.backward_kernels - _PRODUCTS[op.kind] - (len(op.inputs) > 2))
+                if additions > 0:
+                    left[reader] -= 1
+                    yield reader, _size([value])
 
 
 Priced = tuple[Cost, int]
@@ -223,6 +226,10 @@ def _priced(op: Op, forward: Priced, backward: Priced) -> Op:
     return replace(
         op, forward_bytes=forward[0], forward_kernels=forward[1], backward_bytes=backward[0], backward_kernels=backward[1]
     )
+
+
+def _times(cost: Cost, number: float) -> Cost:
+    return Cost(cost.per_sample * number, cost.fixed * number)
 
 
 def _size(values: Iterable[Value]) -> Cost:
