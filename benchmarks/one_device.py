@@ -4,7 +4,7 @@
     python -m benchmarks.one_device my.yaml                             Llama-1B, on a GPU
     python -m benchmarks.one_device my.yaml --model 'examples/gpt.py?layers=2&hidden=64&heads=4&vocab=256&seq_len=64'
 
-Without a GPU the second form runs on the CPU. Compiled steps are measured too; the cost model prices eager kernels only.
+Without a GPU the second form runs on the CPU.
 """
 
 from __future__ import annotations
@@ -49,14 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(1)  # as profiled
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     loaded = api.load_model(asked.model)
-    load = workload({}, {"global_batch": asked.batch, "compute_dtype": dtype}, 1)
-    costs = CostModel(api.inspect(loaded, compute_dtype=dtype), profile, load)
+    graph = api.inspect(loaded, compute_dtype=dtype)
     print(f"\n{asked.model} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, {asked.batch} samples a step")
-    for plan in uniform_plans(costs, 1):
-        if plan.micro_batch == asked.micro_batch:
-            for compiled in (False, True) if asked.compile else (False,):
-                steps = measured_steps(plan, loaded, asked.steps, device=device, compiled=compiled)
-                print(line_of(plan, steps, compiled=compiled))
+    for compiled in (False, True) if asked.compile else (False,):
+        load = workload({}, {"global_batch": asked.batch, "compute_dtype": dtype, "compile": compiled}, 1)
+        for plan in uniform_plans(CostModel(graph, profile, load), 1):
+            if plan.micro_batch == asked.micro_batch:
+                print(line_of(plan, measured_steps(plan, loaded, asked.steps, device=device)))
     dist.destroy_process_group()
 
 
@@ -97,11 +96,11 @@ def differences(mine: HardwareProfile) -> list[str]:
     ]
 
 
-def line_of(plan: Plan, steps: MeasuredSteps, *, compiled: bool) -> str:
+def line_of(plan: Plan, steps: MeasuredSteps) -> str:
     """One plan: time and memory, predicted and measured."""
     said, took = plan.prediction.step_time, steps.step_time
     recompute = next(strategy.recompute for _, strategy in plan.layers())
-    text = f"  recompute {recompute}{', compiled' if compiled else ''}: {show(took, SECOND)} measured, "
+    text = f"  recompute {recompute}{', compiled' if plan.workload.compile else ''}: {show(took, SECOND)} measured, "
     text += f"{show(said, SECOND)} predicted ({said / took - 1:+.1%})"
     if steps.device != "cpu" and steps.peak_memory:
         size = plan.prediction.memory.total

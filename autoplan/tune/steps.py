@@ -17,17 +17,13 @@ from autoplan.plan import Plan
 from autoplan.workload import OptimizerName
 
 
-def measured_steps(
-    plan: Plan, loaded: LoadedModel, steps: int, *, warmup: int = 2, device: torch.device, compiled: bool = False
-) -> MeasuredSteps:
+def measured_steps(plan: Plan, loaded: LoadedModel, steps: int, *, warmup: int = 2, device: torch.device) -> MeasuredSteps:
     """Train `warmup + steps` steps of the plan on synthetic inputs; every rank calls this and gets the same.
 
-    `compiled`: by torch.compile, of which the cost model knows nothing. The model is gone afterwards, its process groups stay.
+    The model is gone afterwards, its process groups stay.
     Raises `UsageError` for a plan that can't be applied here.
     """
     parallel = apply(loaded.build, plan, device=device, loss_fn=loaded.loss_fn, inputs=loaded.example_inputs)
-    if compiled:
-        parallel.module.compile()
     optimizer = optimizer_of(plan.workload.optimizer, list(parallel.parameters()))
     timer = Timer("steps.json", warmup=warmup, plan=plan)
     for step in range(warmup + steps):
