@@ -222,9 +222,9 @@ def _case(name: str, ranks: int, profile: HardwareProfile, graph: Graph, plans: 
             )
         )
     failed = {key(plan): found[key(plan)]["error"] for plan in plans if "error" in found.get(key(plan), {})}
-    return Case(
-        name, ranks, tuple(rows), dict(taught.factors), failed, profile.device.name, MODELS[name], tuple(found.get("load", ()))
-    )
+    rounds = min(len(found[key(plan)]["rounds"]) for plan in ran)
+    load = tuple(found.get("load", ()))[:rounds]
+    return Case(name, ranks, tuple(rows), dict(taught.factors), failed, profile.device.name, MODELS[name], load, rounds)
 
 
 def _steps(entry: dict[str, Any], ranks: int) -> MeasuredSteps:

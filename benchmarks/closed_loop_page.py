@@ -19,7 +19,8 @@ Made by `python -m benchmarks.closed_loop` on one machine ({device}; ranks are p
 For each number of ranks the machine was profiled by `autoplan profile`, with as many ranks computing at once as the plans use.
 For each model `autoplan plan` picked a plan with that profile. Then every uniform plan of the space was run for real: all meshes,
 micro-batches, schedules, with and without sequence parallelism, all ZeRO levels, all layers recomputed or none; each several
-times, in rounds over all plans. A plan's time is the median of its rounds.
+steps, in rounds over all plans. A plan's time is the median of its rounds. Where there is one round, plans that are the same work
+(gpipe and 1f1b of one micro-batch) differ by up to a fifth: so much is noise.
 
 - **Picked**: how much slower the plan that `autoplan plan` picked is than the fastest that was run.
 - **Spearman**: rank correlation of predicted and measured times, over all plans.
@@ -63,6 +64,8 @@ class Case:
     model: str
     load: tuple[float, ...] = ()
     """The machine's load average when the rounds began."""
+    rounds: int = 1
+    """That every plan was run in."""
 
     @property
     def picked(self) -> Row | None:
@@ -147,7 +150,7 @@ def _section(case: Case) -> str:
     return f"""
 ## {case.name} on {case.ranks} ranks
 
-`{case.model}`. Load average of the machine when the rounds began: {load}.
+`{case.model}`. Rounds: {case.rounds}. Load average of the machine when they began: {load}.
 Calibration found these terms so many times as long as the profile said: {factors}.
 
 ![predicted against measured]({picture_name(case)})
