@@ -39,6 +39,9 @@ class PlannedTrainer(Trainer):
     def _move_model_to_device(self, model, device) -> None:
         """It is where it has to be."""
 
+    def _sync_replicated_trainable_parameters(self, model) -> None:
+        """There are none that the plan leaves alone; those of other stages are on meta."""
+
     def _loader(self, dataset: Dataset, shuffle: bool) -> DataLoader:
         """Ranks of one data-parallel group read the same samples."""
         at = {"num_replicas": self.parallel.dp_size, "rank": self.parallel.dp_rank}
