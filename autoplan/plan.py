@@ -25,6 +25,11 @@ def needs_fsdp(mesh: Mesh, load: Workload) -> bool:
     return casts or mesh.tp == 1 or mesh.size > mesh.tp
 
 
+def spread_over(mesh: Mesh) -> str:
+    """The first axis over which the tensors of a layer are spread, "" where none is: such layers are not compiled."""
+    return next((axis for axis in ("tp", "cp", "ep") if getattr(mesh, axis) > 1), "")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeBreakdown:
     """Where one step's seconds go, on the slowest stage; the parts add up to the step."""

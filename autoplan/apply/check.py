@@ -9,7 +9,7 @@ from torch import nn
 from autoplan.apply.expert_parallel import dealt
 from autoplan.apply.shards import ParameterShards
 from autoplan.errors import UsageError
-from autoplan.plan import Plan
+from autoplan.plan import Plan, spread_over
 from autoplan.schedule import order
 from autoplan.strategy import REPLICATE, Experts, Layout, Sharding, expert_cut, shard
 
@@ -50,10 +50,10 @@ def check_pipeline(plan: Plan) -> None:
 
 def check_compiled(plan: Plan) -> None:
     """Raise `UsageError` where the plan compiles layers that can't be."""
-    spread = [axis for axis in ("tp", "cp", "ep") if getattr(plan.mesh, axis) > 1]
+    axis = spread_over(plan.mesh)
     split = plan.pipeline is not None and plan.pipeline.schedule == "zero-bubble"
-    if plan.workload.compile and (spread or split):
-        what = f"are spread over {spread[0]}" if spread else "run under zero-bubble"
+    if plan.workload.compile and (axis or split):
+        what = f"are spread over {axis}" if axis else "run under zero-bubble"
         raise UsageError(f"the plan compiles layers that {what}, which is not done.", "Set workload.compile to false.")
 
 

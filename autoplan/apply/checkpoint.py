@@ -124,7 +124,8 @@ def load(model: ParallelModel, path: Path, optimizer: torch.optim.Optimizer | No
 
 def _empty_states(model: ParallelModel, optimizer: torch.optim.Optimizer, metadata: Metadata) -> dict[str, Any]:
     """Give the optimizer the states that the checkpoint has, to be filled. They need not exist before its first step."""
-    found: dict[str, Any] = {_GROUPS: _empty_groups(metadata)}
+    groups = _empty_groups(metadata)
+    found: dict[str, Any] = {_GROUPS: groups} if groups else {}
     names = _names(model)
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -12,7 +12,7 @@ from autoplan.cost.experts import Mixtures
 from autoplan.cost.model import CostModel
 from autoplan.errors import UsageError
 from autoplan.graph import Graph
-from autoplan.plan import Candidate
+from autoplan.plan import Candidate, spread_over
 from autoplan.schedule import ScheduleKind
 from autoplan.strategy import DEGREES, Mesh
 from autoplan.workload import Workload
@@ -147,7 +147,7 @@ def uncombined(context: Context, mixtures: Mixtures, mesh: Mesh) -> str:
 
 def uncompiled(mesh: Mesh, workload: Workload) -> str:
     """Why layers on the mesh can't be compiled; "" when they can, or need not."""
-    axis = next((axis for axis in ("tp", "cp", "ep") if getattr(mesh, axis) > 1), "")
+    axis = spread_over(mesh)
     return f"layers that are spread over {axis} can't be compiled yet" if workload.compile and axis else ""
 
 

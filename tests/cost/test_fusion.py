@@ -10,12 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import autoplan
+from autoplan.apply.check import check_compiled
 from autoplan.cost.fusion import Fusion, fused
 from autoplan.cost.model import CostModel
+from autoplan.errors import UsageError
 from autoplan.graph import Body, Graph
 from autoplan.search.explaining import answer
 from autoplan.search.planner import search
+from autoplan.strategy import Mesh
 from autoplan.workload import Workload
+from tests.apply import plans
 from tests.hardware import machine
 from tests.models import ZOO
 
@@ -150,3 +154,11 @@ def test_wishes_that_compiling_rules_out_are_told() -> None:
     plan = search(llama(), machine(), Workload(global_batch=16, compile=True), gpus=8)
     for wishes, told in (({"tp": 2}, "spread over tp"), ({"pp": 2, "schedule": "zero-bubble"}, "compiled layers are whole")):
         assert told in answer(llama(), machine(), plan, wishes, 1e-4).reason
+
+
+def test_a_plan_by_hand_that_compiles_what_it_cannot_is_refused() -> None:
+    check_compiled(plans.llama(Mesh(dp_shard=2), compile=True))
+    with pytest.raises(UsageError, match="spread over tp"):
+        check_compiled(plans.llama(Mesh(tp=2), compile=True))
+    with pytest.raises(UsageError, match="zero-bubble"):
+        check_compiled(plans.llama(Mesh(pp=2), compile=True, schedule="zero-bubble", micro_batch=1))
