@@ -55,6 +55,8 @@ class Device:
     launch: Seconds
     """Shortest time that one kernel takes, launch included."""
     source: str
+    dispatch: Seconds = field(default=0.0, repr=False)
+    """What the host needs beyond that for one operation on DTensors, which tp and cp compute with."""
 
     def peak_of(self, dtype: str) -> FlopsPerSecond:
         """Nominal matrix FLOP/s in `dtype`. Raises `UsageError` when the profile has none."""
@@ -98,6 +100,8 @@ class HardwareProfile:
     """Fraction (0 to 1) of hidden communication time that slows the computation it hides under."""
     backend: str
     """The torch.distributed backend: nccl or gloo."""
+    jitter: Seconds = field(default=0.0, repr=False)
+    """How differently long ranks need for the same second of work: the standard deviation. It grows as the root of the time."""
     measured: str | None = None
     """Date of the measurement, when there is one."""
     source: str = ""
@@ -110,10 +114,16 @@ class HardwareProfile:
                 return link
         raise UsageError(f"hardware '{self.name}' joins at most {self.links[-1].span} devices, {group} are asked for.")
 
+    @property
+    def computes_on_host(self) -> bool:
+        """Whether the device is the host itself, a CPU, which can't go on while a kernel runs."""
+        return self.backend == "gloo"
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of every number that a plan's prediction depends on: no workload multiplies in float8."""
         device = replace(self.device, peak=tuple(entry for entry in self.device.peak if entry[0] != "float8"))
         slowdowns = [link.slowdown for link in self.links if link.slowdown]
-        numbers = (device, self.links, self.overlap, *slowdowns)
+        optional = [(name, value) for name, value in (("dispatch", device.dispatch), ("jitter", self.jitter)) if value]
+        numbers = (device, self.links, self.overlap, *slowdowns, *optional)
         return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]

@@ -11,10 +11,10 @@ from autoplan.units import Bytes
 TERMS = {
     "products": "matrix products and attention",
     "memory": "kernels that move bytes, the optimizer",
-    "launch": "the shortest time of a kernel",
-    "links": "latency and bandwidth of collectives",
+    "launch": "the shortest time of a kernel, the host's time of DTensors",
+    "links": "latency and bandwidth of collectives, waiting for other ranks",
 }
-_KEYS = {"products": ("matmul", "attention"), "memory": ("memory_efficiency",), "launch": ("launch",)}
+_KEYS = {"products": ("matmul", "attention"), "memory": ("memory_efficiency",), "launch": ("launch", "dispatch")}
 """Keys of the device's sources."""
 
 
@@ -32,12 +32,13 @@ def scaled(profile: HardwareProfile, factors: Mapping[str, float]) -> HardwarePr
         bandwidth=device.bandwidth * wider,
         memory_efficiency=moving,
         launch=device.launch * factors.get("launch", 1.0),
+        dispatch=device.dispatch * factors.get("launch", 1.0),
     )
     joined = []
     for link in profile.links:
         (efficiency,), wider = _slower((link.efficiency,), links)
         joined.append(replace(link, efficiency=efficiency, bandwidth=link.bandwidth * wider, latency=link.latency * links))
-    return replace(profile, device=found, links=tuple(joined))
+    return replace(profile, device=found, links=tuple(joined), jitter=profile.jitter * links)
 
 
 def _slower(curves: Sequence[Curve], factor: float) -> tuple[list[Curve], float]:
@@ -55,7 +56,7 @@ def corrected(profile: HardwareProfile, factors: Mapping[str, float], reserved: 
     note = f"corrected {date} by {runs}"
     told = _sources(device.source)
     for term, keys in _KEYS.items():
-        for key in keys:
+        for key in (key for key in keys if getattr(device, key)):  # a machine need not have a dispatch
             told[key] = f"{told.get(key, told.get('all', ''))}; {note}: {factors[term]:.3g} times as long".removeprefix("; ")
     if reserved:
         told["reserved"] = f"{told.get('reserved', told.get('all', ''))}; {note}".removeprefix("; ")
@@ -64,7 +65,11 @@ def corrected(profile: HardwareProfile, factors: Mapping[str, float], reserved: 
         mine = _sources(link.source)
         mine = {key: f"{text}; {note}: {factors['links']:.3g} times as long" for key, text in mine.items()}
         links.append(replace(link, source=_joined(mine)))
-    return replace(found, device=replace(device, source=_joined(told)), links=tuple(links), measured=date)
+    whole = _sources(found.source)
+    if found.jitter:
+        whole["jitter"] = f"{whole.get('jitter', whole.get('all', ''))}; {note}: {factors['links']:.3g} times as long"
+    device = replace(device, source=_joined(told))
+    return replace(found, device=device, links=tuple(links), measured=date, source=_joined(whole))
 
 
 def _sources(source: str) -> dict[str, str]:

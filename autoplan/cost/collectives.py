@@ -25,12 +25,22 @@ An all_to_all sends each of its n - 1 peers S/n^2 directly: at a level that join
 x = (q - m) S / n^2 over the rank's own link.
 
 For the same group more bytes never take less time and more bandwidth never takes more.
+
+Nobody is through before the last rank has come. Delays of a rank add up like steps of a random walk: after T seconds of the same
+work the standard deviation of when ranks are done is jitter sqrt(T / 1 s). `n` ranks that meet `m` times in `W` seconds of work
+wait, each time after W / m seconds,
+
+    m jitter k(n) sqrt(W / m) = jitter k(n) sqrt(m W)
+
+together (`waiting`), where k(n) is the expected largest of n standard normal numbers (`late`; Blom's approximation, Statistical
+Estimates and Transformed Beta-Variables, 1958).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from math import ceil, log2
+from math import ceil, log2, sqrt
+from statistics import NormalDist
 from typing import Literal
 
 from autoplan.errors import UsageError
@@ -58,6 +68,17 @@ def collective_time(kind: str, bytes: Bytes, group: int, stride: int, hardware: 
     latencies = tuple((i, link.latency * link.slowdown_of(kind), inside, joined) for i, link, inside, joined in links)
     alpha = _alpha(kind, group, latencies)
     return hardware.device.launch + alpha + slowest
+
+
+def waiting(work: Seconds, meetings: int, ranks: int, hardware: HardwareProfile) -> Seconds:
+    """What ranks that meet so often in `work` seconds wait for the last of them, together."""
+    return hardware.jitter * late(ranks) * sqrt(work * meetings)
+
+
+@lru_cache(maxsize=1024)
+def late(ranks: int) -> float:
+    """By how many standard deviations the last of so many ranks comes later than the average one."""
+    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
 
 
 def _sent(kind: str, size: Bytes, group: int, inside: int, joined: int) -> Bytes:

@@ -23,8 +23,8 @@ from functools import cached_property, partial
 from math import ceil, prod
 from typing import NamedTuple
 
-from autoplan.cost.collectives import collective_time
-from autoplan.cost.compute import kernel_time
+from autoplan.cost.collectives import collective_time, waiting
+from autoplan.cost.compute import kernel_time, spread_time
 from autoplan.cost.context import Gather, tokens_dim
 from autoplan.cost.experts import Dealt, whole_rows
 from autoplan.cost.ring import Ring, widened
@@ -95,6 +95,11 @@ class LocalParameter:
         return ceil(self.shape[dim] / shards) * prod(self.shape) // max(self.shape[dim], 1)
 
 
+_MEETINGS = 4
+"""So often the ranks of an axis that shares a layer's work meet in its forward and backward pass: Megatron-LM's two pairs of
+collectives, one around attention and one around the MLP."""
+
+
 class LayerModel:
     """The prices of one body at one tp degree and micro-batch."""
 
@@ -120,6 +125,8 @@ class LayerModel:
         self.tp, self.cp, self.cp_kind, self.hardware, self.dtype = tp, cp, cp_kind, hardware, dtype
         self.gathered = gathered or {}
         """What operations (by index) bring together over cp."""
+        self.spread = (tp > 1 or cp > 1) and hardware.device.dispatch > 0
+        """Whether its DTensors cost time."""
         self.samples = micro_batch / cp
         """Samples' worth of work: a device of a cp group has a part of the sequence of each."""
         self.ep, self.dealt, self.imbalance = ep, tuple(dealt) if ep > 1 else (), imbalance
@@ -130,6 +137,22 @@ class LayerModel:
         """The same where nothing is dealt: it has the prices of what has nothing to do with experts."""
         self._op_costs: dict[tuple[int, tuple[Layout, ...], tuple[Layout, ...]], OpCost] = {}
         self._border_costs: dict[tuple[int, Layout, Layout], tuple[Seconds, Seconds]] = {}
+
+    @cached_property
+    def unevenness(self) -> float:
+        """How many times as long the work takes as on the average rank, because ranks wait for the last one where they meet."""
+        meetings = _MEETINGS * sum((self.tp > 1, self.cp > 1, bool(self.dealt)))
+        if not meetings or not self.hardware.jitter:
+            return 1.0
+        work = 0.0
+        for op in self.body.ops:
+            forward = op.forward_flops, op.forward_bytes, op.forward_kernels, 1
+            backward = op.backward_flops, op.backward_bytes, op.backward_kernels, 2
+            for flops, moved, kernels, products in (forward, backward):
+                share, part = flops.at(self.samples) / self.tp, moved.at(self.samples) / self.tp
+                work += self._seconds(op, share, part, kernels, products)
+        ranks = max(self.tp * self.cp, self.ep if self.dealt else 1)
+        return 1.0 + (waiting(work, meetings, ranks, self.hardware) / work if work else 0.0)
 
     @cached_property
     def outer(self) -> bool:
@@ -221,12 +244,12 @@ class LayerModel:
         ring = self.ring(op, outcome)
         rounds = ring.cp if ring else 1
 
-        def seconds(flops: float, moved: float, kernels: int) -> Seconds:
-            moved = moved * fraction * rounds
-            return kernel_time(op.kind, flops / share, moved, kernels * rounds, self.dtype, self.hardware.device)
+        def seconds(flops: float, moved: float, kernels: int, products: int) -> Seconds:
+            alone = self._seconds(op, flops / share, moved * fraction * rounds, kernels * rounds, products)
+            return alone * self.unevenness
 
-        forward = seconds(op.forward_flops.at(batch), op.forward_bytes.at(batch), op.forward_kernels)
-        backward = seconds(op.backward_flops.at(batch), op.backward_bytes.at(batch), op.backward_kernels)
+        forward = seconds(op.forward_flops.at(batch), op.forward_bytes.at(batch), op.forward_kernels, 1)
+        backward = seconds(op.backward_flops.at(batch), op.backward_bytes.at(batch), op.backward_kernels, 2)
         tp_forward = 0.0
         if op.kind == "cross_entropy" and outcome.sharded:
             rows = self.body.values[op.inputs[0]].shape[0] * batch
@@ -246,6 +269,11 @@ class LayerModel:
             op.saved_extra.at(batch) / share * (2 if op.causal else 1) + self.copied(index, outcome),
             max(self._temporary(op, outcome), dealing.held, ring.held if ring else 0.0),
         )
+
+    def _seconds(self, op: Op, flops: float, moved: Bytes, kernels: int, products: int) -> Seconds:
+        """What is computed of an operation on one device, one direction of it."""
+        kernel = kernel_time(op.kind, flops, moved, kernels, self.dtype, self.hardware.device)
+        return spread_time(kernel, op.kind, kernels, products, self.hardware) if self.spread else kernel
 
     def copied(self, index: int, outcome: Outcome) -> Bytes:
         """What cp has kept for the backward pass beyond a part of every tensor: copies of inputs, of heads of keys and values

@@ -135,6 +135,7 @@ class _Device(_Table):
     attention: _FlopCurve
     memory_efficiency: _ByteCurve
     launch: _Time
+    dispatch: _Time = 0.0
     source: _Sources
 
     @model_validator(mode="after")
@@ -166,6 +167,7 @@ class _Profile(_Table):
     backend: Literal["nccl", "gloo"]
     measured: Annotated[str, BeforeValidator(_date)] | None = None
     overlap: _Fraction
+    jitter: _Time = 0.0
     device: _Device
     links: list[_Link] = Field(min_length=1)
     source: _Sources
@@ -188,7 +190,7 @@ def _require_sources(table: _Device | _Link | _Profile) -> None:
     unknown = [key for key in table.source if key not in (*numbers, "all")]
     if unknown:
         raise _wrong(f"source names no number: {', '.join(unknown)}")
-    left_out = {"all_reduce_gain": 1.0, "slowdown": ()}
+    left_out = {"all_reduce_gain": 1.0, "slowdown": (), "dispatch": 0.0, "jitter": 0.0}
     needed = [key for key in numbers if key not in left_out or getattr(table, key) != left_out[key]]
     missing = [] if "all" in table.source else [key for key in needed if key not in table.source]
     if missing:
@@ -220,6 +222,7 @@ def load_hardware(path: Path) -> HardwareProfile:
         backend=file.backend,
         measured=file.measured,
         overlap=file.overlap,
+        jitter=file.jitter,
         device=device,
         links=links,
         source=_join(file.source),
@@ -258,7 +261,10 @@ def dump_hardware(profile: HardwareProfile) -> str:
     lines = [f"name: {_scalar(profile.name)}", f"backend: {profile.backend}"]
     if profile.measured:
         lines.append(f"measured: {profile.measured}")
-    lines += [f"overlap: {profile.overlap!r}", *_dump_sources(profile.source, "", _Profile), "", "device:"]
+    lines.append(f"overlap: {profile.overlap!r}")
+    if profile.jitter:
+        lines.append(f"jitter: {exact(profile.jitter, SECOND)}")
+    lines += [*_dump_sources(profile.source, "", _Profile), "", "device:"]
     lines += [
         f"  name: {_scalar(device.name)}",
         f"  memory: {exact(device.memory, BYTE)}",
@@ -270,6 +276,7 @@ def dump_hardware(profile: HardwareProfile) -> str:
         f"  attention: {_dump_curve(device.attention, FLOP)}",
         f"  memory_efficiency: {_dump_curve(device.memory_efficiency, BYTE)}",
         f"  launch: {exact(device.launch, SECOND)}",
+        *([f"  dispatch: {exact(device.dispatch, SECOND)}"] if device.dispatch else []),
         *_dump_sources(device.source, "  ", _Device),
         "",
         "links:",

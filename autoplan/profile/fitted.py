@@ -4,17 +4,18 @@ Rates have no data sheet here, so the nominal rate is the best one seen and the 
 
 A collective of `n` ranks in one domain takes `launch + s (r (n - 1) latency + x / (bandwidth e(x)))` (cost.collectives; r = 2 for
 all_reduce). For every latency that no message contradicts there is a best curve; the pair with the least error is taken. The
-slowdown `s` of a kind is the median of how far it is from that; both are repeated until they fit each other.
+slowdown `s` of a kind is the median of how far it is from that; both are repeated until they fit each other. Messages are timed
+one after another, so that nobody waits; a small one after products takes longer by what cost.collectives says of waiting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil, log2
+from math import ceil, log2, sqrt
 from statistics import median
 
-from autoplan.cost.collectives import collective_time
+from autoplan.cost.collectives import collective_time, late, waiting
 from autoplan.cost.compute import kernel_time, memory_time
 from autoplan.errors import UsageError
 from autoplan.hardware import Curve, Device, HardwareProfile, Link
@@ -59,21 +60,23 @@ def fitted(
     """
     device = _device(found, machine)
     links, overlap, overlap_source = _links(found, machine, device.launch), _overlap(found), _here(machine)
+    jitter, said = _jitter(found, device), f"overlap: {overlap_source}: an all_reduce beside matrix products, and both alone"
     if not links:
         if borrowed is None:
             raise UsageError("one device alone has no links to measure.", "Say whose they are: --links h100-sxm-8x.")
-        links, overlap = borrowed.links, borrowed.overlap
-        overlap_source = f"as in {borrowed.name}: one device alone has nothing to overlap with"
+        links, overlap, jitter = borrowed.links, borrowed.overlap, borrowed.jitter
+        said = f"all: as in {borrowed.name}: one device alone has nothing to overlap with"
+    elif jitter:
+        said += f"\njitter: {overlap_source}: the smallest all_reduce, after products and alone"
     return HardwareProfile(
         name=name,
         device=device,
         links=links,
         overlap=rounded(overlap),
+        jitter=rounded(jitter),
         backend=machine.backend,
         measured=date,
-        source=f"overlap: {overlap_source}: an all_reduce beside matrix products, and both alone"
-        if borrowed is None or links is not borrowed.links
-        else f"overlap: {overlap_source}",
+        source=said,
     )
 
 
@@ -82,6 +85,8 @@ def predicted(operation: Operation, profile: HardwareProfile) -> Seconds | None:
     device, kind = profile.device, operation.kind
     if kind == "launch":
         return device.launch * operation.shape[0]
+    if kind == "dispatch":
+        return (device.launch + device.dispatch) * operation.shape[0]
     if kind == "matmul":
         return kernel_time("linear", operation.size, 0.0, 1, operation.dtype, device)
     if kind in ("attention", "attention_backward"):
@@ -90,6 +95,9 @@ def predicted(operation: Operation, profile: HardwareProfile) -> Seconds | None:
         return kernel_time("pointwise", 0.0, operation.size, 1, operation.dtype, device)
     if kind == "optimizer":
         return memory_time(operation.size, device)
+    if kind == "arrival":
+        alone = collective_time("all_reduce", operation.size, operation.group, operation.stride, profile)
+        return alone + waiting(_before(operation, profile.device), 1, operation.group, profile)
     if kind in COLLECTIVES:
         return collective_time(kind, operation.size, operation.group, operation.stride, profile)
     return None
@@ -125,8 +133,8 @@ def _here(machine: Machine) -> str:
 
 
 def _device(found: Sequence[Measurement], machine: Machine) -> Device:
-    first = _one(found, "launch")
-    launch = rounded(first.seconds / first.operation.shape[0])
+    launch, dispatched = (rounded(m.seconds / m.operation.shape[0]) for m in (_one(found, "launch"), _one(found, "dispatch")))
+    dispatch = rounded(max(0.0, dispatched - launch))
     products = [m for m in found if m.operation.kind == "matmul"]
     attention = [m for m in found if m.operation.kind in ("attention", "attention_backward")]
     moved = [m for m in found if m.operation.kind in MOVERS]
@@ -152,6 +160,7 @@ def _device(found: Sequence[Measurement], machine: Machine) -> Device:
         attention=_curve(attention, peaks[main], launch),
         memory_efficiency=_curve(moved, bandwidth, launch, growing=False),
         launch=launch,
+        dispatch=dispatch,
         source="\n".join(
             (
                 f"memory: {machine.memory_source}",
@@ -162,6 +171,7 @@ def _device(found: Sequence[Measurement], machine: Machine) -> Device:
                 f"attention: {here}: causal attention forward and backward, {main}, {sizes}",
                 f"memory_efficiency: {here}: adding, gelu, layer norm, softmax, sums, together",
                 f"launch: {here}: forward and backward of a chain of products with one element, a kernel's share",
+                f"dispatch: {here}: how much longer the same takes with a DTensor",
             )
         ),
     )
@@ -277,6 +287,23 @@ def _ring(found: Sequence[Message]) -> tuple[Seconds, float, Curve]:
     near = (least[1] + most * (2 * i / _GRID - 1) / _GRID for i in range(_GRID + 1))
     least = min([least, *(tried(min(max(latency, 0.0), most)) for latency in near)], key=lambda each: each[0])
     return least[1:]
+
+
+def _before(arrival: Operation, device: Device) -> Seconds:
+    """How long the products take that run before it."""
+    times, n = arrival.shape
+    return times * kernel_time("linear", 2.0 * n**3, 0.0, 1, arrival.dtype, device)
+
+
+def _jitter(found: Sequence[Measurement], device: Device) -> Seconds:
+    """The standard deviation after a second, of which the mean wait of every group of ranks tells."""
+    alone = {(m.operation.group, m.operation.stride, m.operation.size): m for m in found if m.operation.kind == "all_reduce"}
+    after = [m for m in found if m.operation.kind == "arrival"]
+    deviations = []
+    for m in after:
+        wait = m.seconds - alone[m.operation.group, m.operation.stride, m.operation.size].seconds
+        deviations.append(wait / late(m.operation.group) / sqrt(_before(m.operation, device)))
+    return max(0.0, median(deviations)) if deviations else 0.0
 
 
 def _overlap(found: Sequence[Measurement]) -> float:

@@ -7,6 +7,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 
 from autoplan.errors import UsageError
 from autoplan.measurement import Operation
@@ -20,7 +22,7 @@ def kernel(operation: Operation, device: torch.device) -> Work:
     dtype: torch.dtype = getattr(torch, operation.dtype)
     kind = operation.kind
     if kind == "launch":
-        return _chain(operation, device)
+        return _chain(operation, torch.ones(1, device=device, requires_grad=True))
     if kind == "matmul":
         return _product(operation, dtype, device)
     if kind in ("attention", "attention_backward"):
@@ -46,9 +48,14 @@ def products(operation: Operation, device: torch.device) -> Work:
     return work
 
 
-def _chain(operation: Operation, device: torch.device) -> Work:
+def dispatches(operation: Operation, mesh: DeviceMesh) -> Work:
+    """The same kernels as those of "launch", of DTensors."""
+    one = DTensor.from_local(torch.ones(1, device=mesh.device_type), mesh, [Replicate()], run_check=False)
+    return _chain(operation, one.requires_grad_())
+
+
+def _chain(operation: Operation, one: torch.Tensor) -> Work:
     """Kernels of one element, half of them forward and half backward: their time is that of launching, autograd's included."""
-    one = torch.ones(1, device=device, requires_grad=True)
     links = operation.shape[0] // 2
 
     def work() -> None:

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# `torch.distributed` has it, but does not export it to type checkers.
+from torch._C._distributed_c10d import HashStore
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from autoplan.errors import AutoplanError, UsageError
@@ -81,10 +84,12 @@ def _leave() -> None:
 
 
 def join(device: torch.device) -> None:
-    """Join the process group of all ranks that were started."""
+    """Join the process group of all ranks that were started, or make one of this process alone."""
     store = os.environ.get("AUTOPLAN_STORE")
     where: dict[str, Any] = {}
-    if store:
+    if "WORLD_SIZE" not in os.environ:
+        where = {"store": HashStore(), "rank": 0, "world_size": 1}
+    elif store:
         where = {"init_method": f"file://{store}", "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **where)
 
@@ -96,7 +101,7 @@ def joined(device: torch.device, hint: str | None = None) -> Iterator[None]:
     Raises `UsageError`, with the `hint`, when another rank is gone.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    mine = ranks > 1 and not dist.is_initialized()
+    mine = not dist.is_initialized()
     if mine:
         join(device)
     try:

@@ -23,7 +23,7 @@ BACKWARD = 2.5
 """FLOPs of attention's backward pass over those of its forward pass: five products instead of two."""
 
 LAUNCHES = 20
-"""Kernels of one element, of which the mean is the time of launching one."""
+"""Kernels of one element, of which the mean is the time of launching one: of plain tensors, and of DTensors."""
 
 _SQUARE = {False: (64, 128, 256, 512, 1024), True: (256, 512, 1024, 2048, 4096, 8192)}
 _LENGTHS = {False: (128, 256, 512, 1024), True: (512, 1024, 2048, 4096, 8192)}
@@ -40,6 +40,8 @@ _TOGETHER = {False: (512, 4 * MIB), True: (4096, 64 * MIB)}
 """Size of the products and bytes of the all_reduce that run at the same time."""
 _TIMES = 4
 """So many products."""
+_BEFORE = 8
+"""Products before a collective: about as long as a Transformer's layers compute between two of them."""
 
 
 def suite(machine: Machine, dtypes: Sequence[str]) -> list[Operation]:
@@ -48,7 +50,8 @@ def suite(machine: Machine, dtypes: Sequence[str]) -> list[Operation]:
     `dtypes`: the first is the one that curves are measured in, of the others the peak.
     """
     device = [*_products(machine, dtypes), *_attention(machine, dtypes[0]), *_moving(machine, dtypes[0])]
-    return [Operation("launch", 4.0, "float32", (LAUNCHES,)), *device, *_collectives(machine), *_together(machine, dtypes[0])]
+    calls = [Operation(kind, 4.0, "float32", (LAUNCHES,)) for kind in ("launch", "dispatch")]
+    return [*calls, *device, *_collectives(machine), *_arrivals(machine, dtypes[0]), *_together(machine, dtypes[0])]
 
 
 def _products(machine: Machine, dtypes: Sequence[str]) -> Iterator[Operation]:
@@ -108,6 +111,13 @@ def _collectives(machine: Machine) -> Iterator[Operation]:
         if group == 2 or (group, stride) == groups(machine)[0] or stride > 1:
             for size in _MESSAGES[machine.accelerator]:
                 yield Operation("send_recv", float(size), "float32", (), "", group, stride)
+
+
+def _arrivals(machine: Machine, dtype: str) -> Iterator[Operation]:
+    """The smallest all_reduce, each after some products: what it takes longer than one after another is waiting for the last."""
+    n, _ = _TOGETHER[machine.accelerator]
+    for group, stride in groups(machine):
+        yield Operation("arrival", float(_MESSAGES[machine.accelerator][0]), dtype, (_BEFORE, n), "", group, stride)
 
 
 def _together(machine: Machine, dtype: str) -> Iterator[Operation]:

@@ -19,11 +19,12 @@ from math import ceil
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from autoplan.measurement import COLLECTIVES, Operation
 from autoplan.profile.bench import Machine
 from autoplan.profile.detect import clocks, processor
-from autoplan.profile.kernels import Work, kernel, products
+from autoplan.profile.kernels import Work, dispatches, kernel, products
 from autoplan.profile.session import FEWEST
 from autoplan.units import Seconds
 
@@ -32,6 +33,8 @@ BLOCK: Seconds = 20e-3
 """About as long is one timed block."""
 MOST = 40
 """Blocks of one operation."""
+ARRIVALS = 10
+"""Collectives of a block, when there are products between them."""
 
 
 class TorchBench:
@@ -88,21 +91,24 @@ class TorchBench:
         work = self._work(operation)
         if work is None:  # a rank that no group of this shape has
             work = _nothing
+        before = products(operation, self.device) if operation.kind == "arrival" else None
         for _ in range(2):
             self._meet()
-            self._block(work, 1)
-        once = self._largest([self._block(work, 1)])[0]
-        repeats = max(1, ceil(min(BLOCK, seconds / FEWEST) / once))
+            self._block(work, 1, before)
+        once = self._largest([self._block(work, 1, before)])[0]
+        repeats = max(1, ceil(min(BLOCK, seconds / FEWEST) / once)) if before is None else ARRIVALS
         found: list[Seconds] = []
         end = self.clock() + seconds
         while len(found) < FEWEST or (len(found) < MOST and self.clock() < end):
             for _ in range(FEWEST):
                 self._meet()
-                found.append(self._block(work, repeats))
-        return self._largest(found) if operation.group > 1 else self._mean(found)
+                found.append(self._block(work, repeats, before))
+        return self._largest(found) if operation.kind in COLLECTIVES else self._mean(found)
 
-    def _block(self, work: Work, repeats: int) -> Seconds:
-        """Seconds of one repetition."""
+    def _block(self, work: Work, repeats: int, before: Work | None = None) -> Seconds:
+        """Seconds of one repetition; what runs `before` each is not counted."""
+        if before is not None:
+            return sum(self._after(before, work) for _ in range(repeats)) / repeats
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -116,9 +122,17 @@ class TorchBench:
             work()
         return (time.perf_counter() - started) / repeats
 
+    def _after(self, before: Work, work: Work) -> Seconds:
+        before()
+        return self._block(work, 1)
+
     def _work(self, operation: Operation) -> Work | None:
         if operation.kind in COLLECTIVES:
             return self._collective(operation)
+        if operation.kind == "arrival":
+            return self._collective(replace(operation, kind="all_reduce"))
+        if operation.kind == "dispatch":
+            return self._dispatches(operation)
         if operation.kind in ("products", "reduction", "together"):
             return self._together(operation)
         return kernel(operation, self.device)
@@ -149,6 +163,11 @@ class TorchBench:
         if at + 1 < size:
             return partial(dist.send, message, dst=dist.get_global_rank(group, at + 1), group=group)
         return _nothing
+
+    def _dispatches(self, operation: Operation) -> Work:
+        world = dist.group.WORLD
+        assert world is not None
+        return dispatches(operation, DeviceMesh.from_group(world, self.device.type))
 
     def _together(self, operation: Operation) -> Work:
         compute = products(operation, self.device)

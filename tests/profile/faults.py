@@ -12,7 +12,7 @@ from autoplan.profile import measure
 from autoplan.profile.torch_bench import TorchBench
 
 SHORT = [
-    Operation("launch", 4.0, "float32", (20,)),
+    *(Operation(kind, 4.0, "float32", (20,)) for kind in ("launch", "dispatch")),
     *(Operation("matmul", 2.0 * n**3, "float32", (n, n, n), layout) for n, layout in ((64, "nn"), (128, "nt"), (160, "tn"))),
     Operation("attention", 4.0 * 2 * 64 * 64**2 / 2, "float32", (2, 64, 64)),
     Operation("attention_backward", 10.0 * 2 * 64 * 64**2 / 2, "float32", (2, 64, 64)),
@@ -22,6 +22,7 @@ SHORT = [
         for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
         for size in (4096.0, 65536.0)
     ),
+    Operation("arrival", 4096.0, "float32", (2, 64), "", 2),
     *(Operation(kind, 65536.0, "float32", (2, 64), "", 2) for kind in ("products", "reduction", "together")),
 ]  # fmt: skip
 

@@ -24,6 +24,7 @@ DEVICE = Device(
     memory_efficiency=Curve(((MIB, 0.5), (64 * MIB, 0.85), (1024 * MIB, 0.93))),
     launch=5e-6,
     source="all: simulated",
+    dispatch=60e-6,
 )
 
 
@@ -46,7 +47,9 @@ def truth(hosts: int) -> HardwareProfile:
         source="all: simulated",
     )
     links = (inner, outer) if hosts > 1 else (inner,)
-    return HardwareProfile(name="simulated", device=DEVICE, links=links, overlap=0.3, backend="nccl", source="overlap: simulated")
+    return HardwareProfile(
+        name="simulated", device=DEVICE, links=links, overlap=0.3, jitter=30e-6, backend="nccl", source="all: simulated"
+    )
 
 
 @dataclass
