@@ -102,6 +102,9 @@ class HardwareProfile:
     """The torch.distributed backend: nccl or gloo."""
     jitter: Seconds = field(default=0.0, repr=False)
     """How differently long ranks need for the same second of work: the standard deviation. It grows as the root of the time."""
+    sharing: float = field(default=1.0, repr=False)
+    """Ranks that share one device, as more ranks than cores do: kernels are as slow as when all of them compute, and while some
+    wait for their turn in a pipeline the others are so many times as fast."""
     measured: str | None = None
     """Date of the measurement, when there is one."""
     source: str = ""
@@ -124,6 +127,6 @@ class HardwareProfile:
         """A hash of every number that a plan's prediction depends on: no workload multiplies in float8."""
         device = replace(self.device, peak=tuple(entry for entry in self.device.peak if entry[0] != "float8"))
         slowdowns = [link.slowdown for link in self.links if link.slowdown]
-        optional = [(name, value) for name, value in (("dispatch", device.dispatch), ("jitter", self.jitter)) if value]
-        numbers = (device, self.links, self.overlap, *slowdowns, *optional)
+        optional = {"dispatch": device.dispatch, "jitter": self.jitter, "sharing": self.sharing - 1.0}
+        numbers = (device, self.links, self.overlap, *slowdowns, *((name, value) for name, value in optional.items() if value))
         return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]

@@ -210,11 +210,11 @@ def _case(name: str, ranks: int, profile: HardwareProfile, graph: Graph, plans: 
     costs = {
         which: CostModel(graph, hardware, plans[0].workload) for which, hardware in (("said", profile), ("now", taught.profile))
     }
-    for i, plan in enumerate(ran):
+    for plan in ran:
         rows.append(
             Row(
                 plan=key(plan),
-                picked=i == 0,
+                picked=plan is plans[0],
                 taught=key(plan) in teachers,
                 predicted=_seconds(costs["said"].predict_plan(plan)),
                 calibrated=_seconds(costs["now"].predict_plan(plan)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autoplan.hardware import Curve, Device, HardwareProfile, Link
 
 FLAT = Curve(((1.0, 0.5),))
@@ -25,3 +27,8 @@ def machine(memory: float = 80e9, bandwidth: float = 300e9, network: float = 25e
         Link(name="slow", span=0, bandwidth=network, latency=10e-6, efficiency=Curve(((1.0, 0.8),)), source="round numbers"),
     )
     return HardwareProfile(name="test-8x", device=device, links=links, overlap=0.1, backend="nccl")
+
+
+def uneven(profile: HardwareProfile) -> HardwareProfile:
+    """The same on the host itself, where DTensors take time, ranks wait for each other, and are more than cores."""
+    return replace(profile, backend="gloo", jitter=1e-3, sharing=1.5, device=replace(profile.device, dispatch=2e-5))

@@ -16,13 +16,14 @@ a maximum. An optimizer step reads parameter, gradient and `s` states and writes
 (`optimizer_time`: a fused kernel; the unfused default of PyTorch moves up to three times as much.)
 
 Where tensors are DTensors (tp, cp) the host finds out for every call what each rank has to do. A call is a kernel or a view, and
-a product views its two operands and its result as matrices, so an operation with `p` products makes max(k, 1) + 3 p calls and
+a product views its two operands and its result as matrices, so an operation with `p` products makes max(k, 1) + 3 p calls, for
+each axis (of both, one is taken after the other: `apply.two_axes`), and
 
     time  = max(moved, multiplied, k launch + calls dispatch)       where the host runs ahead of its device
     time  = max(moved, multiplied, k launch) + calls dispatch       where it is the device
 
 (`spread_time`. Counted on torch 2.13: 344 calls of a forward and backward pass for 365 by this rule in a GPT, 823 for 640 in a
-Llama, whose norms are several operations there.)
+Llama, whose norms are several operations there. Under cp fewer are of DTensors, but more of what goes into them and comes out.)
 
 Every curve of a profile obeys `e(x) / x` falling (`files.hardware` refuses others), so more FLOPs or bytes never take
 less time, and an operation cut into n pieces never takes longer than the whole.
@@ -56,10 +57,11 @@ def kernel_time(kind: str, flops: Flops, bytes: Bytes, kernels: int, dtype: str,
     return seconds
 
 
-def spread_time(kernel: Seconds, kind: str, kernels: int, products: int, hardware: HardwareProfile) -> Seconds:
-    """Of an operation on DTensors that takes `kernel` seconds on plain tensors; `products`: 1 forward, 2 backward."""
+def spread_time(kernel: Seconds, kind: str, kernels: int, products: int, axes: int, hardware: HardwareProfile) -> Seconds:
+    """Of an operation on DTensors over so many axes, which takes `kernel` seconds on plain tensors; `products`: 1 forward, 2
+    backward."""
     device = hardware.device
-    host = device.dispatch * (max(kernels, 1) + (3 * products if kind in ("linear", "matmul") else 0))
+    host = axes * device.dispatch * (max(kernels, 1) + (3 * products if kind in ("linear", "matmul") else 0))
     return kernel + host if hardware.computes_on_host else max(kernel, device.launch * kernels + host)
 
 

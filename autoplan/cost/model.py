@@ -2,7 +2,8 @@
 
 Stage `s` of `p` holds layers `l` with their shares of a step (cost.step: `t_l` seconds of every micro-batch, `d_l` once) and
 its part of the outer body (cost.outer). With `m` micro-batches and `v` chunks of layers a rank, a step has `M = m + (p - 1) q`
-slots (`schedule.slots`; `q` is 1/v, under zero-bubble `CostModel.share`), and
+slots (`schedule.slots`; `q` is 1/v, under zero-bubble another share of a micro-batch, and less of it where ranks share a device:
+`CostModel.share`), and
 
     u_s  = sum_l t_l + d_l / M
     step = (m - q) max_s u_s + q sum_s u_s + hops h          h: passing one micro-batch's activations on (`CostModel.hop`)
@@ -182,10 +183,10 @@ class CostModel:
         """What another stage adds to a step, of its own seconds for a micro-batch (`schedule.slots`): under zero-bubble that of
         the layer of which it is most. `again`: layers may be recomputed."""
         if schedule != "zero-bubble":
-            return 1 / chunks
+            return 1 / chunks / self.hardware.sharing
         full = self.micro_batches(mesh, micro_batch) >= mesh.pp
         again_too = [(f, i + (f if again else 0.0), w) for f, i, w in self._in_thirds(mesh, micro_batch)]
-        return max((filling(*each, full) for each in again_too), default=1.0)
+        return max((filling(*each, full) for each in again_too), default=1.0) / self.hardware.sharing
 
     def hops(self, schedule: ScheduleKind, chunks: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Seconds:
         """What passing activations and gradients on adds to a step (`schedule.exposed_hops`)."""
@@ -315,7 +316,7 @@ class CostModel:
             tokens_per_second=self.graph.tokens * batch / total,
             hop=hop,
             stages=stage_predictions(ranks, memories, chunks) if piped else (),
-            scheduled=scheduled(cut.schedule, ranks, m, hop, chunks) if piped else None,
+            scheduled=scheduled(cut.schedule, ranks, m, hop, chunks, self.hardware.sharing) if piped else None,
             mfu=flops / (total * mesh.size * device.peak_of(self.workload.compute_dtype)),
         )
 

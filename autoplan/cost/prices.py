@@ -125,8 +125,8 @@ class LayerModel:
         self.tp, self.cp, self.cp_kind, self.hardware, self.dtype = tp, cp, cp_kind, hardware, dtype
         self.gathered = gathered or {}
         """What operations (by index) bring together over cp."""
-        self.spread = (tp > 1 or cp > 1) and hardware.device.dispatch > 0
-        """Whether its DTensors cost time."""
+        self.spread = (tp > 1) + (cp > 1) if hardware.device.dispatch else 0
+        """The axes of its DTensors, if these cost time."""
         self.samples = micro_batch / cp
         """Samples' worth of work: a device of a cp group has a part of the sequence of each."""
         self.ep, self.dealt, self.imbalance = ep, tuple(dealt) if ep > 1 else (), imbalance
@@ -273,7 +273,7 @@ class LayerModel:
     def _seconds(self, op: Op, flops: float, moved: Bytes, kernels: int, products: int) -> Seconds:
         """What is computed of an operation on one device, one direction of it."""
         kernel = kernel_time(op.kind, flops, moved, kernels, self.dtype, self.hardware.device)
-        return spread_time(kernel, op.kind, kernels, products, self.hardware) if self.spread else kernel
+        return spread_time(kernel, op.kind, kernels, products, self.spread, self.hardware) if self.spread else kernel
 
     def copied(self, index: int, outcome: Outcome) -> Bytes:
         """What cp has kept for the backward pass beyond a part of every tensor: copies of inputs, of heads of keys and values

@@ -125,14 +125,19 @@ def stage_predictions(ranks: Sequence[Rank], memories: Sequence[MemoryBreakdown]
     )
 
 
-def scheduled(schedule: ScheduleKind, ranks: Sequence[Rank], micro_batches: int, hop: Seconds, chunks: int) -> Seconds:
-    """The step on the schedule's exact timeline; what happens once a step comes after it, on the rank where it takes longest."""
+def scheduled(
+    schedule: ScheduleKind, ranks: Sequence[Rank], micro_batches: int, hop: Seconds, chunks: int, sharing: float = 1.0
+) -> Seconds:
+    """The step on the schedule's exact timeline; what happens once a step comes after it, on the rank where it takes longest.
+    What the busiest rank waits passes `sharing` times as fast."""
     times = [chunk_seconds(rank, chunks) for rank in ranks]
     forward, backward = (tuple(t[way][c] for c in range(chunks) for t in times) for way in (0, 1))
     late = [late_seconds(rank, chunks) or (0.0,) * chunks for rank in ranks]
     weights = tuple(each[c] for c in range(chunks) for each in late)
     once = max(sum(held.step.once_seconds * held.number for held in rank) for rank in ranks)
-    return pipeline_seconds(schedule, forward, backward, micro_batches, hop, chunks, weights) + once
+    whole = pipeline_seconds(schedule, forward, backward, micro_batches, hop, chunks, weights)
+    busy = micro_batches * max(sum(f) + sum(b) for f, b in times)
+    return busy + (whole - busy) / sharing + once
 
 
 def _weighted(parts: Iterable[tuple[Iterable[tuple[str, float]], float]]) -> dict[str, float]:

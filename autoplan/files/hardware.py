@@ -168,6 +168,7 @@ class _Profile(_Table):
     measured: Annotated[str, BeforeValidator(_date)] | None = None
     overlap: _Fraction
     jitter: _Time = 0.0
+    sharing: Annotated[float, BeforeValidator(_quantity(_NUMBER, 1.0, 1000.0, above=False))] = 1.0
     device: _Device
     links: list[_Link] = Field(min_length=1)
     source: _Sources
@@ -190,7 +191,7 @@ def _require_sources(table: _Device | _Link | _Profile) -> None:
     unknown = [key for key in table.source if key not in (*numbers, "all")]
     if unknown:
         raise _wrong(f"source names no number: {', '.join(unknown)}")
-    left_out = {"all_reduce_gain": 1.0, "slowdown": (), "dispatch": 0.0, "jitter": 0.0}
+    left_out = {"all_reduce_gain": 1.0, "slowdown": (), "dispatch": 0.0, "jitter": 0.0, "sharing": 1.0}
     needed = [key for key in numbers if key not in left_out or getattr(table, key) != left_out[key]]
     missing = [] if "all" in table.source else [key for key in needed if key not in table.source]
     if missing:
@@ -223,6 +224,7 @@ def load_hardware(path: Path) -> HardwareProfile:
         measured=file.measured,
         overlap=file.overlap,
         jitter=file.jitter,
+        sharing=file.sharing,
         device=device,
         links=links,
         source=_join(file.source),
@@ -264,6 +266,8 @@ def dump_hardware(profile: HardwareProfile) -> str:
     lines.append(f"overlap: {profile.overlap!r}")
     if profile.jitter:
         lines.append(f"jitter: {exact(profile.jitter, SECOND)}")
+    if profile.sharing != 1.0:
+        lines.append(f"sharing: {profile.sharing!r}")
     lines += [*_dump_sources(profile.source, "", _Profile), "", "device:"]
     lines += [
         f"  name: {_scalar(device.name)}",

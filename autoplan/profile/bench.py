@@ -29,6 +29,8 @@ class Machine:
     """The host of every rank, in the order of ranks."""
     about: str
     """Versions, clocks, power: what belongs into the source of a number."""
+    sharing: float = 1.0
+    """Ranks of a core, where these are more."""
     memory_source: str = ""
     reserved_source: str = ""
 

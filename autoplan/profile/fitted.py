@@ -68,12 +68,15 @@ def fitted(
         said = f"all: as in {borrowed.name}: one device alone has nothing to overlap with"
     elif jitter:
         said += f"\njitter: {overlap_source}: the smallest all_reduce, after products and alone"
+    if machine.sharing > 1:
+        said += f"\nsharing: {machine.ranks} ranks, {machine.about}"
     return HardwareProfile(
         name=name,
         device=device,
         links=links,
         overlap=rounded(overlap),
         jitter=rounded(jitter),
+        sharing=machine.sharing,
         backend=machine.backend,
         measured=date,
         source=said,

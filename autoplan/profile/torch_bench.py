@@ -63,7 +63,7 @@ class TorchBench:
             return Machine(
                 device=processor(), accelerator=False, backend="gloo", hosts=tuple(hosts),
                 memory=physical // (here * GIB // 10) * GIB / 10, reserved=float(-(-resident // MIB) * MIB),
-                about=f"one thread a rank, {processor()}, {about}",
+                about=f"one thread a rank, {processor()}, {about}", sharing=max(1.0, here / (os.cpu_count() or here)),
                 memory_source=f"{physical / GIB:.1f} GiB of the machine, shared by {here} processes, rounded down",
                 reserved_source="resident memory of a process that has loaded torch",
             )  # fmt: skip

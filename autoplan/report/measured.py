@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,7 +75,9 @@ def summary(profile: HardwareProfile, fits: Sequence[Fitted]) -> RenderableType:
     lines = [
         Text(f"{words.clean(profile.name)}: {words.clean(device.name)}", style="bold"),
         Text(f"{', '.join(f'{show(peak, FLOP_PER_SECOND)} in {dtype}' for dtype, peak in device.peak)}"),
-        Text(f"memory {show(device.bandwidth, BYTE_PER_SECOND)}, launch {show(device.launch, SECOND)}"),
+        Text(
+            f"memory {show(device.bandwidth, BYTE_PER_SECOND)}, " + ", ".join(f"{name} {time}" for name, time in _host(profile))
+        ),
         *(
             Text(f"{words.clean(link.name)} {show(link.bandwidth, BYTE_PER_SECOND)}, latency {show(link.latency, SECOND)}")
             for link in profile.links
@@ -87,6 +89,15 @@ def summary(profile: HardwareProfile, fits: Sequence[Fitted]) -> RenderableType:
     return Group(*lines, titled("How far the profile is from what it was fitted to", made))
 
 
+def _host(profile: HardwareProfile) -> Iterator[tuple[str, str]]:
+    """What a kernel, a DTensor and other ranks cost, whatever their size."""
+    yield "launch", show(profile.device.launch, SECOND)
+    if profile.device.dispatch:
+        yield "DTensor", show(profile.device.dispatch, SECOND)
+    if profile.jitter:
+        yield "jitter", f"{show(profile.jitter, SECOND)} in a second"
+
+
 def page(profile: HardwareProfile, fits: Sequence[Fitted], measurements: Sequence[Measurement]) -> str:
     """The profile as one self-contained HTML page."""
     device = profile.device
@@ -95,7 +106,7 @@ def page(profile: HardwareProfile, fits: Sequence[Fitted], measurements: Sequenc
         ("Device", f"{device.name}, {show(device.memory, BYTE)} a rank"),
         *((f"Peak in {dtype}", show(peak, FLOP_PER_SECOND)) for dtype, peak in device.peak),
         ("Memory", show(device.bandwidth, BYTE_PER_SECOND)),
-        ("Launch", show(device.launch, SECOND)),
+        *((name[0].upper() + name[1:], time) for name, time in _host(profile)),
         *(
             (link.name, f"{show(link.bandwidth, BYTE_PER_SECOND)}, latency {show(link.latency, SECOND)}")
             for link in profile.links
@@ -115,7 +126,8 @@ def page(profile: HardwareProfile, fits: Sequence[Fitted], measurements: Sequenc
 
 def _charts(profile: HardwareProfile, fits: Sequence[Fitted]) -> Iterable[Chart]:
     yield _roofline(profile, fits)
-    single = [fit for fit in fits if fit.measurement.operation.group == 1 and fit.measurement.operation.kind != "launch"]
+    calls = ("launch", "dispatch")
+    single = [fit for fit in fits if fit.measurement.operation.group == 1 and fit.measurement.operation.kind not in calls]
     products = [fit for fit in single if fit.measurement.operation.kind == "matmul"]
     attention = [fit for fit in single if fit.measurement.operation.kind.startswith("attention")]
     moving = [fit for fit in single if fit not in products and fit not in attention]

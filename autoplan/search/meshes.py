@@ -1,9 +1,17 @@
-"""The meshes that are searched, and what they can run."""
+"""The meshes that are searched, and what they can run.
+
+Where cp and the micro-batch have a common divisor `d` there is a better mesh: cp / d, micro-batch / d, and dp_shard times d.
+There a device has as many tokens in as many micro-batches, its parameters are cut over the same devices, and of the sequence it
+sends what d times fewer devices exchange. So of cp only those micro-batches are searched that share no divisor with it, if the
+better mesh is one of those that may be chosen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
+from math import gcd
 from typing import get_args
 
 from autoplan.constraints import Constraints
@@ -24,10 +32,21 @@ from autoplan.search.space import (
 from autoplan.strategy import CP_KINDS, Mesh, Within
 
 
-class Meshes:
-    """All that the constraints and the model allow, and what is told of those that it doesn't."""
+def with_less_cp(mesh: Mesh, micro_batch: int) -> tuple[Mesh, int]:
+    """The mesh and micro-batch that are better, if they are others: see the module."""
+    shared = gcd(mesh.cp, micro_batch)
+    cp, dp_shard = mesh.cp // shared, mesh.dp_shard * shared
+    kind = mesh.cp_kind if cp > 1 else Mesh().cp_kind
+    return replace(mesh, dp_shard=dp_shard, cp=cp, cp_kind=kind), micro_batch // shared
 
-    def __init__(self, costs: CostModel, gpus: int, fixed: Mapping[str, int], constraints: Constraints) -> None:
+
+class Meshes:
+    """All that the constraints and the model allow, and what is told of those that it doesn't. `every`: also where another mesh
+    is known to be better."""
+
+    def __init__(
+        self, costs: CostModel, gpus: int, fixed: Mapping[str, int], constraints: Constraints, *, every: bool = False
+    ) -> None:
         self.costs, self.constraints = costs, constraints
         self.by_depth: dict[tuple[Within, int], list[Mesh]] = {}
         """By (tp, cp and ep; pp). Of a list all can run the same micro-batches, since all have as many data-parallel groups."""
@@ -43,16 +62,28 @@ class Meshes:
             elif self._allowed_sizes(mesh):
                 self.by_depth.setdefault((mesh.within, mesh.pp), []).append(mesh)
         self.refused += apart  # those above came further
+        self._possible = {mesh for some in self.by_depth.values() for mesh in some}
+        self.beaten = set() if every else {(mesh, size) for mesh in self._possible for size in self._beaten_sizes(mesh)}
+        """Meshes with micro-batches that another one of these does better."""
         self.sizes, self.depths = cache(self._sizes), cache(self._depths)
 
     def _allowed_sizes(self, mesh: Mesh) -> list[int]:
         sizes = micro_batches(mesh, self.costs.workload)
         return [size for size in sizes if self.constraints.allows("micro_batch", size)]
 
+    def _beaten_sizes(self, mesh: Mesh) -> Iterator[int]:
+        for size in self._allowed_sizes(mesh) if mesh.cp > 1 else ():
+            other, smaller = with_less_cp(mesh, size)
+            if other != mesh and other in self._possible and self.constraints.allows("micro_batch", smaller):
+                yield size
+
     def _sizes(self, within: Within, pp: int | None = None) -> list[int]:
-        """Micro-batches that some mesh of this tp, cp and ep (and pp) can run."""
-        some = [meshes[0] for at, meshes in self.by_depth.items() if at[0] == within and pp in (None, at[1])]
-        return sorted({size for mesh in some for size in self._allowed_sizes(mesh)})
+        """Micro-batches that some mesh of this tp, cp and ep (and pp) can run, unless all are beaten."""
+        some = [meshes for at, meshes in self.by_depth.items() if at[0] == within and pp in (None, at[1])]
+        return sorted({size for meshes in some for size in self._allowed_sizes(meshes[0]) if not self._all_beaten(meshes, size)})
+
+    def _all_beaten(self, meshes: Iterable[Mesh], size: int) -> bool:
+        return bool(self.beaten) and all((mesh, size) in self.beaten for mesh in meshes)
 
     def _depths(self, within: Within, piped: bool, micro_batch: int | None = None) -> list[int]:
         """The numbers of stages, of pipelines or without one, with which some mesh can run a micro-batch, or any."""

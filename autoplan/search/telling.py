@@ -33,7 +33,7 @@ def candidates(tree: Tree) -> tuple[list[Candidate], int]:
     found[chosen] = replace(slower(staging, best, bound=False), status="chosen", reason="the fastest")
     dropped, pruned = ({(p.priced.mesh, p.priced.micro_batch): p for p in some} for some in (tree.dropped, tree.pruned))
     refused = {(c.mesh, c.micro_batch): c for c in [*(_crowded(tree, *key) for key in sorted(tree.crowded)), *tree.refused]}
-    covered = tree.covered.keys() | dropped.keys() | found.keys() | refused.keys()
+    covered = tree.covered.keys() | dropped.keys() | found.keys() | refused.keys() | tree.meshes.beaten
     listed = [_no_later(given_up, c) for c in sorted(found.values(), key=lambda c: (*rank(c), c.mesh, c.micro_batch))[:LISTED]]
     further = [*sorted(pruned), *sorted(dropped.keys() - pruned.keys())]  # the first came further
     left = [key for key in further if key not in found][:LISTED]

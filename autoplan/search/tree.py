@@ -89,7 +89,7 @@ class Tree:
     ) -> None:
         self.tables, self.gpus, self.limit, self.gap = tables, gpus, limit, gap
         self.deadline, self.tell, self.constraints, self.top = deadline, tell, constraints, top
-        self.meshes = Meshes(tables.costs, gpus, fixed, constraints)
+        self.meshes = Meshes(tables.costs, gpus, fixed, constraints, every=top > 1)
         self.refused = list(self.meshes.refused)
         self.stagings: list[Staging] = []
         self.verdicts: list[Candidate] = []
@@ -123,6 +123,8 @@ class Tree:
             self.baselines = baselines(self.tables, self.gpus, self.limit)
         sizes = self.meshes.sizes
         for within in sorted({within for within, _ in self.meshes.by_depth}):
+            if not sizes(within):
+                continue
             if self.tables.least_moment(within, sizes(within)[0]) > self.limit:
                 for size in sizes(within):
                     self._crowd(within, size)

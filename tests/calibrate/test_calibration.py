@@ -10,7 +10,7 @@ import pytest
 
 from autoplan import api
 from autoplan.calibrate.calibration import Run, calibrated
-from autoplan.calibrate.terms import TERMS, scaled
+from autoplan.calibrate.terms import TERMS, corrected, scaled
 from autoplan.cli import main
 from autoplan.cost.model import CostModel
 from autoplan.errors import UsageError
@@ -20,7 +20,7 @@ from autoplan.hardware import HardwareProfile
 from autoplan.measurement import MeasuredSteps, Phases
 from autoplan.plan import Plan
 from tests.bodies import model
-from tests.hardware import machine
+from tests.hardware import machine, uneven
 
 GRAPH = model(layers=4, hidden=1024, ffn=4096, seq=512, vocab=8192)
 WISHES: tuple[dict[str, int], ...] = ({"tp": 4}, {"dp_shard": 4}, {"dp_replicate": 4}, {"pp": 4}, {"dp_shard": 2, "tp": 2})
@@ -139,3 +139,15 @@ def test_one_disturbed_run_does_not_decide(plans: list[Plan]) -> None:
     found = calibrated(machine(), [*runs, Run(GRAPH, plans[-1], slow)], "2026-01-31")
     assert found.factors["links"] == pytest.approx(2.0, rel=0.15)
     assert found.factors["products"] == pytest.approx(1.0, rel=0.15)
+
+
+def test_what_dtensors_and_waiting_cost_is_corrected_too(tmp_path: Path) -> None:
+    profile = uneven(machine())
+    found = corrected(profile, dict.fromkeys(TERMS, 2.0), 0.0, "2026-01-31", "3 runs")
+    assert found.jitter == 2 * profile.jitter
+    assert found.device.dispatch == 2 * profile.device.dispatch
+    (tmp_path / "found.yaml").write_text(dump_hardware(found))
+    again = load_hardware(tmp_path / "found.yaml")
+    assert again == found
+    for source, key in ((again.source, "jitter"), (again.device.source, "dispatch")):
+        assert any(line.startswith(f"{key}: ") and "by 3 runs: 2 times as long" in line for line in source.splitlines())

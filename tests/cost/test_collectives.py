@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoplan.cost.collectives import collective_time
+from autoplan.cost.collectives import collective_time, late, waiting
 from autoplan.errors import UsageError
 from autoplan.hardware import Curve
 from autoplan.profile.catalog import find_hardware, hardware_names
-from tests.hardware import machine
+from tests.hardware import machine, uneven
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
 kinds = st.sampled_from(KINDS)
@@ -122,3 +122,17 @@ def test_the_efficiency_is_looked_up_by_what_one_rank_sends():
     curve = Curve(((1e6, 0.1), (1e9, 0.6)))
     sized = replace(plain, links=(replace(plain.links[0], efficiency=curve), plain.links[1]))
     assert collective_time("all_gather", 2e6, 2, 1, sized) == pytest.approx(1e6 / (300e9 * 0.1) + 3e-6 + 4e-6)
+
+
+@pytest.mark.parametrize(("ranks", "last"), [(1, 0.0), (2, 0.5642), (4, 1.0294), (8, 1.4236), (16, 1.7660), (100, 2.5076)])
+def test_the_last_of_some_ranks(ranks, last):
+    """Expected largest of normal numbers: Tippett, Biometrika 17 (1925)."""
+    assert late(ranks) == pytest.approx(last, rel=0.05)
+
+
+@given(st.floats(1e-6, 10.0), st.integers(1, 100), st.integers(2, 512))
+def test_who_meets_more_often_waits_longer_but_not_in_proportion(work, meetings, ranks):
+    once = waiting(work, meetings, ranks, uneven(machine()))
+    assert 0 < once < waiting(work, 2 * meetings, ranks, uneven(machine())) < 2 * once
+    assert once < waiting(work, meetings, ranks + 1, uneven(machine()))
+    assert waiting(work, meetings, ranks, machine()) == 0

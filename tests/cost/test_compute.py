@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoplan.cost.compute import MULTIPLIES, kernel_time, optimizer_time
+from autoplan.cost.compute import MULTIPLIES, kernel_time, optimizer_time, spread_time
 from autoplan.errors import UsageError
 from autoplan.profile.catalog import find_hardware, hardware_names
-from tests.hardware import machine
+from tests.hardware import machine, uneven
 
 DEVICE = machine().device
 devices = st.sampled_from([find_hardware(name).device for name in hardware_names()])
@@ -82,3 +82,13 @@ def test_an_optimizer_step_moves_parameters_gradients_and_states():
     assert optimizer_time(1e9, 0, DEVICE) == pytest.approx(3e9 / (2e12 * 0.8))
     assert optimizer_time(0, 2, DEVICE) == 0
     assert optimizer_time(1, 2, DEVICE) == DEVICE.launch
+
+
+def test_the_host_takes_its_time_beside_a_device_and_after_itself():
+    on_host, beside = uneven(machine()), replace(uneven(machine()), backend="nccl")
+    # a product: one kernel and three views
+    assert spread_time(1e-3, "linear", 1, 1, 1, on_host) == pytest.approx(1e-3 + 4 * 2e-5)
+    assert spread_time(1e-3, "linear", 1, 1, 1, beside) == 1e-3
+    assert spread_time(1e-6, "linear", 1, 1, 1, beside) == pytest.approx(4e-6 + 4 * 2e-5)
+    assert spread_time(1e-3, "pointwise", 2, 1, 2, on_host) == pytest.approx(1e-3 + 2 * 2 * 2e-5)
+    assert spread_time(0.0, "view", 0, 1, 1, on_host) == pytest.approx(2e-5)

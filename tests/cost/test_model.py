@@ -19,7 +19,7 @@ from autoplan.search.columns import Tables
 from autoplan.strategy import REPLICATE, UNSHARDED, Mesh, Recompute, Sharding, Strategy, Within, shard
 from autoplan.workload import Workload
 from tests.bodies import mlp_block, model
-from tests.hardware import machine
+from tests.hardware import machine, uneven
 
 GRAPH = model(layers=4, hidden=1024, ffn=4096, seq=512, vocab=8192)
 OUTER_PLAIN = Strategy(UNSHARDED, "none", zero=2)
@@ -50,14 +50,30 @@ def test_more_batch_never_takes_less_time(mesh: Mesh, strategy: Strategy) -> Non
     assert times == sorted(times)
 
 
-@given(dp_meshes, strategies)
-def test_a_sample_is_never_dearer_in_a_larger_micro_batch(mesh: Mesh, strategy: Strategy) -> None:
+def test_only_who_shares_a_layer_pays_for_dtensors_and_for_waiting() -> None:
+    load, plain = Workload(global_batch=64), replace(machine(), backend="gloo")
+    for body in (0, OUTER):
+        alone, beside = (
+            CostModel(GRAPH, hardware, load).layer_cost(body, UNSHARDED, 1, 4) for hardware in (plain, uneven(plain))
+        )
+        assert alone == beside
+        known = CostModel(GRAPH, plain, load).layer_cost(body, UNSHARDED, 4, 4)
+        waits = CostModel(GRAPH, replace(plain, jitter=1e-3), load).layer_cost(body, UNSHARDED, 4, 4)
+        spread = CostModel(GRAPH, uneven(plain), load).layer_cost(body, UNSHARDED, 4, 4)
+        assert known.forward < waits.forward < spread.forward
+        assert known.backward < waits.backward < spread.backward
+        assert waits.forward / known.forward == pytest.approx(waits.backward / known.backward)
+        assert waits.saved == known.saved
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_a_sample_is_never_dearer_in_a_larger_micro_batch(tp: int) -> None:
     """What the search's bound on a family of micro-batches rests on."""
-    costs = CostModel(GRAPH, machine(), Workload(global_batch=64))
+    costs = CostModel(GRAPH, uneven(machine()), Workload(global_batch=64))
     for body in (0, OUTER):
         seconds = []
         for micro_batch in (1, 2, 3, 4, 8):
-            cost = costs.layer_cost(body, UNSHARDED, 1, micro_batch)
+            cost = costs.layer_cost(body, UNSHARDED, tp, micro_batch)
             seconds.append((cost.forward + cost.backward) / micro_batch)
         assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(seconds))
 

@@ -93,6 +93,7 @@ def test_any_profile_round_trips(load, data):
         attention=draw(curves()),
         memory_efficiency=draw(curves()),
         launch=draw(st.floats(0, 1)),
+        dispatch=draw(st.floats(0, 1)),
         source=f"memory: {draw(line)}\nall: {draw(line)}",
     )
     links = tuple(
@@ -108,8 +109,10 @@ def test_any_profile_round_trips(load, data):
         for span in (4, 0)
     )
     profile = HardwareProfile(
-        name=draw(line), device=device, links=links, overlap=draw(st.floats(0, 1)), backend="gloo", source="all: x"
-    )
+        name=draw(line), device=device, links=links, overlap=draw(st.floats(0, 1)), jitter=draw(st.floats(0, 1)),
+        sharing=draw(st.floats(1, 100)), backend="gloo",
+        source="all: x",
+    )  # fmt: skip
     assert load(dump_hardware(profile)) == profile
 
 

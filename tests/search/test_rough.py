@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from math import inf
+from pathlib import Path
 
 import pytest
 
+from autoplan import api
 from autoplan.constraints import Constraints
 from autoplan.cost.model import CostModel
 from autoplan.schedule import ScheduleKind
 from autoplan.search.columns import Tables
-from autoplan.search.meshes import Meshes
+from autoplan.search.meshes import Meshes, with_less_cp
 from autoplan.search.stages import AnySchedule, Solution, Staging
 from autoplan.strategy import Layout, Mesh
 from autoplan.workload import Workload
 from tests.bodies import expert_block, model
-from tests.hardware import machine
+from tests.hardware import machine, uneven
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 DENSE = model(layers=8, hidden=1024, ffn=4096, seq=512, vocab=8192)
 SPARSE = model(layers=4, hidden=512, seq=256, vocab=4096, block=expert_block(512, 256, 1024, experts=4))
 
@@ -30,6 +33,11 @@ def test_no_mesh_is_better(memory: float, network: float) -> None:
 def test_no_mesh_is_better_with_experts() -> None:
     """Likewise, where a mesh has ep."""
     _compare(CostModel(SPARSE, machine(memory=0.4e9, network=5e9, span=4), Workload(global_batch=8)))
+
+
+def test_no_mesh_is_better_where_ranks_wait() -> None:
+    """Likewise, on ranks that are uneven and DTensors that take time."""
+    _compare(CostModel(DENSE, uneven(machine(memory=0.7e9, span=4)), Workload(global_batch=16)))
 
 
 def _compare(costs: CostModel) -> None:
@@ -56,6 +64,29 @@ def _compare(costs: CostModel) -> None:
                                 assert best_case.early_bound <= seconds * (1 + 1e-6)
                                 compared += 1
     assert compared >= 60
+
+
+@pytest.mark.parametrize("memory", [40e9, 14e6])
+@pytest.mark.parametrize("spec", ["gpt.py?size=124M", "llama.py?size=125M&kv_heads=4"])
+def test_cp_that_shares_a_divisor_with_the_micro_batch_is_never_better(spec: str, memory: float) -> None:
+    """Every such mesh of 8 devices, with either kind of cp, under every schedule, against the one with less cp."""
+    small = "layers=4&hidden=64&heads=8&ffn=128&vocab=256&seq_len=64"
+    graph = api.inspect(str(EXAMPLES / f"{spec}&{small}"), compute_dtype="bfloat16")
+    costs = CostModel(graph, uneven(machine(memory=memory, network=5e9, span=4)), Workload(global_batch=8))
+    tables, limit = Tables(costs), costs.memory_limit(0.0)
+    meshes, every = Meshes(costs, 8, {}, Constraints()), Meshes(costs, 8, {}, Constraints(), every=True)
+    assert {mesh.cp_kind for mesh, _ in meshes.beaten} == {"ulysses", "ring"}
+    fits = 0
+    for mesh, size in sorted(meshes.beaten):
+        assert size in every.sizes(mesh.within, mesh.pp)
+        assert size not in meshes.sizes(mesh.within, mesh.pp)
+        for stream in tables.streams(mesh.tp):
+            for schedule, chunks in meshes.schedules(mesh, size):
+                beaten = _solved(tables, mesh, size, stream, schedule, chunks, limit)
+                better = _solved(tables, *with_less_cp(mesh, size), stream, schedule, chunks, limit)
+                assert better <= beaten * (1 + 1e-6)
+                fits += beaten < inf
+    assert fits
 
 
 def _solved(tables: Tables, mesh: Mesh, size: int, stream: Layout, schedule: ScheduleKind, chunks: int, limit: float) -> float:
