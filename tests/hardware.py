@@ -31,4 +31,5 @@ def machine(memory: float = 80e9, bandwidth: float = 300e9, network: float = 25e
 
 def uneven(profile: HardwareProfile) -> HardwareProfile:
     """The same on the host itself, where DTensors take time, ranks wait for each other, and are more than cores."""
-    return replace(profile, backend="gloo", jitter=1e-3, sharing=1.5, device=replace(profile.device, dispatch=2e-5))
+    device = replace(profile.device, dispatch=2e-5)
+    return replace(profile, backend="gloo", jitter=1e-3, sharing=1.5, device=device, source="all: round numbers")

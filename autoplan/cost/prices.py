@@ -6,6 +6,7 @@ For an operation `o` of `micro_batch / cp` samples (a cp group shares the positi
                                                              skips half of the products
                                                              q_o = local / global bytes of its operands
 
+and over tp or cp spread_time of that, times what ranks wait for each other (`LayerModel.unevenness`, of a machine that is uneven)
 (`LayerModel.op`), and for attention an all_to_all over cp of every operand, forward and backward, or what a ring costs
 (cost.ring); a border costs the collectives of `autoplan.strategy`'s table (`.border`), a GATHERED parameter one all_reduce of
 its gradient (`.parameter_sync`).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 
 from autoplan.constraints import Constraints
@@ -18,9 +19,10 @@ from autoplan.strategy import DEGREES, Mesh
 from autoplan.workload import Workload
 
 
-def divisors(number: int) -> list[int]:
+@lru_cache(maxsize=1024)
+def divisors(number: int) -> tuple[int, ...]:
     """All divisors in rising order."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    return tuple(d for d in range(1, number + 1) if number % d == 0)
 
 
 def meshes(gpus: int, fixed: Mapping[str, int], cps: Sequence[int] = (1,), eps: Sequence[int] = (1,)) -> Iterator[Mesh]:
@@ -65,10 +67,10 @@ def check_parameters(graph: Graph) -> None:
                 )
 
 
-def micro_batches(mesh: Mesh, workload: Workload) -> list[int]:
+def micro_batches(mesh: Mesh, workload: Workload) -> tuple[int, ...]:
     """Micro-batches that the mesh can run: divisors of each data-parallel group's share of the global batch."""
     if workload.global_batch % mesh.dp:
-        return []
+        return ()
     return divisors(workload.global_batch // mesh.dp)
 
 
