@@ -103,8 +103,8 @@ class HardwareProfile:
     jitter: Seconds = field(default=0.0, repr=False)
     """How differently long ranks need for the same second of work: the standard deviation. It grows as the root of the time."""
     sharing: float = field(default=1.0, repr=False)
-    """Ranks that share one device, as more ranks than cores do: kernels are as slow as when all of them compute, and while some
-    wait for their turn in a pipeline the others are so many times as fast."""
+    """Ranks that share one device, as more ranks than cores do: kernels are as slow as when all of them compute, and who waits
+    for its turn in a pipeline leaves the device to the others."""
     measured: str | None = None
     """Date of the measurement, when there is one."""
     source: str = ""

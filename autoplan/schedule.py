@@ -225,6 +225,14 @@ def filling(forward: Seconds, inputs: Seconds, weights: Seconds, full: bool = Tr
     return waits / (forward + inputs + weights)
 
 
+def shared(share: float, micro_batches: int, stages: int, sharing: float) -> float:
+    """What is left of a `share` (q of the module) where so many ranks share a device, which those that wait leave to others: a
+    step of equal stages takes as long as all of one's work, or as its slots one after another, each as fast as one rank alone."""
+    if stages == 1 or sharing <= 1:
+        return share
+    return max(0.0, slots(micro_batches, stages, share) / sharing - micro_batches) / (stages - 1)
+
+
 def slots(micro_batches: int, stages: int, share: float = 1.0) -> float:
     """A step of equal stages lasts as long as so many micro-batches on one of them; `share`: q of the module."""
     return micro_batches + (stages - 1) * share

@@ -5,7 +5,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from autoplan.errors import UsageError
-from autoplan.schedule import Task, additive_seconds, filling, in_flight, in_flight_by_chunk, order, pipeline_seconds, timeline
+from autoplan.schedule import (
+    Task,
+    additive_seconds,
+    filling,
+    in_flight,
+    in_flight_by_chunk,
+    order,
+    pipeline_seconds,
+    shared,
+    timeline,
+)
 
 stage_counts = st.integers(1, 6)
 seconds = st.floats(0.01, 10.0)
@@ -186,3 +196,20 @@ def test_what_no_schedule_is_defined_for_is_refused():
         timeline("1f1b", [1.0] * 4, [1.0] * 4, 4, chunks=2)
     with pytest.raises(UsageError, match="do not make stages"):
         timeline("1f1b", [1.0] * 4, [1.0] * 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("stages", "micro_batches", "sharing", "slots_left"),
+    [
+        (2, 1, 1.0, 2.0),
+        (2, 1, 2.0, 1.0),
+        (2, 4, 2.0, 4.0),
+        (4, 1, 2.0, 2.0),
+        (4, 2, 2.0, 2.5),
+        (4, 4, 2.0, 4.0),
+        (4, 1, 4.0, 1.0),
+    ],
+)
+def test_who_waits_leaves_a_shared_device_to_the_others(stages, micro_batches, sharing, slots_left):
+    """One stage after another has a device for itself, or all have it all the time."""
+    assert micro_batches + (stages - 1) * shared(1.0, micro_batches, stages, sharing) == pytest.approx(slots_left)

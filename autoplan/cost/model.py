@@ -42,7 +42,7 @@ from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES, Graph, Value
 from autoplan.hardware import HardwareProfile
 from autoplan.plan import Plan, Prediction
-from autoplan.schedule import ScheduleKind, additive_seconds, exposed_hops, filling, in_flight_by_chunk, slots
+from autoplan.schedule import ScheduleKind, additive_seconds, exposed_hops, filling, in_flight_by_chunk, shared, slots
 from autoplan.strategy import REPLICATE, CpKind, Layout, Mesh, Sharding, Strategy, Zero
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import Workload
@@ -182,11 +182,11 @@ class CostModel:
     def share(self, schedule: ScheduleKind, chunks: int, mesh: Mesh, micro_batch: int, *, again: bool = False) -> float:
         """What another stage adds to a step, of its own seconds for a micro-batch (`schedule.slots`): under zero-bubble that of
         the layer of which it is most. `again`: layers may be recomputed."""
+        m, sharing = self.micro_batches(mesh, micro_batch), self.hardware.sharing
         if schedule != "zero-bubble":
-            return 1 / chunks / self.hardware.sharing
-        full = self.micro_batches(mesh, micro_batch) >= mesh.pp
+            return shared(1 / chunks, m, mesh.pp, sharing)
         again_too = [(f, i + (f if again else 0.0), w) for f, i, w in self._in_thirds(mesh, micro_batch)]
-        return max((filling(*each, full) for each in again_too), default=1.0) / self.hardware.sharing
+        return shared(max((filling(*each, m >= mesh.pp) for each in again_too), default=1.0), m, mesh.pp, sharing)
 
     def hops(self, schedule: ScheduleKind, chunks: int, mesh: Mesh, micro_batch: int, stream: Layout) -> Seconds:
         """What passing activations and gradients on adds to a step (`schedule.exposed_hops`)."""

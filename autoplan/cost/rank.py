@@ -129,7 +129,8 @@ def scheduled(
     schedule: ScheduleKind, ranks: Sequence[Rank], micro_batches: int, hop: Seconds, chunks: int, sharing: float = 1.0
 ) -> Seconds:
     """The step on the schedule's exact timeline; what happens once a step comes after it, on the rank where it takes longest.
-    What the busiest rank waits passes `sharing` times as fast."""
+    Ranks that share a device leave it to others while they wait: it takes as long as the work of the busiest one, or as the whole
+    timeline at the speed that one rank has alone."""
     times = [chunk_seconds(rank, chunks) for rank in ranks]
     forward, backward = (tuple(t[way][c] for c in range(chunks) for t in times) for way in (0, 1))
     late = [late_seconds(rank, chunks) or (0.0,) * chunks for rank in ranks]
@@ -137,7 +138,7 @@ def scheduled(
     once = max(sum(held.step.once_seconds * held.number for held in rank) for rank in ranks)
     whole = pipeline_seconds(schedule, forward, backward, micro_batches, hop, chunks, weights)
     busy = micro_batches * max(sum(f) + sum(b) for f, b in times)
-    return busy + (whole - busy) / sharing + once
+    return max(busy, whole / sharing) + once if sharing > 1 else whole + once
 
 
 def _weighted(parts: Iterable[tuple[Iterable[tuple[str, float]], float]]) -> dict[str, float]:
