@@ -19,6 +19,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import date
+from math import log, sqrt
 from pathlib import Path
 from statistics import median
 from time import monotonic
@@ -224,7 +225,18 @@ def _case(name: str, ranks: int, profile: HardwareProfile, graph: Graph, plans: 
     failed = {key(plan): found[key(plan)]["error"] for plan in plans if "error" in found.get(key(plan), {})}
     rounds = min(len(found[key(plan)]["rounds"]) for plan in ran)
     load = tuple(found.get("load", ()))[:rounds]
-    return Case(name, ranks, tuple(rows), dict(taught.factors), failed, profile.device.name, MODELS[name], load, rounds)
+    noise = _noise([(plan, runs[key(plan)].steps.step_time) for plan in ran])
+    return Case(name, ranks, tuple(rows), dict(taught.factors), failed, profile.device.name, MODELS[name], load, rounds, noise)
+
+
+def _noise(measured: list[tuple[Plan, float]]) -> float:
+    """See `Case`."""
+    alike: dict[str, list[float]] = {}
+    for plan, seconds in measured:
+        if plan.pipeline and plan.pipeline.schedule in ("gpipe", "1f1b") and plan.micro_batches == 1:
+            alike.setdefault(key(plan).replace("gpipe", "1f1b"), []).append(log(seconds))
+    apart = [one - two for one, two in (times for times in alike.values() if len(times) == 2)]
+    return sqrt(sum(each**2 for each in apart) / len(apart)) if apart else float("nan")
 
 
 def _steps(entry: dict[str, Any], ranks: int) -> MeasuredSteps:

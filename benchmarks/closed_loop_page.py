@@ -18,17 +18,17 @@ HEAD = """# The closed loop: measured, planned, run, compared
 Made by `python -m benchmarks.closed_loop` on one machine ({device}; ranks are processes of one thread that talk through gloo).
 For each number of ranks the machine was profiled by `autoplan profile`, with as many ranks computing at once as the plans use.
 For each model `autoplan plan` picked a plan with that profile. Then every uniform plan of the space was run for real: all meshes,
-micro-batches, schedules, with and without sequence parallelism, all ZeRO levels, all layers recomputed or none; each several
-steps, in rounds over all plans. A plan's time is the median of its rounds. Where there is one round, plans that are the same work
-(gpipe and 1f1b of one micro-batch) differ by up to a fifth: so much is noise.
+micro-batches, schedules, with and without sequence parallelism, all ZeRO levels, all layers recomputed or none; each one to four
+steps after one to warm up, in rounds over all plans. A plan's time is the median of its rounds.
 
 - **Picked**: how much slower the plan that `autoplan plan` picked is than the fastest that was run.
 - **Spearman**: rank correlation of predicted and measured times, over all plans.
 - **MAPE**: mean absolute error of the predicted times. *After* is with the profile that `autoplan calibrate` made of every fourth
   plan, on the other plans, which it had not seen.
+- **Noise**: how far apart (root mean square) the measured times of gpipe and 1f1b with one micro-batch are: the same work.
 
-| model | ranks | plans | fastest | picked | Spearman | MAPE before | MAPE after | Spearman after |
-|---|--:|--:|--:|--:|--:|--:|--:|--:|
+| model | ranks | plans | fastest | picked | Spearman | MAPE before | MAPE after | Spearman after | noise |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|
 """
 _STYLE = """<style>
 .curves { background: #fff; font: 12px system-ui, sans-serif; } text { fill: #5f6873; }
@@ -66,6 +66,8 @@ class Case:
     """The machine's load average when the rounds began."""
     rounds: int = 1
     """That every plan was run in."""
+    noise: float = float("nan")
+    """Root mean square of the relative differences between plans that are the same work."""
 
     @property
     def picked(self) -> Row | None:
@@ -129,6 +131,7 @@ def page(cases: Sequence[Case]) -> str:
             f"{case.before:.1%}",
             f"{case.after:.1%}",
             f"{spearman([row.calibrated for row in case.rows], measured):.3f}",
+            f"{case.noise:.0%}",
         ]
         lines.append(f"| {case.name} | {case.ranks} | {' | '.join(numbers)} |")
     return HEAD.format(device=cases[0].device) + "\n".join(lines) + "\n" + "".join(map(_section, cases))
