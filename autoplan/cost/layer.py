@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from autoplan.cost.compute import MULTIPLIES
+from autoplan.cost.parameters import LocalParameter, Sizes, sizes
 from autoplan.cost.peak import grown, made, moved
-from autoplan.cost.prices import LayerModel, LocalParameter, Sizes, sizes
+from autoplan.cost.prices import LayerModel
 from autoplan.cost.selective import Kept, Selection
 from autoplan.cost.walk import Step, call_borders, changes_memory, saved_values, shared_root, stream_layout, walk
 from autoplan.graph import Op

@@ -6,10 +6,9 @@ For an operation `o` of `micro_batch / cp` samples (a cp group shares the positi
                                                              skips half of the products
                                                              q_o = local / global bytes of its operands
 
-and over tp or cp spread_time of that, times what ranks wait for each other (`LayerModel.unevenness`, of a machine that is uneven)
-(`LayerModel.op`), and for attention an all_to_all over cp of every operand, forward and backward, or what a ring costs
-(cost.ring); a border costs the collectives of `autoplan.strategy`'s table (`.border`), a GATHERED parameter one all_reduce of
-its gradient (`.parameter_sync`).
+and over tp or cp `spread_time` of that, times what ranks wait for each other (`LayerModel.op`, `.unevenness`); for attention an
+all_to_all over cp of every operand, forward and backward, or what a ring costs (cost.ring); a border costs the collectives of
+`autoplan.strategy`'s table (`.border`), a GATHERED parameter one all_reduce of its gradient (`.parameter_sync`).
 
 Inside a module of experts that are dealt over ep (cost.experts) a device works on 1/tp of the rows, the fullest one on
 `imbalance` times that, with 1/ep of the weights; rows arrive and leave by an all_to_all over ep each, forward and backward, and
@@ -21,18 +20,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from math import ceil, prod
+from math import prod
 from typing import NamedTuple
 
 from autoplan.cost.collectives import collective_time, waiting
 from autoplan.cost.compute import kernel_time, spread_time
 from autoplan.cost.context import Gather, tokens_dim
 from autoplan.cost.experts import Dealt, whole_rows
+from autoplan.cost.parameters import LocalParameter
 from autoplan.cost.ring import Ring, widened
 from autoplan.cost.rules import BORDER_COLLECTIVES, Outcome, packings
 from autoplan.graph import DTYPE_BYTES, Body, Op, Parameter, Value
 from autoplan.hardware import HardwareProfile
-from autoplan.strategy import GATHERED, CpKind, Layout, expert_cut, key_copies
+from autoplan.strategy import GATHERED, CpKind, Layout, key_copies
 from autoplan.units import Bytes, Seconds
 
 
@@ -48,19 +48,6 @@ class OpCost:
     temporary: Bytes
 
 
-class Sizes(NamedTuple):
-    """Elements of some parameters on one rank; `trainable` ones among them."""
-
-    numel: float
-    trainable: float
-
-
-def sizes(parameters: Sequence[LocalParameter], dealt: bool, shards: int) -> Sizes:
-    """Of those that are dealt over ep or those that are not, on the fullest of `shards` ranks that FSDP cuts them over."""
-    every = [(p.numel(shards), p.trainable) for p in parameters if p.dealt == dealt]
-    return Sizes(sum(n for n, _ in every), sum(n for n, trainable in every if trainable))
-
-
 Sending = tuple[str, Bytes, int]
 """A collective of neighbours: its kind, size (as in cost.collectives) and number of devices."""
 
@@ -71,29 +58,6 @@ class Dealing(NamedTuple):
     forward: tuple[Sending, ...]
     backward: tuple[Sending, ...]
     held: Bytes
-
-
-@dataclass(frozen=True, slots=True)
-class LocalParameter:
-    """A parameter's piece on one tp rank: `shape` is local, `fsdp_dim` the dim that FSDP cuts further."""
-
-    name: str
-    shape: tuple[int, ...]
-    fsdp_dim: int
-    trainable: bool
-    dealt: bool = False
-    """Over ep: FSDP cuts what one device has of the experts over `Mesh.efsdp`, along `expert_cut`."""
-
-    def cut(self, shards: int) -> int:
-        """The dim along which FSDP cuts it over so many ranks."""
-        return expert_cut(self.shape, shards) if self.dealt else self.fsdp_dim
-
-    def numel(self, shards: int) -> int:
-        """Elements on the fullest of `shards` ranks (FSDP cuts into equal chunks, the last ones shorter or empty)."""
-        if not self.shape:
-            return 1
-        dim = self.cut(shards)
-        return ceil(self.shape[dim] / shards) * prod(self.shape) // max(self.shape[dim], 1)
 
 
 _MEETINGS = 4

@@ -51,7 +51,7 @@ import numpy as np
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import memory_time, optimizer_time
 from autoplan.cost.layer import LayerCost
-from autoplan.cost.prices import Sizes
+from autoplan.cost.parameters import Sizes
 from autoplan.graph import DTYPE_BYTES
 from autoplan.hardware import HardwareProfile
 from autoplan.plan import MemoryBreakdown, TimeBreakdown, needs_fsdp
@@ -181,7 +181,7 @@ class HasParameters(Protocol):
     """What has parameters: a layer's cost."""
 
     def sizes(self, dealt: bool, shards: int) -> Sizes:
-        """`cost.prices.sizes` of them."""
+        """`cost.parameters.sizes` of them."""
 
 
 def data_parallel(cost: HasParameters, mesh: Mesh, hardware: HardwareProfile, load: Workload) -> DataParallel:

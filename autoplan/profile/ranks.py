@@ -111,7 +111,7 @@ def joined(device: torch.device, hint: str | None = None) -> Iterator[None]:
             raise
         raise UsageError(f"one of the others ended or went silent: {_last_line(error)}.", hint) from error
     finally:
-        if mine and sys.exc_info()[0] is None:
+        if mine and dist.is_initialized() and (ranks == 1 or sys.exc_info()[0] is None):  # the others may be gone
             dist.destroy_process_group()
 
 

@@ -13,7 +13,8 @@ from math import inf
 import numpy as np
 
 from autoplan.cost.layer import LayerCost
-from autoplan.cost.prices import LayerModel, LocalParameter, Sizes, sizes
+from autoplan.cost.parameters import LocalParameter, Sizes, sizes
+from autoplan.cost.prices import LayerModel
 from autoplan.cost.selective import Kept
 from autoplan.search.dominance import Floats
 from autoplan.search.labels import LABELS, PEAK, SAVED, additions

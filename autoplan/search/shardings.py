@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoplan.cost.layer import LayerCost
+from autoplan.cost.parameters import LocalParameter, Sizes, sizes
 from autoplan.cost.peak import made, moved
-from autoplan.cost.prices import LayerModel, LocalParameter, Sizes, sizes
+from autoplan.cost.prices import LayerModel
 from autoplan.cost.selective import Kept
 from autoplan.cost.walk import borders_of, call_borders, changes_memory
 from autoplan.search.corner import Corner

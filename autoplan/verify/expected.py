@@ -28,7 +28,8 @@ from collections.abc import Callable, Iterator
 from math import ceil, prod
 
 from autoplan.cost.model import OUTER, CostModel
-from autoplan.cost.prices import LayerModel, LocalParameter
+from autoplan.cost.parameters import LocalParameter
+from autoplan.cost.prices import LayerModel
 from autoplan.cost.walk import Step, walk
 from autoplan.graph import DTYPE_BYTES, Value
 from autoplan.plan import Plan
