@@ -6,7 +6,9 @@
 
 For each number of ranks the machine is profiled with as many ranks as the plans use; for each model the space of uniform plans
 (benchmarks.uniform_plans) is run for real in rounds over all plans, so that a machine that grows slower wrongs none of them.
-What is measured stands in benchmarks/measured/closed-loop.json; an interrupted run goes on where it was.
+The fastest of hundreds of noisy times is the luckiest of the fast ones. So the picked plan and all that came near the fastest are
+run again in some final rounds, and the median of a plan's rounds counts.
+What is measured stands in benchmarks/measured/closed-loop-*.json; an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from autoplan.hardware import HardwareProfile
 from autoplan.measurement import MeasuredSteps
 from autoplan.plan import Plan, Prediction
 from autoplan.profile.ranks import start
-from benchmarks.closed_loop_page import Case, Row, write
+from benchmarks.closed_loop_page import NEAR, Case, Row, write
 from benchmarks.uniform_plans import uniform_plans
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +64,8 @@ class Settings:
     models: tuple[str, ...]
     budget: str
     rounds: int
+    finals: int
+    """Rounds more over the plans that came near the fastest."""
     steps: int
     plans: int | None
     """At most so many of each case, drawn once."""
@@ -72,7 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--budget", default="100s", help="of a profile")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1, help="over all plans")
+    parser.add_argument("--finals", type=int, default=4, help="rounds more over the plans that came near the fastest")
     parser.add_argument("--steps", type=int, default=4, help="of each plan in each round")
     parser.add_argument("--plans", type=int, help="at most so many of each case")
     parser.add_argument("--folder", type=Path, default=MEASURED, help="of the measurements; another one gets the page too")
@@ -86,6 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         models=("gpt",) if small else tuple(asked.models),
         budget="20s" if small else asked.budget,
         rounds=1 if small else asked.rounds,
+        finals=1 if small else asked.finals,
         steps=asked.steps,
         plans=4 if small else asked.plans,
     )
@@ -139,23 +145,37 @@ def key(plan: Plan) -> str:
 
 
 def _run_all(plans: list[Plan], spec: str, path: Path, ranks: int, settings: Settings) -> None:
-    """Rounds over all plans, each in another order; what is there already is not run again."""
+    """Rounds over all plans, then over those near the fastest; each in another order."""
     for turn in range(settings.rounds):
-        found = _read(path)
-        left = [p for p in plans if len(found.get(key(p), {}).get("rounds", [])) <= turn and "error" not in found.get(key(p), {})]
-        random.Random(turn).shuffle(left)
-        begin = monotonic()
-        if left:
-            found.setdefault("load", []).append(round(os.getloadavg()[0], 1))
-            _save(path, found)
-        while left:
-            chunk, left = left[:CHUNK], left[CHUNK:]
-            try:
-                start(ranks, run_chunk, chunk, spec, str(path), settings.steps)
-            except UsageError as error:
-                unfinished = _after_failure(chunk, path, turn, str(error))
-                left = unfinished + left
-            print(f"{path.name}: round {turn + 1}, {len(left)} plans left, {monotonic() - begin:.0f} s", file=sys.stderr)
+        _round(plans, spec, path, ranks, settings, turn)
+    final = [plans[0], *near(plans[1:], _read(path), settings.rounds)]
+    for turn in range(settings.rounds, settings.rounds + settings.finals):
+        _round(final, spec, path, ranks, settings, turn)
+
+
+def near(plans: list[Plan], found: dict[str, Any], rounds: int) -> list[Plan]:
+    """Those whose first rounds took at most `NEAR` times as long as the fastest's."""
+    times = {key(plan): _median(found[key(plan)]["rounds"][:rounds]) for plan in plans if found[key(plan)].get("rounds")}
+    most = NEAR * min(times.values(), default=0.0)
+    return [plan for plan in plans if key(plan) in times and times[key(plan)] <= most]
+
+
+def _round(plans: list[Plan], spec: str, path: Path, ranks: int, settings: Settings, turn: int) -> None:
+    """One round; what is there already is not run again."""
+    found = _read(path)
+    left = [p for p in plans if len(found.get(key(p), {}).get("rounds", [])) <= turn and "error" not in found.get(key(p), {})]
+    random.Random(turn).shuffle(left)
+    begin = monotonic()
+    if left:
+        found.setdefault("load", []).append(round(os.getloadavg()[0], 1))
+        _save(path, found)
+    while left:
+        chunk, left = left[:CHUNK], left[CHUNK:]
+        try:
+            start(ranks, run_chunk, chunk, spec, str(path), settings.steps)
+        except UsageError as error:
+            left = _after_failure(chunk, path, turn, str(error)) + left
+        print(f"{path.name}: round {turn + 1}, {len(left)} plans left, {monotonic() - begin:.0f} s", file=sys.stderr)
 
 
 def run_chunk(plans: list[Plan], spec: str, path: str, steps: int) -> None:
@@ -220,11 +240,12 @@ def _case(name: str, ranks: int, profile: HardwareProfile, graph: Graph, plans: 
                 predicted=_seconds(costs["said"].predict_plan(plan)),
                 calibrated=_seconds(costs["now"].predict_plan(plan)),
                 measured=runs[key(plan)].steps.step_time,
+                rounds=len(found[key(plan)]["rounds"]),
             )
         )
     failed = {key(plan): found[key(plan)]["error"] for plan in plans if "error" in found.get(key(plan), {})}
     rounds = min(len(found[key(plan)]["rounds"]) for plan in ran)
-    load = tuple(found.get("load", ()))[:rounds]
+    load = tuple(found.get("load", ()))
     noise = _noise([(plan, runs[key(plan)].steps.step_time) for plan in ran])
     return Case(name, ranks, tuple(rows), dict(taught.factors), failed, profile.device.name, MODELS[name], load, rounds, noise)
 
@@ -240,8 +261,12 @@ def _noise(measured: list[tuple[Plan, float]]) -> float:
 
 
 def _steps(entry: dict[str, Any], ranks: int) -> MeasuredSteps:
+    return MeasuredSteps(seconds=(_median(entry["rounds"]),), ranks=ranks, device="cpu")
+
+
+def _median(rounds: list[list[float]]) -> float:
     """The median of the rounds' medians counts."""
-    return MeasuredSteps(seconds=(median(median(each) for each in entry["rounds"]),), ranks=ranks, device="cpu")
+    return median(median(each) for each in rounds)
 
 
 def _seconds(prediction: Prediction) -> float:

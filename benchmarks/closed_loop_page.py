@@ -13,13 +13,16 @@ from autoplan.units import SECOND, show
 
 SHOWN = 12
 """Plans of each case that the page lists."""
+NEAR = 1.3
+"""Plans of at most so many times the fastest's time run in the final rounds too: plans of equal work differ by less."""
 HEAD = """# The closed loop: measured, planned, run, compared
 
 Made by `python -m benchmarks.closed_loop` on one machine ({device}; ranks are processes of one thread that talk through gloo).
 For each number of ranks the machine was profiled by `autoplan profile`, with as many ranks computing at once as the plans use.
 For each model `autoplan plan` picked a plan with that profile. Then every uniform plan of the space was run for real: all meshes,
 micro-batches, schedules, with and without sequence parallelism, all ZeRO levels, all layers recomputed or none; each one to four
-steps after one to warm up, in rounds over all plans. A plan's time is the median of its rounds.
+steps after one to warm up, in rounds over all plans, then in rounds over the picked plan and those within {near:.0%} of the
+fastest, lest luck be called fast. A plan's time is the median of its rounds.
 
 - **Picked**: how much slower the plan that `autoplan plan` picked is than the fastest that was run.
 - **Spearman**: rank correlation of predicted and measured times, over all plans.
@@ -48,6 +51,8 @@ class Row:
     predicted: float
     calibrated: float
     measured: float
+    rounds: int = 1
+    """That it was run in."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Case:
     device: str
     model: str
     load: tuple[float, ...] = ()
-    """The machine's load average when the rounds began."""
+    """The machine's load average whenever it began or went on."""
     rounds: int = 1
     """That every plan was run in."""
     noise: float = float("nan")
@@ -134,7 +139,7 @@ def page(cases: Sequence[Case]) -> str:
             f"{case.noise:.0%}",
         ]
         lines.append(f"| {case.name} | {case.ranks} | {' | '.join(numbers)} |")
-    return HEAD.format(device=cases[0].device) + "\n".join(lines) + "\n" + "".join(map(_section, cases))
+    return HEAD.format(device=cases[0].device, near=NEAR - 1) + "\n".join(lines) + "\n" + "".join(map(_section, cases))
 
 
 def _section(case: Case) -> str:
@@ -143,7 +148,7 @@ def _section(case: Case) -> str:
     rows = sorted(case.rows, key=lambda row: row.measured)
     listed = [row for i, row in enumerate(rows) if i < SHOWN or row.picked]
     lines = [
-        f"| {i + 1} | {row.plan}{' **(picked)**' if row.picked else ''} | {show(row.measured, SECOND)} | "
+        f"| {i + 1} | {row.plan}{' **(picked)**' if row.picked else ''} | {row.rounds} | {show(row.measured, SECOND)} | "
         f"{show(row.predicted, SECOND)} | "
         f"{row.predicted / row.measured - 1:+.1%} | {row.calibrated / row.measured - 1:+.1%} |"
         for i, row in enumerate(rows)
@@ -153,15 +158,15 @@ def _section(case: Case) -> str:
     return f"""
 ## {case.name} on {case.ranks} ranks
 
-`{case.model}`. Rounds: {case.rounds}. Load average of the machine when they began: {load}.
+`{case.model}`. Rounds over all plans: {case.rounds}. Load average of the machine whenever it began or went on: {load}.
 Calibration found these terms so many times as long as the profile said: {factors}.
 
 ![predicted against measured]({picture_name(case)})
 
 Blue: every plan as predicted; orange: after calibration; red: the plan that was picked; the line is where both are equal.
 
-| place | plan | measured | predicted | error | after calibration |
-|--:|---|--:|--:|--:|--:|
+| place | plan | rounds | measured | predicted | error | after calibration |
+|--:|---|--:|--:|--:|--:|--:|
 {chr(10).join(lines)}
 {failed}"""
 

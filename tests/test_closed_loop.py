@@ -9,7 +9,7 @@ import pytest
 from autoplan import api
 from autoplan.cost.model import CostModel
 from autoplan.files.workload import workload
-from benchmarks.closed_loop import key
+from benchmarks.closed_loop import key, near
 from benchmarks.closed_loop_page import Case, Row, mape, page, picture, spearman
 from benchmarks.uniform_plans import uniform_plans
 from tests.bodies import model
@@ -29,6 +29,14 @@ def test_the_uniform_space_is_whole_and_none_of_it_beats_the_plan() -> None:
     assert {s.zero for plan in plans for _, s in plan.layers()} == {1, 2, 3}
     best = api.plan(graph, gpus=4, hardware=machine(), global_batch=8).prediction.step_time
     assert best <= min(plan.prediction.step_time for plan in plans) * (1 + 1e-4)
+
+
+def test_plans_near_the_fastest_of_the_first_rounds_run_again() -> None:
+    graph, load = model(layers=4, hidden=256, ffn=512, seq=64), workload({}, {"global_batch": 8}, 4)
+    plans = uniform_plans(CostModel(graph, machine(), load), 4)[:5]
+    rounds = [[[1.0], [9.0]], [[1.2, 1.3, 1.4], [1.0]], [[1.31], [1.0]], None, [[1.0]]]
+    found = {key(p): {"rounds": each} if each else {"error": "no"} for p, each in zip(plans, rounds, strict=True)}
+    assert near(plans, found, 1) == [plans[0], plans[1], plans[4]], "what the final rounds found does not change who is in them"
 
 
 def test_rank_correlation() -> None:
