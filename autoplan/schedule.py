@@ -139,15 +139,19 @@ def in_flight_by_chunk(kind: ScheduleKind, stage: int, stages: int, micro_batche
         return (micro_batches if kind == "gpipe" else min(stages - stage, micro_batches),)
     _whole(micro_batches, stages)
     warm = min(micro_batches, WARM * stages + micro_batches % stages)
-    forward = [chunk for _ in range(0, warm, stages) for chunk in range(chunks) for _ in range(stages)]
-    ahead = _ahead(stage, stages, chunks, len(forward))
-    held, most = [0] * chunks, [0] * chunks
-    for i, chunk in enumerate(forward):
-        held[chunk] += 1
-        most[chunk] = max(most[chunk], held[chunk])
-        if i >= ahead:  # the backward passes take the chunks in the opposite order
-            held[chunks - 1 - forward[i - ahead]] -= 1
-    return tuple(most)
+    turns, turn = -(-warm // stages), chunks * stages  # of every chunk as many micro-batches as there are stages
+    ahead = _ahead(stage, stages, chunks, turns * turn)
+
+    def freed(chunk: int, before: int) -> int:
+        """Backward passes of a chunk among so many: they take the chunks in the opposite order."""
+        whole, rest = divmod(max(0, before - ahead), turn)
+        return whole * stages + min(max(0, rest - (chunks - 1 - chunk) * stages), stages)
+
+    def most(chunk: int) -> int:
+        """In each turn at its last forward pass, before each of which there was at most one backward pass."""
+        return max((n + 1) * stages - freed(chunk, n * turn + (chunk + 1) * stages - 1) for n in range(turns))
+
+    return tuple(most(chunk) for chunk in range(chunks))
 
 
 def _ahead(stage: int, stages: int, chunks: int, tasks: int) -> int:

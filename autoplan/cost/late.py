@@ -42,7 +42,7 @@ class Late(NamedTuple):
 def late(model: LayerModel, sharding: Sharding, regions: frozenset[int] | None = None, of: tuple[int, ...] = ()) -> Late:
     """What a layer leaves under a sharding; of the outer body some `regions`, `of` being that of every operation."""
     account = _Account(model, sharding)
-    for step in walk(model, sharding):
+    for step in walk(model, sharding, every=False):
         account.take(step, regions is None or of[step.index] in regions)
     return Late(account.seconds, account.bytes, account.weights)
 

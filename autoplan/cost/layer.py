@@ -71,10 +71,7 @@ def layer_cost(model: LayerModel, sharding: Sharding, only: Callable[[Step], boo
 def layer_costs(model: LayerModel, sharding: Sharding, parts: Sequence[Callable[[Step], bool] | None]) -> list[LayerCost]:
     """`layer_cost` of several sets of steps, followed together: all, the embedding, the head."""
     accounts = [_Account(model, sharding) for _ in parts]
-    repeated, moved = model.body.repeated, sharding.modules
-    for step in walk(model, sharding):
-        if step.index in repeated and model.blocks[step.op.block][0] not in moved:
-            continue  # it adds nothing to the call before it
+    for step in walk(model, sharding, every=False):
         for account, only in zip(accounts, parts, strict=True):
             account.take(step, only is None or only(step))
     return [account.total(everything=only is None) for account, only in zip(accounts, parts, strict=True)]

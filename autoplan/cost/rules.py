@@ -103,6 +103,14 @@ def _divides(layout: Layout, value: Value, tp: int) -> bool:
     return layout.dim != value.batch_dim and value.shape[layout.dim] % (tp * layout.blocks) == 0
 
 
+def divided(body: Body, tp: int) -> frozenset[tuple[int, int]]:
+    """The sizes of dims, and into how many parts they are taken apart, that `tp` divides. All degrees above 1 for which these are
+    equal have the same outcomes and conversions."""
+    parts = {1, *(blocks for some in packings(body).values() for blocks in some)}
+    sizes = {size for value in body.values for size in value.shape}
+    return frozenset((size, blocks) for size in sizes for blocks in parts if size % (tp * blocks) == 0)
+
+
 def shardable(value: Value, dim: int, tp: int, blocks: int = 1) -> bool:
     """Whether `dim` of `value` can be split over `tp` devices (never the batch: that is the data-parallel axes' dim)."""
     return _divides(shard(dim, blocks), value, tp)

@@ -38,8 +38,9 @@ def stream_layout(value: Value, stream: Layout) -> Layout:
     return stream if value.requires_grad else REPLICATE
 
 
-def walk(model: LayerModel, sharding: Sharding) -> Iterator[Step]:
-    """Follow `sharding` through the layer. Raises `UsageError`, naming operation and module, where a rule forbids it."""
+def walk(model: LayerModel, sharding: Sharding, *, every: bool = True) -> Iterator[Step]:
+    """Follow `sharding` through the layer; without `every` past calls that add nothing to those before them (`Body.repeated`).
+    Raises `UsageError`, naming operation and module, where a rule forbids it."""
     body = model.body
     dealt = tuple(each.experts for each in model.dealt)
     if sharding.experts != dealt:
@@ -73,7 +74,12 @@ def walk(model: LayerModel, sharding: Sharding) -> Iterator[Step]:
             )
         return border.target
 
+    moved = [n for n, op in enumerate(body.ops) if op.kind == "call" and model.blocks[op.block][0] in sharding.modules]
+    passed = frozenset() if every else body.repeated.difference(moved, (n + 1 for n in moved))
     for index, op in enumerate(body.ops):
+        if index in passed:  # it is given what the call before it was given or returned, which is as it should be
+            layouts.update((i, stream_layout(body.values[i], sharding.stream)) for i in op.outputs)
+            continue
         sources = tuple(layout_of(i) for i in op.inputs)
         if op.kind in ("enter", "exit"):
             target = cross((op.module, "in" if op.kind == "enter" else "out", op.leaf), body.values[op.inputs[0]], sources[0])

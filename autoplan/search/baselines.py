@@ -12,8 +12,8 @@ from autoplan.search.columns import ALL_RECOMPUTES, Outer, Priced, Tables
 from autoplan.search.options import Column, Columns
 from autoplan.search.space import divisors, micro_batches, unstageable
 from autoplan.search.stages import Solution, Staging
-from autoplan.strategy import Mesh, Recompute, Zero
-from autoplan.units import BYTE, Bytes, show
+from autoplan.strategy import Layout, Mesh, Recompute, Zero
+from autoplan.units import BYTE, Bytes, Seconds, show
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,39 +66,62 @@ def _price(tables: Tables, recipe: Recipe, limit: Bytes) -> Baseline:
 
 
 def _best(tables: Tables, recipe: Recipe, limit: Bytes) -> tuple[Baseline | None, list[Callable[[], Bytes]]]:
-    """The fastest way that fits, and what those need that do not; to be asked when none does."""
+    """The fastest way that fits, and what those need that do not; to be asked when none does. What can't be faster than what is
+    known is not priced; nor is, but for the smallest micro-batch, what can't fit."""
     best: Baseline | None = None
+    known = inf
+    possible, needs = _possible(tables, recipe, limit)
+    tried: set[Mesh] = set()
+    for bound, micro_batch, mesh in sorted(possible):
+        if best is not None and bound >= known:
+            break
+        if bound == inf and mesh in tried:
+            continue
+        tried.add(mesh)
+        for recompute, staging in _stagings(tables, mesh, micro_batch, recipe.zero, limit):
+            found = staging.solve(1e-4, known) if best is None or staging.can_beat(known) else None
+            if isinstance(found, Solution) and found.seconds < known:
+                known = found.seconds
+                best = Baseline(
+                    name=recipe.name,
+                    mesh=mesh,
+                    micro_batch=micro_batch,
+                    recompute=recompute,
+                    step_time=known,
+                    memory=found.memory,
+                    note="",
+                )
+            elif found is None:
+                needs.append(partial(getattr, staging, "least_memory"))
+    return best, needs
+
+
+def _possible(tables: Tables, recipe: Recipe, limit: Bytes) -> tuple[list[tuple[Seconds, int, Mesh]], list[Callable[[], Bytes]]]:
+    """A bound on the step of every micro-batch of every mesh, and what those need that have no room for their parameters or for a
+    layer."""
+    found: list[tuple[Seconds, int, Mesh]] = []
     needs: list[Callable[[], Bytes]] = []
+    sizes = {mesh: micro_batches(mesh, tables.costs.workload) for mesh in recipe.meshes}
+    largest = max((size for some in sizes.values() for size in some), default=1)
     for mesh in recipe.meshes:
         if unstageable(mesh, tables.graph, tables.costs.outer.order):
             continue
         if tables.least_states(mesh) > limit:
             needs.append(partial(tables.least_states, mesh))
             continue
-        for micro_batch in micro_batches(mesh, tables.costs.workload):
+        for micro_batch in sizes[mesh]:
             if tables.least_moment(mesh.within, micro_batch) > limit:
                 needs.append(partial(tables.least_moment, mesh.within, micro_batch))
                 break
-            fits = False
-            for recompute, staging in _stagings(tables, mesh, micro_batch, recipe.zero, limit):
-                known = inf if best is None or best.step_time is None else best.step_time
-                found = staging.solve(1e-4, known) if best is None or staging.can_beat(known) else None
-                fits = fits or found is not None or (best is not None and staging.fits)
-                if isinstance(found, Solution) and found.seconds < known:
-                    best = Baseline(
-                        name=recipe.name,
-                        mesh=mesh,
-                        micro_batch=micro_batch,
-                        recompute=recompute,
-                        step_time=found.seconds,
-                        memory=found.memory,
-                        note="",
-                    )
-                elif found is None:
-                    needs.append(partial(getattr, staging, "least_memory"))
-            if not fits:
-                break  # a larger micro-batch needs more
-    return best, needs
+            bounds = (_no_sooner(tables, mesh, micro_batch, stream, largest, limit) for stream in tables.streams(mesh.tp))
+            found.append((min(bounds), micro_batch, mesh))
+    return found, needs
+
+
+def _no_sooner(tables: Tables, mesh: Mesh, micro_batch: int, stream: Layout, largest: int, limit: Bytes) -> Seconds:
+    """No strategies of the mesh are faster, by what is known of the `largest` micro-batch."""
+    rough = tables.rough([mesh], lambda: [mesh], micro_batch, stream, largest)
+    return Staging(tables, rough, rough.best_outer, "1f1b", 1, limit).early_bound if rough else inf
 
 
 def _stagings(tables: Tables, mesh: Mesh, micro_batch: int, zero: Zero, limit: Bytes) -> Iterator[tuple[Recompute, Staging]]:

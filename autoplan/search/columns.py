@@ -18,6 +18,7 @@ import numpy as np
 
 from autoplan.cost.layer import LayerCost
 from autoplan.cost.model import OUTER, CostModel
+from autoplan.cost.rules import divided
 from autoplan.cost.step import NOTHING, DataParallel, LayerStep, best_of, data_parallel, layer_step
 from autoplan.graph import DTYPE_BYTES
 from autoplan.plan import needs_fsdp
@@ -80,7 +81,8 @@ class Tables:
             self.classes[block.body] = self.classes.get(block.body, 0) + 1
         self._stretches: dict[tuple[int, int], int] = {}
         self._kinds: dict[tuple[int, ...], int] = {}
-        self._lattices: dict[tuple[int, int, Layout, bool, bool], Lattice] = {}
+        self._lattices: dict[Hashable, Lattice] = {}
+        self._pieces: dict[tuple[int, int], frozenset[tuple[int, int]]] = {}
         self._wholes: dict[tuple[int, int, int], tuple[float, float]] = {}
         self._ways: dict[tuple[int, Within, int, Layout], Ways] = {}
         self._priced: dict[Hashable, Priced | None] = {}
@@ -177,13 +179,20 @@ class Tables:
         return [(again, zero) for zero in zeros for again in recomputes if wish.recompute in (None, again)]
 
     def lattice(self, g: int, tp: int, stream: Layout, ep: int = 1, cp: int = 1) -> Lattice:
-        """Whatever ep and cp are, where they are above 1: their sizes change prices alone."""
+        """Whatever ep and cp are, where they are above 1: their sizes change prices alone. So do those of tp that divide the same
+        sizes, unless experts are dealt."""
         gathers = cp > 1 and tp > 1 and any(of == g for of, _ in self.costs.context.gathered)
-        key = (g, tp, stream, ep > 1 and self._has_experts(g), gathers)
+        dealt = ep > 1 and self._has_experts(g)
+        key = (g, tp if dealt or tp == 1 else self._divided(g, tp), stream, dealt, gathers)
         if key not in self._lattices:
             model = self.costs.layer_model(g, tp, 1, cp if gathers else 1, ep)
             self._lattices[key] = Lattice(model, stream, self._wish(g).layouts if tp > 1 else None)
         return self._lattices[key]
+
+    def _divided(self, g: int, tp: int) -> frozenset[tuple[int, int]]:
+        if (g, tp) not in self._pieces:
+            self._pieces[g, tp] = divided(self.graph.outer if g == OUTER else self.graph.bodies[g], tp)
+        return self._pieces[g, tp]
 
     def ways(self, g: int, within: Within, micro_batch: int, stream: Layout) -> Ways:
         """A body's lattice at the prices of a micro-batch."""
@@ -236,11 +245,12 @@ class Tables:
         """
         mesh, parts = meshes[0], self.costs.outer.parts
         key = (self.rough, mesh.within, mesh.pp > 1, micro_batch, stream, largest)
-        if key not in self._made:
+        found, numbers = self._made.get(key, ({}, {}))
+        if not numbers.keys() >= {*meshes}:
             those, wanted = alike(), [g for g in self.classes if g != OUTER or mesh.pp == 1]
             found = {g: self._rough(g, those, micro_batch, stream, largest) for g in wanted}
-            self._made[key] = found, {each: number for number, each in enumerate(those)}
-        found, numbers = self._made[key]
+            numbers = {each: number for number, each in enumerate(those)}
+            self._made[key] = found, numbers
         if not all(found.values()):
             return None
         columns = {g: rough.columns([numbers[each] for each in meshes]) for g, rough in found.items()}

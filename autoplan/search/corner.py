@@ -84,7 +84,7 @@ class Corner:
         """The least of every number of a label; in the peak's place, of what it has besides the saved bytes. (The least peak less
         the least saved bytes may be of two shardings, and bounds nothing.)"""
         costs, besides = np.zeros((LABELS, 1)), np.zeros(1)
-        for level, added in zip(self.lattice.levels, additions(self.lattice, self.prices, self.model.samples), strict=True):
+        for level, added in zip(self.lattice.levels, additions(self.lattice, self.prices, self.model), strict=True):
             costs = added.to(costs[:, level.source], np.arange(len(level.source)))
             besides = np.maximum(besides[level.source] - added.sums[SAVED], added.besides) + added.made
             if not level.straight:

@@ -14,8 +14,9 @@ from typing import Literal
 
 import numpy as np
 
+from autoplan.cost.prices import LayerModel
 from autoplan.search.dominance import Floats, Ints
-from autoplan.search.lattice import Lattice
+from autoplan.search.lattice import Lattice, at
 
 LABELS = 6
 SAVED, PEAK, BENEATH = 2, 4, 5
@@ -49,13 +50,13 @@ class Addition:
         return grown
 
 
-def additions(lattice: Lattice, prices: Sequence[Floats], samples: float) -> Iterator[Addition]:
-    """Of every level. `prices`: as `search.shardings.Ways` has them."""
-    called = False
+def additions(lattice: Lattice, prices: Sequence[Floats], model: LayerModel) -> Iterator[Addition]:
+    """Of every level. `prices`: as `search.shardings.Ways` has them, of `model`."""
+    called, here = False, at(model.samples, model.tp)
     for level, price in zip(lattice.levels, prices, strict=True):
         call = level.operation < 0 or lattice.body.ops[level.operation].kind == "call"
         called = called or call
         added = price[level.choice].T
-        added[SAVED] += level.sizes[:, 0] * samples + level.sizes[:, 1]
-        besides = added[PEAK] + level.sizes[:, 2] * samples + level.sizes[:, 3]
-        yield Addition(added[:PEAK], besides, added[PEAK + 1], "at" if call else "after" if called else "before")
+        saved, waiting = (level.sizes @ here).T
+        added[SAVED] += saved
+        yield Addition(added[:PEAK], added[PEAK] + waiting, added[PEAK + 1], "at" if call else "after" if called else "before")

@@ -5,9 +5,10 @@ the memory of every live tensor, and which of those memories are already counted
 continues by every outcome of its sharding rule (cost.rules), a border by every redistribution: a *transition*, to a state of
 the next level. Two partial shardings that meet in one state have the same future.
 
-Which layouts can follow each other does not depend on the micro-batch, nor on anything else that only changes prices: the
-lattice is made once for a body, a tp degree and a stream, and priced as often as need be (`search.shardings`). Sizes are kept
-as (bytes a sample, bytes whatever the batch).
+Which layouts can follow each other does not depend on the micro-batch, nor on anything else that only changes prices, and on
+the tp degree only by what it divides (`cost.rules.divided`): the lattice is made once for a body, a stream and all such degrees,
+and priced as often as need be (`search.shardings`). Sizes are kept in four parts: bytes a sample and bytes whatever the batch, of
+what every device has and of what tp cuts (`at`).
 
 Beforehand one pass forward and one backward find the layouts of every tensor that can be reached and from which the end
 can be reached (`_viable`): a query sharded along its sequence, say, ends at the attention, and need not be carried there.
@@ -15,7 +16,7 @@ can be reached (`_viable`): a query sharded along its sequence, say, ends at the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -31,17 +32,28 @@ from autoplan.graph import Op, Value
 from autoplan.search.dominance import Floats, Ints
 from autoplan.strategy import REPLICATE, Layout
 
-Size = tuple[float, float]
-"""(Bytes a sample, bytes whatever the batch.)"""
+Size = tuple[float, float, float, float]
+"""Of what every device has (bytes a sample, bytes whatever the batch), then the same of what tp cuts, whole."""
+NOTHING: Size = (0.0, 0.0, 0.0, 0.0)
+
+
+def at(samples: float, tp: int) -> Floats:
+    """What a `Size` is to be multiplied with for bytes on one device."""
+    return np.array((samples, 1.0, samples / tp, 1.0 / tp))
+
+
+def _sum(sizes: Iterable[Size]) -> Size:
+    a = b = c = d = 0.0
+    for e, f, g, h in sizes:
+        a, b, c, d = a + e, b + f, c + g, d + h
+    return a, b, c, d
 
 
 class Sizes(NamedTuple):
-    """What is saved at an operation, and what waits: each as bytes a sample, and bytes whatever the batch."""
+    """What is saved at an operation, and what waits."""
 
-    saved: float
-    saved_fixed: float
-    waiting: float
-    waiting_fixed: float
+    saved: Size
+    waiting: Size
 
 
 class Live(NamedTuple):
@@ -74,7 +86,7 @@ class Level:
     choice: Ints
     """By transition: which of `choices`."""
     sizes: Floats
-    """By transition, [n, 4]: size of what is kept for the backward pass and was not counted before, and of the gradients that
+    """By transition, [n, 2, 4]: size of what is kept for the backward pass and was not counted before, and of the gradients that
     wait while the backward pass of the operation runs."""
     first: Ints
     """By state of this level: the first transition that leads to it."""
@@ -87,8 +99,8 @@ class Level:
 
 
 class Lattice:
-    """See the module. `model` is of any micro-batch; `wanted`: layouts that parameters must have. Where there is no way through,
-    no state `leaves`."""
+    """See the module. `model` is of any micro-batch, and of one of the tp degrees; with experts that are dealt of the only one.
+    `wanted`: layouts that parameters must have. Where there is no way through, no state `leaves`."""
 
     def __init__(self, model: LayerModel, stream: Layout, wanted: Mapping[str, Layout] | None = None) -> None:
         self.wanted = wanted or {}
@@ -195,7 +207,7 @@ class Lattice:
         for number, (items, counted) in enumerate(states):
             live = dict(items) | {i: self._fresh(i, stream_layout(self.body.values[i], self.stream)) for i in made}
             counted, saved = self._keep(self.body.ops[index:end], live, counted)
-            found.setdefault(self._state(live, counted, end - 1), []).append((number, 0, Sizes(*saved, 0.0, 0.0)))
+            found.setdefault(self._state(live, counted, end - 1), []).append((number, 0, Sizes(saved, NOTHING)))
         return _level(-1, [Choice((), Outcome((), (), False))], found), list(found)
 
     def _advance(self, index: int, states: Sequence[State]) -> tuple[Level, list[State]]:
@@ -267,23 +279,22 @@ class Lattice:
         for i, layout in zip(op.outputs, outcome.outputs, strict=True):
             after[i] = self._made(index, i, layout, outcome, after)
         counted, saved = self._keep((op,), after, counted)
-        return self._state(after, counted, index), Sizes(*saved, *self._waiting(index, after))
+        return self._state(after, counted, index), Sizes(saved, self._waiting(index, after))
 
     def _keep(self, ops: Sequence[Op], live: dict[int, Live], counted: frozenset[int]) -> tuple[frozenset[int], Size]:
         """The memories that are counted as saved after some operations, and the size of those that were not before."""
-        growing, fixed, marked = 0.0, 0.0, set(counted)
+        marked, found = set(counted), []
         for i in (i for op in ops for i in saved_values(self.body, op)):
-            at = live.get(i) or self._fresh(i, REPLICATE)
-            if at.memory not in marked:
-                marked.add(at.memory)
-                growing, fixed = growing + at.size[0], fixed + at.size[1]
-        return frozenset(marked), (growing, fixed)
+            tensor = live.get(i) or self._fresh(i, REPLICATE)
+            if tensor.memory not in marked:
+                marked.add(tensor.memory)
+                found.append(tensor.size)
+        return frozenset(marked), _sum(found)
 
     def _waiting(self, index: int, live: dict[int, Live]) -> Size:
         if self.body.ops[index].kind == "call":
-            return 0.0, 0.0
-        memories = {live[i].memory: live[i].size for i in self.body.waiting[index]}
-        return sum(size[0] for size in memories.values()), sum(size[1] for size in memories.values())
+            return NOTHING
+        return _sum({live[i].memory: live[i].size for i in self.body.waiting[index]}.values())
 
     def _state(self, live: dict[int, Live], counted: frozenset[int], index: int) -> State:
         """What the operations after `index` can see, memories numbered anew so that equal futures are equal states."""
@@ -299,8 +310,10 @@ class Lattice:
         return renamed, frozenset([numbers[m] for m in counted if m in numbers])
 
     def _size(self, value: Value, layout: Layout) -> Size:
-        size = value.bytes_at(1) * self.model.share(value, layout)
-        return (size, 0.0) if value.batch_dim is not None else (0.0, size)
+        cut = layout.sharded and not self.model.dealt
+        size, fixed = value.bytes_at(1) * (1.0 if cut else self.model.share(value, layout)), value.batch_dim is None
+        mine = (0.0, size) if fixed else (size, 0.0)
+        return (0.0, 0.0, *mine) if cut else (*mine, 0.0, 0.0)
 
     def _fresh(self, i: int, layout: Layout) -> Live:
         """A tensor in a memory of its own (its number must differ from those in use: they count from 0)."""
@@ -327,6 +340,6 @@ def _level(operation: int, choices: Sequence[Choice], found: dict[State, list[tu
         tuple(choices),
         np.array([source for source, _, _ in transitions], dtype=np.int64),
         np.array([choice for _, choice, _ in transitions], dtype=np.int64),
-        np.array([sizes for _, _, sizes in transitions], dtype=np.float64).reshape(-1, 4),
+        np.array([sizes for _, _, sizes in transitions], dtype=np.float64).reshape(-1, 2, 4),
         np.cumsum([0, *sizes[:-1]]) if sizes else np.zeros(0, dtype=np.int64),
     )

@@ -319,14 +319,14 @@ def _falling(pairs: Iterable[tuple[float, float]]) -> Iterator[tuple[float, floa
 
 def _hull(points: Iterable[tuple[Bytes, Seconds]]) -> list[Vertex]:
     """Of points that take more and more bytes and fewer and fewer seconds, the corners of the lower convex hull."""
-    corners: list[Vertex] = []
-    for point in map(Vertex._make, points):
-        while len(corners) > 1 and _above(corners[-2], corners[-1], point):
+    corners: list[tuple[Bytes, Seconds]] = []
+    for point in points:
+        while len(corners) > 1 and _above(*corners[-2], *corners[-1], *point):
             corners.pop()
         corners.append(point)
-    return corners
+    return list(map(Vertex._make, corners))
 
 
-def _above(a: Vertex, b: Vertex, c: Vertex) -> bool:
-    """Whether b lies on or above the line from a to c."""
-    return (b.seconds - a.seconds) * (c.bytes - a.bytes) >= (c.seconds - a.seconds) * (b.bytes - a.bytes)
+def _above(x0: Bytes, y0: Seconds, x1: Bytes, y1: Seconds, x2: Bytes, y2: Seconds) -> bool:
+    """Whether the second point lies on or above the line from the first to the third."""
+    return (y1 - y0) * (x2 - x0) >= (y2 - y0) * (x1 - x0)

@@ -127,7 +127,7 @@ class Ways:
         state = np.zeros(1, dtype=np.int64)
         before: list[Ints | None] = []
         chosen: list[Ints] = []
-        for level, added in zip(self.lattice.levels, additions(self.lattice, self.prices, self.model.samples), strict=True):
+        for level, added in zip(self.lattice.levels, additions(self.lattice, self.prices, self.model), strict=True):
             if level.straight and len(counts) == len(level.source):
                 costs = added.to(costs, state)
                 before.append(None)

@@ -222,7 +222,11 @@ class Staging:
     @cached_property
     def hopeless(self) -> bool:
         """Whether the ranks together have no room for all layers at their leanest, one micro-batch in flight."""
-        return self._of_all(lambda costs: costs[2] + costs[3]) > sum(self.limits)
+        return self._leanest > sum(self.limits)
+
+    @property
+    def _leanest(self) -> Bytes:
+        return self._of_all(lambda costs: costs[2] + costs[3])
 
     def _of_all(self, cost: Callable[[Floats], Floats]) -> float:
         """The sum over all layers of the least `cost` of each."""
@@ -305,7 +309,7 @@ class Staging:
         if self.ranks == 1:
             return least_bytes(self.groups(0, 0, self.layers))
         limit = max(self.limits)
-        return self._bottleneck(lambda s, i, j: self._excess(s, i, j) + limit, 0.0)
+        return self._bottleneck(lambda s, i, j: self._excess(s, i, j) + limit, self._leanest / self.ranks)
 
     @cached_property
     def fullest(self) -> tuple[int, list[Group]]:
@@ -340,8 +344,8 @@ class Staging:
             unsolved = [run for run in runs if self._key(*run) not in self._exact]
             if not unsolved:
                 return self._solution(found.cost + self.hops, runs)
-            for run in unsolved:
-                self._exact[self._key(*run)] = self._chosen(*run, gap)
+            slowest = max(unsolved, key=lambda run: self.relaxed(*run))  # which alone may show that the step is above `most`
+            self._exact[self._key(*slowest)] = self._chosen(*slowest, gap)
 
     def _chosen(self, s: int, i: int, j: int, gap: float) -> Choice | None:
         """The exact best of a run; the same under all outer strategies where it has nothing of the outer body."""

@@ -64,7 +64,7 @@ DIVE = 0.03
 """A staging that may be faster than what is known by more than this, unlike any before, is solved at once: a good plan early
 prunes the rest."""
 RUNNERS_UP = 4
-"""Other meshes that are solved after the proof, so that a reader sees what they would cost."""
+"""Other meshes that are solved at least, if need be after the proof, so that a reader sees what they would cost."""
 ATTEMPTS = 24
 """Meshes that are tried for these."""
 ROUGHLY = 1e-3
@@ -140,7 +140,7 @@ class Tree:
             return False
         self.plans = self.leaders()
         if self.best is not None:
-            self._runners_up(runners_up)
+            self._runners_up(runners_up + 1 - len(self.solutions))
         return True
 
     def _open_all(self) -> bool:
@@ -161,7 +161,7 @@ class Tree:
         solved = 0
         for open_ in list(by_mesh.values())[:ATTEMPTS]:
             staging = min(open_.settled, key=lambda each: each.quick_bound)
-            if solved == number or monotonic() > self.deadline:
+            if solved >= number or monotonic() > self.deadline:
                 return
             if staging.fits and staging.priced.mesh not in self.solutions:
                 self._solve(staging, staging.quick_bound, inf, ROUGHLY)

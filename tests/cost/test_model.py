@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from autoplan.cost.layer import layer_cost
 from autoplan.cost.model import OUTER, CostModel
+from autoplan.cost.walk import walk
 from autoplan.errors import UsageError
 from autoplan.graph import Op, Value
 from autoplan.plan import Prediction
 from autoplan.search.columns import Tables
-from autoplan.strategy import REPLICATE, UNSHARDED, Mesh, Recompute, Sharding, Strategy, Within, shard
+from autoplan.strategy import REPLICATE, UNSHARDED, Border, Layout, Mesh, Recompute, Sharding, Strategy, Within, shard
 from autoplan.workload import Workload
 from tests.bodies import mlp_block, model
 from tests.hardware import machine, uneven
@@ -64,6 +65,22 @@ def test_only_who_shares_a_layer_pays_for_dtensors_and_for_waiting() -> None:
         assert known.backward < waits.backward < spread.backward
         assert waits.forward / known.forward == pytest.approx(waits.backward / known.backward)
         assert waits.saved == known.saved
+
+
+@pytest.mark.parametrize("stream", [REPLICATE, shard(1)], ids=str)
+def test_calls_that_are_passed_over_cost_nothing(stream: Layout) -> None:
+    costs = CostModel(model(layers=6, hidden=256, seq=64), machine(), Workload(global_batch=64))
+    outer, passed = costs.layer_model(OUTER, 2, 1), costs.graph.outer.repeated
+    assert len(passed) == 4
+    shardings = Tables(costs).shardings(OUTER, Within(tp=2), 1, stream)
+    assert len(shardings) > 1
+    for sharding in shardings:
+        every, some = list(walk(outer, sharding)), list(walk(outer, sharding, every=False))
+        assert [step for step in every if step.index not in passed] == [step for step in some if step.index not in passed]
+        assert len(some) < len(every)
+    moved = Border("layers.2", "out", "0", stream, REPLICATE if stream.sharded else shard(1))
+    with pytest.raises(UsageError, match=r"'layers\.3' expects"):
+        list(walk(outer, replace(shardings[0], borders=(*shardings[0].borders, moved)), every=False))
 
 
 @pytest.mark.parametrize("tp", [1, 4])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from autoplan.cost.layer import layer_cost
 from autoplan.cost.prices import LayerModel
-from autoplan.cost.rules import Outcome, conversions, outcomes
+from autoplan.cost.rules import Outcome, conversions, divided, outcomes
 from autoplan.cost.walk import borders_of, stream_layout
 from autoplan.graph import Body
 from autoplan.search.lattice import Lattice
@@ -105,6 +106,21 @@ def test_recomputed_selectively_a_sharding_costs_what_its_layer_does(body: Body,
         assert least.saved <= cost.saved * (1 + 1e-12)
         assert least.peak - least.saved <= (cost.peak - cost.saved) * (1 + 1e-12)
         assert (float(found.peak[i]), float(found.beneath[i])) == pytest.approx((cost.peak, 0.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("stream", [REPLICATE, shard(1)], ids=str)
+def test_degrees_that_divide_the_same_sizes_share_a_lattice(stream: Layout) -> None:
+    body = mlp_block(hidden=512, ffn=1536, seq=64)
+    two, four, six = (layer(body, tp) for tp in (2, 4, 6))
+    assert divided(body, 2) == divided(body, 4) != divided(body, 6)
+    shared = Lattice(two, stream)
+    own, borrowed = Ways(four, Lattice(four, stream)).unbeaten, Ways(four, shared).unbeaten
+    found = [{s: price(four, s) for s in map(each.sharding, range(each.number))} for each in (own, borrowed)]
+    assert found[0] == found[1]
+    assert len(found[0]) > 1
+    costs = [(each.forward, each.backward, each.saved, each.peak, each.beneath) for each in (own, borrowed)]
+    np.testing.assert_allclose(costs[0], costs[1], rtol=1e-12)
+    assert len(pareto_shardings(six, stream)) != len(found[0]), "6 divides the hidden layer alone"
 
 
 def fastest(model: LayerModel, stream: Layout) -> Sharding:
