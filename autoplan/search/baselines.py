@@ -71,13 +71,14 @@ def _best(tables: Tables, recipe: Recipe, limit: Bytes) -> tuple[Baseline | None
     best: Baseline | None = None
     known = inf
     possible, needs = _possible(tables, recipe, limit)
-    tried: set[Mesh] = set()
+    crowded: set[Mesh] = set()
     for bound, micro_batch, mesh in sorted(possible):
         if best is not None and bound >= known:
             break
-        if bound == inf and mesh in tried:
-            continue
-        tried.add(mesh)
+        if bound == inf:
+            if mesh in crowded:
+                continue
+            crowded.add(mesh)
         for recompute, staging in _stagings(tables, mesh, micro_batch, recipe.zero, limit):
             found = staging.solve(1e-4, known) if best is None or staging.can_beat(known) else None
             if isinstance(found, Solution) and found.seconds < known:
