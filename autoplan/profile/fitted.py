@@ -299,14 +299,15 @@ def _before(arrival: Operation, device: Device) -> Seconds:
 
 
 def _jitter(found: Sequence[Measurement], device: Device) -> Seconds:
-    """The standard deviation after a second, of which the mean wait of every group of ranks tells."""
+    """The standard deviation after a second, of which the mean wait of every group of ranks tells: least squares over the groups,
+    where a wait is as uncertain as the time that it is a part of."""
     alone = {(m.operation.group, m.operation.stride, m.operation.size): m for m in found if m.operation.kind == "all_reduce"}
-    after = [m for m in found if m.operation.kind == "arrival"]
-    deviations = []
-    for m in after:
+    told = seen = 0.0
+    for m in (m for m in found if m.operation.kind == "arrival"):
         wait = m.seconds - alone[m.operation.group, m.operation.stride, m.operation.size].seconds
-        deviations.append(wait / late(m.operation.group) / sqrt(_before(m.operation, device)))
-    return max(0.0, median(deviations)) if deviations else 0.0
+        per_jitter = late(m.operation.group) * sqrt(_before(m.operation, device))
+        told, seen = told + wait * per_jitter / m.seconds**2, seen + (per_jitter / m.seconds) ** 2
+    return max(0.0, told / seen) if seen else 0.0
 
 
 def _overlap(found: Sequence[Measurement]) -> float:

@@ -40,7 +40,7 @@ def test_a_machine_with_known_curves_is_recovered(hosts: int, tmp_path: Path) ->
     assert max(map(abs, errors.values())) < 0.03, max(errors.items(), key=lambda item: abs(item[1]))
     assert found.device.launch == pytest.approx(true.device.launch, rel=0.03)
     assert found.device.dispatch == pytest.approx(true.device.dispatch, rel=0.03)
-    assert found.jitter == pytest.approx(true.jitter, rel=0.05)
+    assert found.jitter == pytest.approx(true.jitter, rel=0.03)
     assert found.overlap == pytest.approx(true.overlap, abs=0.03)
     assert dict(found.links[0].slowdown) == pytest.approx(dict(true.links[0].slowdown), rel=0.03)
     assert [link.span for link in found.links] == [link.span for link in true.links]
