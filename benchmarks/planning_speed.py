@@ -35,7 +35,8 @@ LIMIT = 60.0
 
 @dataclass(frozen=True)
 class Case:
-    """`batch` samples of 8192 tokens on `gpus` devices, with `memory` bytes usable of each when it is cut."""
+    """`batch` samples of 8192 tokens on `gpus` devices, with `memory` bytes usable of each when it is cut; `model`: a size of the
+    zoo's, or an example."""
 
     model: str
     gpus: int
@@ -47,6 +48,7 @@ class Case:
     """Whose case it is, when it isn't a goal of our own."""
 
 
+EXAMPLE = "examples/llama.py?size=8B"
 CASES = (
     Case("llama-3:full", 8, 32, why="Galvatron"),
     Case("llama-3:70B", 64, 256),
@@ -58,6 +60,7 @@ CASES = (
     Case("deepseek-v3:full", 2048, 8192),
     Case("deepseek-v3:full", 2048, 8192, hardware="b200-sxm-8x", most_seconds=inf),
     Case("llama-3:full", 256, 512, most_seconds=287.4 / 30, why="AutoParallel"),
+    *(Case(f"{EXAMPLE}&layers={layers}", 256, 512) for layers in (32, 128, 512)),
 )
 
 
@@ -99,7 +102,12 @@ PLANNERS = (
 
 
 def capture(model: str, path: Path) -> None:
-    """Captures a model of the zoo at 8192 tokens and pickles its graph."""
+    """Captures a model at 8192 tokens and pickles its graph."""
+    if model.startswith(EXAMPLE):
+        from autoplan import api
+
+        path.write_bytes(pickle.dumps(api.inspect(api.load_model(model))))
+        return
     from autoplan.capture.fake import build_on_meta
     from autoplan.capture.huggingface import example_inputs
     from autoplan.capture.model import capture_module
@@ -252,7 +260,7 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for i, case in enumerate(CASES):
-            graph = Path(folder) / case.model.replace(":", "-")
+            graph = Path(folder) / case.model.translate(str.maketrans(":/", "--"))
             if not graph.exists():
                 capture(case.model, graph)
             rows.append((case, run_alone(i, graph)))
