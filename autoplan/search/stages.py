@@ -344,8 +344,11 @@ class Staging:
             unsolved = [run for run in runs if self._key(*run) not in self._exact]
             if not unsolved:
                 return self._solution(found.cost + self.hops, runs)
-            slowest = max(unsolved, key=lambda run: self.relaxed(*run))  # which alone may show that the step is above `most`
-            self._exact[self._key(*slowest)] = self._chosen(*slowest, gap)
+            for run in sorted(unsolved, key=lambda run: -self.relaxed(*run)):
+                self._exact[self._key(*run)] = self._chosen(*run, gap)
+                seconds = [self._known(*each) for each in runs]
+                if self.many * max(seconds) + self.few * sum(seconds) + self.hops > most:
+                    break  # which the slowest stage alone may show
 
     def _chosen(self, s: int, i: int, j: int, gap: float) -> Choice | None:
         """The exact best of a run; the same under all outer strategies where it has nothing of the outer body."""
