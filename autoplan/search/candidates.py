@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from autoplan.plan import Candidate
-from autoplan.search.stages import AnySchedule, Staging
+from autoplan.search.nodes import AnySchedule
+from autoplan.search.stages import Staging
 from autoplan.strategy import Mesh
 from autoplan.units import BYTE, SECOND, Bytes, Seconds, show
 

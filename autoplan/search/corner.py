@@ -98,7 +98,7 @@ class Corner:
         of the seconds of what runs again."""
         costs = np.zeros((3, 1))
         for level, kept in zip(self.lattice.levels, self._kept(), strict=True):
-            results, spare, again = kept.T
-            added = np.stack((results, spare - results, again))[:, level.choice]
+            added = kept[level.choice].T
+            added[1] -= added[0]
             costs = costs + added if level.straight else np.minimum.reduceat(costs[:, level.source] + added, level.first, axis=1)
         return tuple(costs[:, self.lattice.leaves].min(axis=1).tolist())

@@ -20,11 +20,13 @@ def kept_by_choice(model: LayerModel, lattice: Lattice, prices: Sequence[Floats]
 
 
 def _level(selection: Selection, level: Level, prices: Floats) -> Floats:
+    found = np.zeros((len(level.choices), 3))
     if level.operation < 0 or selection.model.body.ops[level.operation].kind == "call":
-        return np.zeros((len(level.choices), 3))
+        return found
     if selection.plain(level.operation):  # most are
-        again = prices[:, 0] if selection.repeats(level.operation) else np.zeros(len(prices))
-        return np.stack((np.zeros(len(prices)), np.zeros(len(prices)), again), axis=1)
+        if selection.repeats(level.operation):
+            found[:, 2] = prices[:, 0]
+        return found
     return np.array([_one(selection, level.operation, choice.outcome) for choice in level.choices]).reshape(-1, 3)
 
 

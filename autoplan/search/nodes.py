@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoplan.schedule import ScheduleKind
+from autoplan.search.columns import Priced, Tables
 from autoplan.search.stages import Staging
 from autoplan.strategy import Layout, Within
+from autoplan.units import Bytes
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,14 @@ Node = Several | Unsettled | Staging | Bounded
 def staging_of(node: Unsettled | Staging | Bounded) -> Staging:
     """The staging that it is, or is about."""
     return node if isinstance(node, Staging) else node.staging
+
+
+class AnySchedule(Staging):
+    """No schedule of some is better: it has the bubble and the p2p of the best, and in flight as little as 1f1b."""
+
+    def __init__(self, tables: Tables, priced: Priced, schedules: Sequence[tuple[ScheduleKind, int]], limit: Bytes) -> None:
+        super().__init__(tables, priced, next(iter(priced.outers), None), "1f1b", 1, limit)
+        costs, mesh, size = tables.costs, priced.mesh, priced.micro_batch
+        self.few = min(costs.share(schedule, chunks, mesh, size) for schedule, chunks in schedules)
+        self.many = self.micro_batches - self.few
+        self.hops = min(costs.hops(schedule, chunks, mesh, size, priced.stream) for schedule, chunks in schedules)

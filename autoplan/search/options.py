@@ -184,7 +184,10 @@ class Options(Sequence[Option]):
         if len(columns) <= _FEW:
             return FewOptions([Option._make((*_on_stage(column.costs, slots, in_flight), column)) for column in columns])
         costs = columns.costs if isinstance(columns, Columns) else np.array([column.costs for column in columns]).T
-        return Options(columns, np.stack(_on_stage(costs, slots, in_flight)))
+        seen = np.empty((len(Option._fields) - 1, len(columns)))
+        for i, numbers in enumerate(_on_stage(costs, slots, in_flight)):
+            seen[i] = numbers
+        return Options(columns, seen)
 
     @cached_property
     def _options(self) -> list[Option]:

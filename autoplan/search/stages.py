@@ -394,14 +394,3 @@ class Staging:
                     if number > taken:
                         left[flight[chunk]].insert(0, (column, number - taken))
         return chunks
-
-
-class AnySchedule(Staging):
-    """No schedule of some is better: it has the bubble and the p2p of the best, and in flight as little as 1f1b."""
-
-    def __init__(self, tables: Tables, priced: Priced, schedules: Sequence[tuple[ScheduleKind, int]], limit: Bytes) -> None:
-        super().__init__(tables, priced, next(iter(priced.outers), None), "1f1b", 1, limit)
-        costs, mesh, size = tables.costs, priced.mesh, priced.micro_batch
-        self.few = min(costs.share(schedule, chunks, mesh, size) for schedule, chunks in schedules)
-        self.many = self.micro_batches - self.few
-        self.hops = min(costs.hops(schedule, chunks, mesh, size, priced.stream) for schedule, chunks in schedules)

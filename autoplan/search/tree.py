@@ -38,9 +38,9 @@ from autoplan.search.candidates import slower
 from autoplan.search.columns import Priced, Tables
 from autoplan.search.ilp import UnsolvedError
 from autoplan.search.meshes import Meshes
-from autoplan.search.nodes import Bounded, Depth, Family, Group, Node, Several, Shape, Unsettled, staging_of
+from autoplan.search.nodes import AnySchedule, Bounded, Depth, Family, Group, Node, Several, Shape, Unsettled, staging_of
 from autoplan.search.space import unplaceable, unsplit
-from autoplan.search.stages import AnySchedule, Solution, Staging
+from autoplan.search.stages import Solution, Staging
 from autoplan.strategy import Layout, Mesh, Within
 from autoplan.units import Bytes, Seconds
 

@@ -13,7 +13,8 @@ from autoplan.cost.model import CostModel
 from autoplan.schedule import ScheduleKind
 from autoplan.search.columns import Tables
 from autoplan.search.meshes import Meshes, with_less_cp
-from autoplan.search.stages import AnySchedule, Solution, Staging
+from autoplan.search.nodes import AnySchedule
+from autoplan.search.stages import Solution, Staging
 from autoplan.strategy import Layout, Mesh
 from autoplan.workload import Workload
 from tests.bodies import expert_block, model
