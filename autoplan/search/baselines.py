@@ -114,14 +114,22 @@ def _possible(tables: Tables, recipe: Recipe, limit: Bytes) -> tuple[list[tuple[
             if tables.least_moment(mesh.within, micro_batch) > limit:
                 needs.append(partial(tables.least_moment, mesh.within, micro_batch))
                 break
-            bounds = (_no_sooner(tables, mesh, micro_batch, stream, largest, limit) for stream in tables.streams(mesh.tp))
+            alike = [other for other in recipe.meshes if _alike(other, mesh) and micro_batch in sizes[other]]
+            bounds = (_no_sooner(tables, mesh, alike, micro_batch, stream, largest, limit) for stream in tables.streams(mesh.tp))
             found.append((min(bounds), micro_batch, mesh))
     return found, needs
 
 
-def _no_sooner(tables: Tables, mesh: Mesh, micro_batch: int, stream: Layout, largest: int, limit: Bytes) -> Seconds:
+def _alike(one: Mesh, other: Mesh) -> bool:
+    """Whether what is roughly known of one is known of the other (`Tables.rough`)."""
+    return one.within == other.within and (one.pp > 1) == (other.pp > 1)
+
+
+def _no_sooner(
+    tables: Tables, mesh: Mesh, alike: Sequence[Mesh], micro_batch: int, stream: Layout, largest: int, limit: Bytes
+) -> Seconds:
     """No strategies of the mesh are faster, by what is known of the `largest` micro-batch."""
-    rough = tables.rough([mesh], lambda: [mesh], micro_batch, stream, largest)
+    rough = tables.rough([mesh], lambda: alike, micro_batch, stream, largest)
     return Staging(tables, rough, rough.best_outer, "1f1b", 1, limit).early_bound if rough else inf
 
 

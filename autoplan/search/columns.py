@@ -220,20 +220,24 @@ class Tables:
         """Every strategy of every class of layers, priced; None when some layer has none."""
         return self._of_mesh(self._columns, self._outers, mesh, micro_batch, stream)
 
-    def split(self, priced: Priced) -> Priced | None:
-        """The strategies of a mesh without recomputation, at their prices under zero-bubble (cost.late); None when some layer has
-        none. Of shardings those are known that others don't beat under other schedules."""
-        mesh, micro_batch, costs = priced.mesh, priced.micro_batch, self.costs
+    def plain(self, priced: Priced) -> Priced | None:
+        """The strategies of a mesh without recomputation, which zero-bubble does without; None when some layer has none."""
+        columns = {g: Columns.of([c for c in known if c.recompute == "none"]) for g, known in priced.columns.items()}
+        return replace(priced, columns=columns) if all(columns.values()) else None
+
+    def split(self, plain: Priced) -> Priced:
+        """The same at their prices under zero-bubble (cost.late). Of shardings those are known that others don't beat under other
+        schedules."""
+        mesh, micro_batch, costs = plain.mesh, plain.micro_batch, self.costs
         columns = {}
-        for g, known in priced.columns.items():
+        for g, known in plain.columns.items():
             price = partial(_split_price, costs, g, mesh, micro_batch)
-            plain = [c for c in known if c.recompute == "none"]
-            columns[g] = Columns.of([replace(c, costs=Costs.of(price(c.strategy)), price=price) for c in plain])
+            columns[g] = Columns.of([replace(c, costs=Costs.of(price(c.strategy)), price=price) for c in known])
         outers = tuple(
             Outer(o.strategy, {r: costs.outer_step(r, o.strategy, mesh, micro_batch, split=True) for r in o.parts})
-            for o in priced.outers
+            for o in plain.outers
         )
-        return replace(priced, columns=columns, outers=outers) if all(columns.values()) else None
+        return replace(plain, columns=columns, outers=outers)
 
     def rough(
         self, meshes: Sequence[Mesh], alike: Callable[[], Sequence[Mesh]], micro_batch: int, stream: Layout, largest: int

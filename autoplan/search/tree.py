@@ -255,7 +255,7 @@ class Tree:
     def _best_case(self, shape: Shape, meshes: Sequence[Mesh]) -> Staging:
         rough = self._rough(meshes, shape.micro_batch, shape.stream, shape.micro_batch)
         assert rough is not None
-        return Staging(self.tables, rough, rough.best_outer, shape.schedule, shape.chunks, self.limit)
+        return self._staging(rough, shape)
 
     def _promises(self, best_case: Staging, meshes: Sequence[Mesh]) -> bool:
         """Whether some of the meshes may beat what is known; else all are proven not to."""
@@ -287,18 +287,21 @@ class Tree:
             if priced is None:
                 self.refused.append(unplaceable(mesh, shape.micro_batch, self.tables.unmet(mesh)))
                 continue
-            staging = Staging(self.tables, priced, priced.best_outer, shape.schedule, shape.chunks, self.limit)
             if shape.schedule == "zero-bubble":
-                if not self._promises(staging, [mesh]):  # what it would be if parting the passes were free
-                    continue
-                priced = self.tables.split(priced)
-                if priced is None:
+                plain = self.tables.plain(priced)
+                if plain is None:
                     self.refused.append(unsplit(mesh, shape.micro_batch))
                     continue
-                staging = Staging(self.tables, priced, priced.best_outer, shape.schedule, shape.chunks, self.limit)
+                if not self._promises(self._staging(plain, shape), [mesh]):  # what it would be if parting the passes were free
+                    continue
+                priced = self.tables.split(plain)
+            staging = self._staging(priced, shape)
             self.stagings.append(staging)
             several = len(priced.outers) > 1
             self._push(max(bound, staging.early_bound), Unsettled(staging) if several else staging)
+
+    def _staging(self, priced: Priced, shape: Shape) -> Staging:
+        return Staging(self.tables, priced, priced.best_outer, shape.schedule, shape.chunks, self.limit)
 
     def _settle(self, staging: Staging, bound: Seconds) -> None:
         if staging.hopeless or not staging.can_beat(self.known):

@@ -71,9 +71,10 @@ def brute_force(tables: Tables, gpus: int, limits: Sequence[float]) -> list[floa
                 if whole is None:
                     continue
                 for kind, chunks in schedules(mesh, m, costs):
-                    priced = tables.split(whole) if kind == "zero-bubble" else whole
+                    priced = tables.plain(whole) if kind == "zero-bubble" else whole
                     if priced is None:
                         continue
+                    priced = tables.split(priced) if kind == "zero-bubble" else priced
                     outers: list[dict[tuple[int, ...], LayerStep]] = [o.parts for o in priced.outers] or [
                         {costs.outer.busy: c.step} for c in priced.columns[OUTER]
                     ]

@@ -93,9 +93,14 @@ def test_cp_that_shares_a_divisor_with_the_micro_batch_is_never_better(spec: str
 def _solved(tables: Tables, mesh: Mesh, size: int, stream: Layout, schedule: ScheduleKind, chunks: int, limit: float) -> float:
     priced = tables.priced(mesh, size, stream)
     if priced is not None and schedule == "zero-bubble":
-        priced = tables.split(priced)
+        priced = tables.plain(priced)
     if priced is None:
         return inf
+    if schedule == "zero-bubble":
+        free = Staging(tables, priced, priced.best_outer, schedule, chunks, limit)
+        priced = tables.split(priced)
+        parted = Staging(tables, priced, priced.best_outer, schedule, chunks, limit)
+        assert free.early_bound <= parted.early_bound * (1 + 1e-9), "parting the passes makes nothing better"
     best = inf
     for outer in priced.outers or (None,):
         staging = Staging(tables, priced, outer, schedule, chunks, limit)
