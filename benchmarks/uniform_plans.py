@@ -52,8 +52,11 @@ def _staging(
 ) -> Staging | None:
     if schedule != "zero-bubble":
         return Staging(tables, one, outer, schedule, chunks, limit)
-    split = tables.split(replace(one, outers=(outer,) if outer else ()))
-    return Staging(tables, split, split.best_outer, schedule, chunks, limit) if split is not None else None
+    plain = tables.plain(replace(one, outers=(outer,) if outer else ()))
+    if plain is None:
+        return None
+    split = tables.split(plain)
+    return Staging(tables, split, split.best_outer, schedule, chunks, limit)
 
 
 def _priced(tables: Tables, mesh: Mesh, micro_batch: int) -> Iterator[Priced]:

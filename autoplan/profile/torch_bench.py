@@ -2,8 +2,7 @@
 
 A timing is of a block of repetitions that lasts some milliseconds, so that neither the clock's grain nor the operating system's
 turns decide; before each block all ranks meet, so that they compute at the same time, as they do in a training step. On ranks
-that share cores a kernel then takes as long as it will take there: as the slowest rank says, since the others were done before
-they had to share to the end.
+that share cores a kernel then takes as long as it will take there.
 """
 
 from __future__ import annotations
@@ -104,8 +103,7 @@ class TorchBench:
             for _ in range(FEWEST):
                 self._meet()
                 found.append(self._block(work, repeats, before))
-        until_all = operation.kind in COLLECTIVES or (self.machine.sharing > 1 and operation.kind != "arrival")
-        return self._largest(found) if until_all else self._mean(found)
+        return self._largest(found) if operation.kind in COLLECTIVES else self._mean(found)
 
     def _block(self, work: Work, repeats: int, before: Work | None = None) -> Seconds:
         """Seconds of one repetition; what runs `before` each is not counted."""

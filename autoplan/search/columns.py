@@ -249,7 +249,7 @@ class Tables:
         """
         mesh, parts = meshes[0], self.costs.outer.parts
         key = (self.rough, mesh.within, mesh.pp > 1, micro_batch, stream, largest)
-        found, numbers = self._made.get(key, ({}, {}))
+        found, numbers = self._made.get(key, ({}, {}))  # plans by hand ask for their own meshes alone
         if not numbers.keys() >= {*meshes}:
             those, wanted = alike(), [g for g in self.classes if g != OUTER or mesh.pp == 1]
             found = {g: self._rough(g, those, micro_batch, stream, largest) for g in wanted}

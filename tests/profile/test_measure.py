@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from autoplan.cli import main
 from autoplan.errors import UsageError
 from autoplan.files.hardware import load_hardware
 from autoplan.files.measurements import SideFile
-from autoplan.measurement import Operation
 from autoplan.profile import measure, session
 from autoplan.profile.ranks import start
 from tests.profile import faults
@@ -74,16 +71,6 @@ def test_a_nan_leaves_the_earlier_file(
     assert profile(output, "--force") == 2
     assert "which is no time" in capsys.readouterr().err
     assert output.read_text() == "precious"
-
-
-@pytest.mark.parametrize(("sharing", "slowest"), [(1.0, False), (2.0, True)])
-def test_where_ranks_share_cores_the_slowest_tells(sharing: float, slowest: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = measure.TorchBench(torch.device("cpu"))
-    bench.machine = replace(bench.machine, sharing=sharing)
-    monkeypatch.setattr(bench, "_largest", lambda times: [9.0] * len(times))
-    monkeypatch.setattr(bench, "_mean", lambda times: [1.0] * len(times))
-    found = bench.times(Operation("launch", 4.0, "float32", (20,)), 0.01)
-    assert set(found) == {9.0 if slowest else 1.0}
 
 
 @pytest.mark.gloo
