@@ -159,8 +159,8 @@ Written by `python -m benchmarks.published_setups -o docs/published-setups.md`. 
 global batch in `benchmarks/published/` the configuration that was measured fastest, at most {most} of a source
 (`--most`), priced by autoplan's cost model as the option `--beside` of `autoplan plan` prices it; and the plan that
 autoplan proposes for the same model, GPUs and batch. Both are priced with the kernels of PyTorch today, and without the
-constants of the framework that ran them, so that "priced" is not a prediction of what was "measured" with the software of its time
-([accuracy](accuracy.md) is); the speed-up is that of the plan over the configuration, both as priced.
+constants of the framework that ran them, so that "priced" is not a prediction of what was "measured" with the software
+of its time ([accuracy](accuracy.md) is); the speed-up is that of the plan over the configuration, both as priced.
 
 Of {number} setups {misses}; {fit} of the published configurations fit into memory by our model.
 
