@@ -148,7 +148,8 @@ def _run_all(plans: list[Plan], spec: str, path: Path, ranks: int, settings: Set
     """Rounds over all plans, then over those near the fastest; each in another order."""
     for turn in range(settings.rounds):
         _round(plans, spec, path, ranks, settings, turn)
-    final = [plans[0], *near(plans[1:], _read(path), settings.rounds)]
+    close = near(plans, _read(path), settings.rounds)
+    final = [plans[0], *(plan for plan in close if plan is not plans[0])]
     for turn in range(settings.rounds, settings.rounds + settings.finals):
         _round(final, spec, path, ranks, settings, turn)
 

@@ -52,11 +52,8 @@ class Costs(NamedTuple):
         return Costs._make(getattr(step, name) for name in Costs._fields)
 
     def columns(self, number: int) -> Floats:
-        """Of so many columns as one array; a number here is of all of them, or an array. (`np.broadcast_to` takes longer.)"""
-        found = np.empty((len(self), number))
-        for i, of_all in enumerate(self):
-            found[i] = of_all
-        return found
+        """Of so many columns as one array; a number here is of all of them, or an array."""
+        return _array(self, number)
 
 
 @dataclass(frozen=True)
@@ -153,6 +150,14 @@ def _on_stage(costs: Iterable[Any], slots: float, in_flight: int) -> tuple[Any, 
     return slot + once / slots, state + in_flight * kept, alone, state + (in_flight - 1) * kept, *rest
 
 
+def _array(rows: Sequence[Any], number: int) -> Floats:
+    """Rows of so many numbers each, or of one that stands for all. (`np.stack` and `np.broadcast_to` take longer.)"""
+    found = np.empty((len(rows), number))
+    for i, row in enumerate(rows):
+        found[i] = row
+    return found
+
+
 class Vertex(NamedTuple):
     """A corner of the hull."""
 
@@ -184,10 +189,7 @@ class Options(Sequence[Option]):
         if len(columns) <= _FEW:
             return FewOptions([Option._make((*_on_stage(column.costs, slots, in_flight), column)) for column in columns])
         costs = columns.costs if isinstance(columns, Columns) else np.array([column.costs for column in columns]).T
-        seen = np.empty((len(Option._fields) - 1, len(columns)))
-        for i, numbers in enumerate(_on_stage(costs, slots, in_flight)):
-            seen[i] = numbers
-        return Options(columns, seen)
+        return Options(columns, _array(_on_stage(costs, slots, in_flight), len(columns)))
 
     @cached_property
     def _options(self) -> list[Option]:
