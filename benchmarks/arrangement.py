@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import ceil
 from typing import cast
 
 from autoplan.cost.collectives import collective_time
@@ -174,6 +175,8 @@ class Arranged:
             optimizer = max(optimizer, self.software.optimizer * sum(self._optimizer(n, dp, at) for n, dp, _ in groups))
             if at.zero < 3:
                 tail = max(tail, self._reduction(groups, at, sum(b[k] for k in own) / len(own)))
+        if at.zero == 1:
+            tail += self.software.zero_rank * (at.dp - 1)
         total = seconds + tail + optimizer + self.software.step
         return ArrangedStep(
             step_time=total,
@@ -347,8 +350,12 @@ class Arranged:
     def _accumulation(self, numel: float) -> Seconds:
         """Seconds of adding one micro-batch's gradients to those in the reduce dtype: these are read and written."""
         device = self.costs.hardware.device
-        moved = 2 * numel * DTYPE_BYTES[self.costs.workload.reduce_dtype]
+        moved = 2 * numel * self._gradient()
         return moved / (device.bandwidth * device.memory_efficiency.points[-1][1])
+
+    def _gradient(self) -> Bytes:
+        """Of a parameter."""
+        return self.software.gradients or DTYPE_BYTES[self.costs.workload.reduce_dtype]
 
     def _optimizer(self, numel: float, dp: int, at: Arrangement) -> Seconds:
         load = self.costs.workload
@@ -363,8 +370,10 @@ class Arranged:
 
     def _reduced(self, numel: float, at: Arrangement, dp: int, stride: int) -> Seconds:
         load, hardware = self.costs.workload, self.costs.hardware
-        size = numel * DTYPE_BYTES[load.reduce_dtype]
+        size, span = numel * self._gradient(), hardware.links[0].span
         slower = self._slower(dp * stride)
+        if self.software.one_adapter and 1 < stride < span < dp * stride:
+            slower, dp, stride = slower * self.software.one_adapter, ceil(dp * stride / span), span
         if at.zero == 0:
             return slower * collective_time("all_reduce", size, dp, stride, hardware)
         gather = numel * DTYPE_BYTES[load.compute_dtype]

@@ -42,6 +42,12 @@ class Software:
     """Fraction of passing activations on for which both stages wait, rather than compute on."""
     network: float = 1.0
     """Collectives that leave the node take so many times longer."""
+    one_adapter: float = 0.0
+    """Where a reduction's group has several, not all, ranks of a node, it leaves the node through one adapter for all of them and
+    takes so many times longer than that; 0: through each rank's own. (A guess at the cause: NCCL's rings come in and go out by the
+    same adapter, which is beside one of the ranks only; since 2.12 it goes there over NVLink.)"""
+    gradients: Bytes = 0.0
+    """Bytes of a parameter's gradient as it is added up and reduced; 0: the workload's reduce dtype."""
     layer: Seconds = 0.0
     """Least time of the host for one layer and micro-batch, forward and backward; a third of it is the forward pass's."""
     layer_tp: Seconds = 0.0
@@ -53,6 +59,8 @@ class Software:
     """The optimizer moves so many times the bytes: copies and checks of mixed precision."""
     step: Seconds = 0.0
     """Host time of every step."""
+    zero_rank: Seconds = 0.0
+    """Host time of every step for each other rank that holds a part of the states (nanotron packs and unpacks rank by rank)."""
     gathers_again: bool = False
     """Under sequence parallelism the backward pass gathers a linear's input again instead of keeping it (Megatron)."""
     resident: Bytes = 0.0
