@@ -298,9 +298,9 @@ class Arranged:
         apart = at.pp > 1 and at.tp * at.dp * at.pp > self.costs.hardware.links[0].span > 0
         return max(own.layer + own.layer_tp, own.layer_hop + own.layer_hop_tp * at.tp if apart else 0.0)
 
-    def ahead(self, at: Arrangement) -> bool:
-        """Whether a layer takes the device longer than the host."""
-        return sum(_seconds(self._scaled(self.parts(at)[0], at))) > self._host(at)
+    def pace(self, at: Arrangement) -> tuple[Seconds, Seconds]:
+        """Seconds of a layer on the device, and the least that it takes."""
+        return sum(_seconds(self._scaled(self.parts(at)[0], at))), self._host(at)
 
     def _paid(self, cover: Seconds, sent: Seconds) -> Seconds:
         """e(c, q): what communication beside `cover` seconds of computation costs."""

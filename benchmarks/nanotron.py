@@ -11,21 +11,30 @@ The loss holds the logits in float32 and their shifted exponentials (4 + 4 bytes
 A parameter has 2 bytes, 4 of its gradient's sum, 12 of the optimizer (cut by ZeRO-1), with ZeRO-0 over several ranks 2 in DDP's
 buckets; bfloat16 gradients stay until a backward pass is over; ZeRO-1 gathers parameters through two copies of them all.
 
-Two things were seen in the measurements, their cause is a guess. From its second micro-batch on, a run without pipeline holds the
-exponentials of the one before. And under tp, memory of whole tensors that NCCL has read is not used again before the host has
-waited for the device, once a micro-batch: a fitted fraction of them, none in two stages where the host is the slower of both.
+From its second micro-batch on, a run without pipeline holds the exponentials of the one before (seen, the cause is a guess).
+
+Memory that NCCL has read is used again once the device is through with it, and the host runs ahead. With `h` and `d` seconds of a
+layer on the host and the device, part by part (`_pass`),
+
+    issued += h      done = max(done, issued) + d      issued >= done of what was issued `ahead` layers before
+
+and a block that was sent when the device's clock would show `done` comes back at the first allocation with issued >= done. CUDA
+takes 1,024 launches before the host waits; `ahead` is fitted. `h` is the host time that the step times show. Runs of two stages
+are apart, for a reason unknown: there the whole least time of a layer under tp, times a fitted `two_stages`, is the host's, and it
+gets further ahead (`two_ahead`), where with more stages that time is the device's.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
-from autoplan.units import Bytes
+from autoplan.units import Bytes, Seconds
 from benchmarks.allocator import Allocator, Block
 from benchmarks.runs import Run
 from benchmarks.software import Software
 
-STEPS, MORE = 2, 2
+STEPS, MORE = 2, 6
 """Steps and, beyond what fills the pipeline, micro-batches after which nothing changes."""
 COPIES = 64
 """Ranks to which one buffer each is given; more ranks share the last one's."""
@@ -42,9 +51,13 @@ class Saved:
 class Rank:
     """The first pipeline rank's allocations."""
 
-    def __init__(self, run: Run, layers: int, limit: Bytes, pending: float, late: bool) -> None:
-        """Of the tensors that NCCL read the fraction `pending` comes back a micro-batch later, two if `late`."""
-        shape, self.run, self.layers, self.pending, self.late = run.shape, run, layers, pending, late
+    def __init__(self, run: Run, layers: int, limit: Bytes, host: Seconds, device: Seconds, ahead: float) -> None:
+        """`host` and `device` take so long for a layer, forward and backward; `ahead` in layers."""
+        shape, self.run, self.layers = run.shape, run, layers
+        self.host, self.device, self.ahead = host, device, ahead
+        self.passed = self.issued = self.done = 0.0
+        self.queue: deque[tuple[float, Seconds]] = deque()
+        self.sent: deque[tuple[Seconds, Block]] = deque()
         rows = shape.seq_len * run.micro_batch
         self.whole = 2 * rows * shape.hidden
         self.stream, self.inner = self.whole // run.tp, 2 * rows * shape.ffn // run.tp
@@ -58,8 +71,7 @@ class Rank:
         self.memory = Allocator(limit)
         self.buffers: dict[str, Block] = {}
         self.held: list[Block] = []
-        self.delayed: list[list[Block]] = [[]]
-        self.released, self.holds = 0.0, False
+        self.holds = False
 
     def reserved(self) -> Bytes:
         run, take = self.run, self.memory.take
@@ -99,23 +111,29 @@ class Rank:
             self._backward(flight.pop(0))
         while flight:
             self._backward(flight.pop(0))
-        self.memory.give(*self.held, *(block for each in self.delayed for block in each))
-        self.held, self.delayed = [], [[]]
+        self.issued = self.done
+        self._give_sent()
+        self.memory.give(*self.held)
+        self.held = []
 
-    def _settle(self) -> None:
-        """The host has waited for the device."""
-        self.delayed.append([])
-        while len(self.delayed) > 1 + self.late:
-            self.memory.give(*self.delayed.pop(0))
+    def _pass(self, part: float) -> None:
+        """Such a part of a layer goes by, on the host and on the device."""
+        self.passed += part
+        self.issued += part * self.host
+        self.done = max(self.done, self.issued) + part * self.device
+        self.queue.append((self.passed, self.done))
+        while self.passed - self.queue[0][0] > self.ahead:
+            self.issued = max(self.issued, self.queue.popleft()[1])
+        self._give_sent()
 
-    def _sent(self, block: Block) -> None:
-        """Frees what NCCL has read: some of it comes back only when the host waits."""
-        self.released += self.pending
-        if self.released >= 1:
-            self.released -= 1
-            self.delayed[-1].append(block)
-        else:
-            self.memory.give(block)
+    def _send(self, block: Block) -> None:
+        """NCCL reads it: it is free when the device is through."""
+        self.sent.append((self.done, block))
+        self._give_sent()
+
+    def _give_sent(self) -> None:
+        while self.sent and self.sent[0][0] <= self.issued:
+            self.memory.give(self.sent.popleft()[1])
 
     def _buffer(self, name: str) -> None:
         """nanotron gathers into one memory for all layers."""
@@ -128,7 +146,7 @@ class Rank:
             return self.memory.take(self.stream)
         whole = self.memory.take(self.whole)
         result = self.memory.take(self.stream)
-        self._sent(whole)
+        self._send(whole)
         return result
 
     def _forward(self) -> Saved:
@@ -143,17 +161,19 @@ class Rank:
             kept["kv"] = take(2 * self.stream)
             give(joined)
             kept |= {"a": take(self.stream), "lse": take(self.heads)}
+            self._pass(1 / 6)
             copied = [take(self.stream)] if self.run.micro_batch > 1 else []  # the batch is not the first dim there
             attended = self._scattered()
             give(*copied, fused)
             kept |= {"y": take(self.stream), "y1": take(self.stream), "r2": take(self.norm)}
             kept |= {"gate up": take(2 * self.inner), "silu": take(self.inner), "product": take(self.inner)}
+            self._pass(1 / 6)
             result = self._scattered()
             x = take(self.stream)
             give(result, attended)
             saved.layers.append(kept)
         if not self.last:
-            self._sent(x)
+            self._send(x)
             return saved
         saved.loss = {"x": x, "x1": take(self.stream), "r": take(self.norm)}
         narrow, logits = take(2 * self.logits), take(4 * self.logits)
@@ -165,7 +185,6 @@ class Rank:
     def _backward(self, saved: Saved) -> None:
         take, give = self.memory.take, self.memory.give
         gradients: list[Block] = []
-        self._settle()
         g = self._loss(saved.loss, gradients) if self.last else take(self.stream)
         while saved.layers:
             g = self._layer(saved.layers.pop(), g, gradients)
@@ -199,7 +218,7 @@ class Rank:
             return before
         result = self.memory.take(self.stream)
         gradients.append(self.memory.take(2 * weight))
-        self._sent(before)
+        self._send(before)
         return result
 
     def _layer(self, kept: dict[str, Block], g: Block, gradients: list[Block]) -> Block:
@@ -214,6 +233,7 @@ class Rank:
         give(silu)
         both = take(2 * self.inner)
         give(gate, up, kept["gate up"])
+        self._pass(1 / 3)
         g = self._normed(self._product(self.up, gradients), (both, kept["y1"]), (kept["y"], kept["r2"]), g)
         attended = take(self.stream)
         gradients.append(take(2 * self.out))
@@ -226,6 +246,7 @@ class Rank:
         give(q, joined)
         turned = take(3 * self.stream)
         give(stacked)
+        self._pass(1 / 3)
         return self._normed(self._product(self.qkv, gradients), (turned, kept["x1"]), (kept["x"], kept["r1"]), g)
 
     def _normed(self, before: Block, used: tuple[Block, ...], kept: tuple[Block, ...], g: Block) -> Block:
@@ -239,8 +260,9 @@ class Rank:
         return total
 
 
-def reserved(run: Run, layers: int, limit: Bytes, software: Software, ahead: bool) -> Bytes:
-    """Bytes that rank 0, with the embedding and so many layers, has reserved on a device that has `limit` for PyTorch; `ahead`:
-    the device takes longer for a layer than the host."""
-    pending = software.pending if run.pp == 1 else software.pending_pipeline if run.pp > 2 or ahead else 0.0
-    return Rank(run, layers, limit, pending, late=ahead and run.pp > 1).reserved()
+def reserved(run: Run, layers: int, limit: Bytes, software: Software, device: Seconds, least: Seconds) -> Bytes:
+    """Bytes that rank 0, with the embedding and so many layers, has reserved on a device that has `limit` for PyTorch and takes
+    `device` seconds for a layer that takes at `least` so many."""
+    if run.pp == 2:
+        return Rank(run, layers, limit, software.two_stages * least, device, software.two_ahead).reserved()
+    return Rank(run, layers, limit, software.layer, max(device, least), software.ahead).reserved()

@@ -60,7 +60,7 @@ class Pricer:
                 return arranged.memory(place)
             device = arranged.costs.hardware.device
             limit = device.memory - device.reserved
-            return reserved(run, place.dealt[0], limit, arranged.software, arranged.ahead(place))
+            return reserved(run, place.dealt[0], limit, arranged.software, *arranged.pace(place))
         except UsageError as error:
             raise Refused(f"the model refuses: {_short(error.message)}") from None
 

@@ -78,10 +78,12 @@ class Software:
     """The published peak is what the allocator has reserved: blocks that a layer's moment left do not fit the loss's."""
     allocations: bool = False
     """The published peak is what rank 0's allocator has reserved, counted allocation by allocation (benchmarks.nanotron)."""
-    pending: float = 0.0
-    """There, the fraction of the tensors sent by tp whose memory is not used again before the host waits for the device."""
-    pending_pipeline: float = 0.0
-    """The same in the first stage of several."""
+    ahead: float = 0.0
+    """There, the layers (forward and backward) that the host launches before it waits for the device."""
+    two_ahead: float = 0.0
+    """The same where there are two stages."""
+    two_stages: float = 0.0
+    """What part of a layer's least time is the host's there."""
 
 
 NEUTRAL = Software()
