@@ -91,6 +91,7 @@ def _facts(sources: dict[str, Any]) -> dict[str, str]:
         "nano_rank": of("nanotron", "held out", "spearman"),
         "nano_median": of("nanotron", "held out", "median"),
         "nano_regret": of("nanotron", "held out", "regret"),
+        "nano_regret_mean": of("nanotron", "held out", "regret_mean"),
         "nano_memory": of("nanotron", "held out", "memory"),
         "nano_margin": of("nanotron", "held out", "memory_over_margin"),
         "moe": of("experts", "held out", "mape"),

@@ -375,6 +375,7 @@ class Arranged:
         if self.software.one_adapter and 1 < stride < span < dp * stride:
             slower, dp, stride = slower * self.software.one_adapter, ceil(dp * stride / span), span
         if at.zero == 0:
+            slower *= self.software.piped_reduction if at.pp > 1 and dp * stride > span > 0 else 1.0
             return slower * collective_time("all_reduce", size, dp, stride, hardware)
         gather = numel * DTYPE_BYTES[load.compute_dtype]
         reduce = collective_time("reduce_scatter", size, dp, stride, hardware)

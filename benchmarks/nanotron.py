@@ -20,8 +20,8 @@ layer on the host and the device, part by part (`_pass`),
 
 and a block that was sent when the device's clock would show `done` comes back at the first allocation with issued >= done. CUDA
 takes 1,024 launches before the host waits; `ahead` is fitted. `h` is the host time that the step times show. Runs of two stages
-are apart, for a reason unknown: there the whole least time of a layer under tp, times a fitted `two_stages`, is the host's, and it
-gets further ahead (`two_ahead`), where with more stages that time is the device's.
+are apart, for a reason unknown: there the whole least time of a layer under tp, times a fitted `two_stages`, is the host's, which
+gets further ahead (`two_ahead`); with more stages that time is the device's.
 """
 
 from __future__ import annotations
