@@ -75,8 +75,9 @@ MISSES = """## Where it misses its targets, and why
   0016 takes twice as long as its sibling of half the micro-batch. Order within the held-out groups is poor for that (Spearman
   {vtrain_rank}), and in the one held-out group large enough the configuration predicted best takes {vtrain_regret} longer than
   the best.
-- **megatron-bridge on GB200, GB300 and B200**: nothing is fitted there, and curves are those of a B200 timed alone; FSDP of
-  2025 and recipes of 26.x differ by up to 10 % on equal layouts. Hybrids are refused.
+- **megatron-bridge on GB200, GB300 and B200**: curves are those of a B200 timed alone, on GB300 with a fitted level. Recipes of
+  26.x differ by up to 10 % on equal layouts. FSDP over an NVL72 comes out 6 to 23 % too slow: what it recomputes is not told, and
+  the least that fits may be more than it did (it may have kept activations in the host's memory). Hybrids are refused.
 - **Mixtures of experts** are {moe} off, {moe_h100} on H100: nothing is fitted on them, they have the constants of their
   framework's dense models, and what a token costs beside products and all-to-all (routing, sorting, dropping or not) is what
   transformers' own modules do, unfused. DeepSeek on NVL72 comes out far too slow. What those recipes hide of the all-to-all,
