@@ -16,7 +16,7 @@ plan: $(STAMP)
 	$(BIN)/autoplan plan examples/llama.py --gpus 8 --force
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,10 +15,11 @@ reason that is counted below.
 - **noise**: spread of runs of one configuration, where a source repeats any. **memory**: mean size of the error of the peak;
   **too small**: how often it was predicted below the measured one; **by margin**: below it by more than the profile's `reserved`.
 - **held out**: the split is by group, a hash of (model, GPUs, tp, pp); constants were fitted on the other half alone. Held-out
-  figures were looked at while terms were added to the model (nanotron's floor for pipelines over nodes and ZeRO's ranks,
-  vTrain's adapters, the adding up of gradients, the optimizer's bytes), so they are a fair test of the constants and a milder
-  one of the terms. The hash was changed once, before any constant that is kept was fitted: it had the source's name in it. The
-  level of the H100 curves was found under the first hash and confirmed, not changed, under this one (last section but one).
+  figures were looked at while terms were added to the model (nanotron's floor and all-reduces of pipelines, ZeRO's ranks, the
+  host's clock of its memory; vTrain's adapters; the adding up of gradients, the optimizer's bytes), so they are a fair test of
+  the constants and a milder one of the terms. The hash was changed once, before any constant that is kept was fitted: it had
+  the source's name in it. The level of the H100 curves was found under the first hash and confirmed, not changed, under this
+  one (last section but one).
 """
 
 TERMS = """## What the frameworks' habits are worth
@@ -32,13 +33,10 @@ Habits that are counted from a framework's source, not fitted, stand in `benchma
 - TransformerEngine keeps buffers that stand for the gradients of weights (`get_dummy_wgrad`); fused SwiGLU keeps no result of
   SiLU.
 - vTrain's gradients are reduced in 16 bits, once a step, over 800 Gb/s a node (its configurations say so). Groups with one rank
-  of a node take what that says; groups with 2 or 4 of a node 2.8 times what one adapter would need (`one_adapter`, fitted). A
-  cost of a step in proportion to the parameters, as high as fifty optimizer steps, stood in its place before and could not be
-  named.
-- Under nanotron's pipelines the all-reduce of gradients (ZeRO-0, DDP) takes 3.5 times what it takes without (`piped_reduction`,
-  fitted, cause unknown).
-- nanotron packs what ZeRO-1 gathers rank by rank, on the host: its source says so, 1.3 ms a rank are fitted. Before, the
-  network's factor stood for it, at a half more.
+  of a node take what that says; groups with 2 or 4 of a node a multiple of what one adapter would need (`one_adapter`, fitted).
+- Under nanotron's pipelines the all-reduce of gradients (ZeRO-0, DDP) takes several times what it takes without
+  (`piped_reduction`, fitted, cause unknown). What ZeRO-1 gathers is packed rank by rank, on the host: its source says so, how
+  long that takes is fitted (`zero_rank`).
 - nanotron's "GB" are GiB of what rank 0's allocator has **reserved**: its allocations are counted one by one in a model of
   PyTorch's allocator (`benchmarks/nanotron.py`, `allocator.py`). Without tp that is all: 3 % off in the mean on the fit half.
   Under tp, tensors that NCCL has read come back late while the host is ahead of the device: clocks of both are kept, and how

@@ -35,7 +35,7 @@ from benchmarks.runs import Run
 from benchmarks.software import Software
 
 STEPS, MORE = 2, 6
-"""Steps and, beyond what fills the pipeline, micro-batches after which nothing changes."""
+"""Steps and, beyond what fills the pipeline, micro-batches after which little changes."""
 COPIES = 64
 """Ranks to which one buffer each is given; more ranks share the last one's."""
 

@@ -43,13 +43,13 @@ class Software:
     network: float = 1.0
     """Collectives that leave the node take so many times longer."""
     piped_reduction: float = 1.0
-    """Those of gradients that are all-reduced besides, where there is a pipeline."""
+    """All-reduces of gradients that leave the node take so many times longer besides, where there is a pipeline."""
     one_adapter: float = 0.0
     """A reduction of several, not all, ranks of a node leaves it through one adapter for all of them and takes so many times what
     that needs; 0: through each rank's own. (A guess at the cause: NCCL's rings come in and go out by the same adapter, which is
     beside one of the ranks only; since 2.12 it goes there over NVLink.)"""
     gradients: Bytes = 0.0
-    """Bytes of a parameter's gradient as it is added up and reduced; 0: the workload's reduce dtype."""
+    """Bytes of a parameter's gradient as it is added up and reduced; 0: of the workload's reduce dtype."""
     layer: Seconds = 0.0
     """Least time of the host for one layer and micro-batch, forward and backward; a third of it is the forward pass's."""
     layer_tp: Seconds = 0.0

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.allocator import MIB, Allocator
+from benchmarks.nanotron import Rank
 from benchmarks.pricing import Pricer, dealt, frameworks
 from benchmarks.rows import read
 from benchmarks.runs import Run, run_of
@@ -63,6 +64,18 @@ def test_sharded_states_and_smaller_micro_batches_take_less() -> None:
     run, pricer = a_run("1.34B-n64-dp64tp1pp1-mbs2ga2-z1"), Pricer(frameworks())
     assert pricer.memory(run) < pricer.memory(replace(run, zero=0))
     assert pricer.memory(replace(run, micro_batch=1)) < pricer.memory(run)
+
+
+def test_what_was_sent_waits_while_the_host_is_ahead() -> None:
+    run = a_run("3.57B-n16-dp2tp8pp1-mbs16ga8-z1")
+
+    def reserved(host: float, device: float, ahead: float) -> float:
+        return Rank(run, run.layers, float("inf"), host, device, ahead).reserved()
+
+    nothing_waits = reserved(host=1.0, device=0.1, ahead=8.0)
+    assert nothing_waits == reserved(host=0.1, device=1.0, ahead=0.1)
+    assert nothing_waits < reserved(host=0.1, device=1.0, ahead=2.0) < reserved(host=0.1, device=1.0, ahead=8.0)
+    assert reserved(host=0.9, device=1.0, ahead=30.0) < reserved(host=0.1, device=1.0, ahead=30.0)
 
 
 def test_a_block_that_fills_a_stage_is_its_last() -> None:

@@ -90,6 +90,34 @@ def test_zero_1_shards_the_optimizer() -> None:
     assert pipeline.memory(at(dp=8, zero=1)) < pipeline.memory(at(dp=8, zero=0)) == pipeline.memory(at(zero=0))
 
 
+def exposed(place: Arrangement, **own: float) -> float:
+    return Arranged(costs(), Software(dp_exposed=1.0, **own)).price(place).exposed
+
+
+def test_one_adapter_carries_the_reductions_of_some_ranks_of_a_node() -> None:
+    """Of 2 ranks of each of 4 nodes, as of one rank of each; whole nodes, single ranks and what stays in a node are as ever."""
+    some, one = at(tp=4, dp=8), at(tp=8, dp=4)
+    assert exposed(some) < exposed(some, one_adapter=1.0) == pytest.approx(exposed(one))
+    assert exposed(some, one_adapter=3.0) == pytest.approx(3 * exposed(one))
+    for place in (one, at(dp=16), at(tp=2, dp=4)):
+        assert exposed(place, one_adapter=3.0) == exposed(place) > 0
+
+
+def test_gradients_in_half_the_bytes_are_reduced_in_half_the_time() -> None:
+    place = at(dp=16)
+    assert 0.4 < exposed(place, gradients=2.0) / exposed(place) < 0.7
+
+
+def test_the_habits_of_zero_0_and_1_are_of_those_alone() -> None:
+    piped = at(pp=2, dp=16)
+    assert exposed(piped, piped_reduction=3.0) == pytest.approx(3 * exposed(piped))
+    for place in (at(dp=16), at(pp=2, dp=4), replace(piped, zero=1)):
+        assert exposed(place, piped_reduction=3.0) == exposed(place) > 0
+    packed = replace(piped, zero=1)
+    assert exposed(packed, zero_rank=1e-3) == pytest.approx(exposed(packed) + 15e-3)
+    assert exposed(piped, zero_rank=1e-3) == exposed(piped)
+
+
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(UsageError, match="do not fill"):
         Arranged(costs()).price(at(pp=LAYERS + 1))
