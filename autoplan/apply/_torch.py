@@ -30,7 +30,7 @@ from torch.nn import init
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Tensors in Python containers (arguments, outputs); torch keeps its pytree private although everybody uses it.
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def replace_call(module: nn.Module, call: Callable[..., Any]) -> None:
@@ -357,9 +357,7 @@ __all__ = [
     "passed_on",
     "replace_call",
     "replaced_inits",
-    "tree_flatten",
     "tree_leaves",
-    "tree_map",
     "tree_map_only",
     "written",
 ]

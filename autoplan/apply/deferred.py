@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoplan.apply._torch import replaced_inits, tree_flatten, tree_map_only
+from autoplan.apply._torch import replaced_inits
+from autoplan.apply.trees import tree_leaves, tree_map_only
 from autoplan.errors import AutoplanError, UsageError
 
 
@@ -110,7 +111,7 @@ class Recording:
         args, kwargs = tree_map_only(View, real, (node.args, node.kwargs))
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu")
-        results, _ = tree_flatten(node.func(*args, **kwargs))
+        results = tree_leaves(node.func(*args, **kwargs))
         for view, result in zip(node.outputs, results, strict=True):
             if isinstance(view, View) and view.storage not in node.reads and view.storage not in alive:
                 alive[view.storage] = _storage_of(result, view)
@@ -165,7 +166,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if not inputs and kwargs.get("device") is not None and _name(func) not in _REAL:
             kwargs["device"] = torch.device("meta")
             kwargs.pop("pin_memory", None)
@@ -180,7 +181,7 @@ class _Recorder(TorchDispatchMode):
                 "Build the module yourself and pass it to apply instead of the factory.",
             )
         result = func(*args, **kwargs)
-        outputs, _ = tree_flatten(result)
+        outputs = tree_leaves(result)
         if any(isinstance(out, torch.Tensor) and out.is_meta for out in outputs):
             self._note(func, recorded, inputs, outputs, random)
         return result
@@ -200,7 +201,7 @@ class _Recorder(TorchDispatchMode):
             return  # a view: its readers know its window
         whole = bool(mutated) and _name(func) in _FILLS and self._covers(args[0])
         if whole:
-            sources = {view.storage for view in tree_flatten((args[1:], kwargs))[0] if isinstance(view, View)}
+            sources = {view.storage for view in tree_leaves((args[1:], kwargs)) if isinstance(view, View)}
             whole = args[0].storage not in sources
             read = sources if whole else read
         writes = tuple(dict.fromkeys([*made, *mutated]))

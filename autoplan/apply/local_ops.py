@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 
 from autoplan.apply import context_parallel, heads, packed, ring, two_axes
-from autoplan.apply._torch import tree_map_only
 from autoplan.apply.cross_entropy import vocab_parallel_cross_entropy
 from autoplan.apply.packed import whole
 from autoplan.apply.randomness import own_randomness
+from autoplan.apply.trees import tree_map_only
 
 _active = threading.local()
 

@@ -28,7 +28,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from autoplan.apply._torch import call_module, replace_call, tree_flatten, tree_map_only
+from autoplan.apply._torch import call_module, replace_call
+from autoplan.apply.trees import tree_leaves, tree_map_only
 from autoplan.errors import UsageError
 
 LAYER = -1
@@ -117,7 +118,7 @@ class Outside(TorchFunctionMode):
         self.calls += 1
         if name == "__get__" and func in _PLACES and args[0].is_meta:
             return _PLACES[func](self.device)
-        leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if self.mine():
             return self.run(site, name, func, args, kwargs)
         if name in _RANDOM or any(map(self.is_absent, leaves)):
@@ -154,7 +155,7 @@ class Outside(TorchFunctionMode):
                 f"the model reads the value of a tensor outside its layers, with {name or func} in {_place()}.",
                 "A pipeline stage doesn't have the tensors of the others: make the plan without pp.",
             ) from error
-        for j, leaf in enumerate(tree_flatten(result)[0]):
+        for j, leaf in enumerate(tree_leaves(result)):
             if isinstance(leaf, torch.Tensor):
                 self.made(leaf, site._replace(leaf=j))
         if writes(name) and isinstance(target, torch.Tensor):

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from autoplan.apply._torch import StridedShard, tree_leaves
+from autoplan.apply._torch import StridedShard
+from autoplan.apply.trees import tree_leaves
 
 
 def packing(tensor: Any) -> tuple[int, int] | None:

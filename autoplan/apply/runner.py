@@ -10,9 +10,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
-from autoplan.apply._torch import tree_flatten, tree_map_only
 from autoplan.apply.outside import LAYER, Finished, Outside, Site, writes
 from autoplan.apply.program import CUT, Program, Wire
+from autoplan.apply.trees import tree_leaves, tree_map_only
 from autoplan.errors import UsageError
 
 
@@ -73,7 +73,7 @@ class Runner(Outside):
         return tensor if site is None else self.received.get(site, tensor)
 
     def _collect(self, site: Site, result: Any) -> None:
-        for j, leaf in enumerate(tree_flatten(result)[0]):
+        for j, leaf in enumerate(tree_leaves(result)):
             if isinstance(leaf, torch.Tensor) and site._replace(leaf=j) in self._wanted:
                 self.collected[site._replace(leaf=j)] = leaf
         if len(self.collected) == len(self._wanted):
@@ -98,7 +98,7 @@ class Runner(Outside):
                 output = call(*args, **kwargs)
         else:
             output = self.program.outputs[self.position]
-            for j, leaf in enumerate(tree_flatten(output)[0]):
+            for j, leaf in enumerate(tree_leaves(output)):
                 if isinstance(leaf, torch.Tensor):
                     self.made(leaf, site._replace(leaf=j))
         self.next_layer()

@@ -23,7 +23,8 @@ from typing import Any, Self, TypeVar
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from autoplan.apply._torch import JOIN, KEPT, REDUCTIONS, TorchDispatchMode, blank, memory_of, tree_leaves, tree_map_only, written
+from autoplan.apply._torch import JOIN, KEPT, REDUCTIONS, TorchDispatchMode, blank, memory_of, written
+from autoplan.apply.trees import tree_leaves, tree_map_only
 
 
 def run(function: Callable[..., Any], *args: Any) -> Any:

@@ -10,10 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from autoplan.apply import borders
-from autoplan.apply._torch import StridedShard, tree_map_only
+from autoplan.apply._torch import StridedShard
 from autoplan.apply.local_ops import local_ops
 from autoplan.apply.outside import running
 from autoplan.apply.shards import ParameterShards
+from autoplan.apply.trees import tree_map_only
 from autoplan.plan import Plan
 from autoplan.strategy import Layout
 

@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from autoplan.apply._torch import tree_flatten, tree_map_only
 from autoplan.apply.deferred import named_tensors
 from autoplan.apply.local_ops import local_ops
 from autoplan.apply.outside import LAYER, Outside, Site
 from autoplan.apply.program import CUT, Program, positions, wires
+from autoplan.apply.trees import tree_leaves, tree_map_only
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
 
@@ -146,7 +146,7 @@ class Tracer(Outside):
             output = tree_map_only(torch.Tensor, self._apart, self._shapes(name, call, args, kwargs))
             kept = tree_map_only(torch.Tensor, torch.Tensor.detach, output)
         self.outputs.append(kept)
-        for j, leaf in enumerate(tree_flatten(output)[0]):
+        for j, leaf in enumerate(tree_leaves(output)):
             if isinstance(leaf, torch.Tensor):
                 self.made(leaf, Site(self.position, LAYER, j))
             elif not isinstance(leaf, int | float | str | None):
@@ -198,7 +198,7 @@ class Inside(TorchFunctionMode):
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor))
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
 def _tables(model: nn.Module) -> Iterator[torch.Tensor]:

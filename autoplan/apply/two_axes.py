@@ -25,9 +25,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from autoplan.apply import context_parallel, packed
-from autoplan.apply._torch import StridedShard, tree_leaves, tree_map_only
+from autoplan.apply._torch import StridedShard
 from autoplan.apply.heads import local_mask
 from autoplan.apply.randomness import own_randomness
+from autoplan.apply.trees import tree_leaves, tree_map_only
 
 CP, TP = 0, 1
 """Where the axes are in the mesh of both."""
