@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from autoplan.apply import data_parallel, expert_parallel, ring, stages, tensor_parallel
 from autoplan.apply._torch import HashStore
@@ -18,6 +18,7 @@ from autoplan.apply.check import check_compiled, check_pipeline, check_world, pa
 from autoplan.apply.context_parallel import cut_inputs
 from autoplan.apply.loss import LossFn, loss_of
 from autoplan.apply.materialize import Source, materialize, source
+from autoplan.apply.meshes import dealing_mesh_of, mesh_of
 from autoplan.apply.model import ParallelModel
 from autoplan.apply.outside import watch
 from autoplan.apply.pipeline import Pipeline
@@ -26,7 +27,6 @@ from autoplan.apply.shards import Coordinate, ParameterShards
 from autoplan.apply.tracer import in_mode_of, shadow, trace
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
-from autoplan.strategy import AXES
 
 Inputs = dict[str, Any] | Callable[[int], dict[str, Any]]
 
@@ -68,7 +68,7 @@ def apply(
 
         adapt(module)
     shards = parameter_shards(module, plan)
-    mesh, dealing = _mesh(plan, device), _dealing_mesh(plan, device)
+    mesh, dealing = mesh_of(plan, device), dealing_mesh_of(plan, device)
     place = Place(mesh, dealing, _coordinate(mesh, dealing), device)
     allocating = allocating or nullcontext()
     if plan.mesh.tp > 1:
@@ -163,19 +163,6 @@ def _wrap_forwards(model: nn.Module, plan: Plan, spread: DeviceMesh | None, deal
     if plan.mesh.cp > 1:
         cut_inputs(model, dict(plan.context), spread)
     tensor_parallel.wrap_forward(model, spread)
-
-
-def _mesh(plan: Plan, device: torch.device) -> DeviceMesh:
-    axes = [axis for axis in AXES if axis not in ("pp", "cp") or getattr(plan.mesh, axis) > 1]
-    return init_device_mesh(device.type, tuple(getattr(plan.mesh, axis) for axis in axes), mesh_dim_names=tuple(axes))
-
-
-def _dealing_mesh(plan: Plan, device: torch.device) -> DeviceMesh | None:
-    """dp_shard x cp x tp seen as efsdp x ep. Parameters over ep that FSDP cuts over efsdp need both of one mesh."""
-    if not expert_parallel.dealt(plan):
-        return None
-    sizes = {axis: getattr(plan.mesh, axis) for axis in ("pp", "dp_replicate", "efsdp", "ep")}
-    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def spread_over(plan: Plan, mesh: DeviceMesh) -> DeviceMesh | None:
