@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from autoplan.apply import apply
-from autoplan.apply.checkpoint import full
+from autoplan.apply.checkpoint import gathered
 from autoplan.apply.loss import loss_of
 from autoplan.capture import LoadedModel
 from autoplan.plan import Plan
@@ -109,7 +109,7 @@ def trained(loaded: LoadedModel, plan: Plan) -> Result:
             for key, value in batch.items()
         }
         losses.append(parallel.step(share).item())
-        gradients = gradients or {name: full(parallel, name, p.grad) for name, p in parallel.module.named_parameters()}
+        gradients = gradients or gathered(parallel, {name: p.grad for name, p in parallel.module.named_parameters()})
         opt.step()
         opt.zero_grad()
     return losses, gradients, parallel.full_state_dict()

@@ -13,7 +13,7 @@ import torch
 
 import autoplan
 from autoplan.apply import ParallelModel, apply
-from autoplan.apply.checkpoint import full
+from autoplan.apply.checkpoint import gathered
 from autoplan.cost.context import context_inputs
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.plan import Plan
@@ -199,7 +199,7 @@ def parallel_run(name: str, plan: Plan) -> Result:
     for batch in batches(name):
         share = {key: value.chunk(parallel.dp_size)[parallel.dp_rank] for key, value in batch.items()}
         losses.append(parallel.step(share).item())
-        gradients = gradients or {key: full(parallel, key, p.grad) for key, p in parallel.module.named_parameters()}
+        gradients = gradients or gathered(parallel, {key: p.grad for key, p in parallel.module.named_parameters()})
         opt.step()
         opt.zero_grad()
     return losses, gradients, parallel.full_state_dict()

@@ -8,6 +8,7 @@ states are `optimizer.<parameter>.<state>`, so that a checkpoint knows nothing o
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,15 @@ from torch.distributed.tensor import DTensor
 
 from autoplan.apply.shards import Piece
 from autoplan.errors import UsageError
+from autoplan.units import Bytes
 
 if TYPE_CHECKING:
     from autoplan.apply.model import ParallelModel
 
 _STEP = "autoplan.step"
 _GROUPS = "autoplan.param_groups"
+TOGETHER: Bytes = 2**26
+"""At most so much is gathered at once, unless one tensor is larger."""
 
 
 class Pieces(torch.Tensor):
@@ -152,28 +156,65 @@ def _empty_groups(metadata: Metadata) -> list[dict[str, Any]]:
 
 
 def full(model: ParallelModel, name: str, tensor: torch.Tensor | None) -> torch.Tensor:
-    """A whole parameter (or a state shaped like it) or buffer on the CPU of every rank.
+    """A whole parameter (or a state shaped like it) or buffer on the CPU of every rank; see `gathered`."""
+    return gathered(model, {name: tensor})[name]
 
-    All ranks must call this, in a pipeline also those that have it on meta, or its gradient not at all (None).
+
+def gathered(model: ParallelModel, tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """Whole parameters (or states shaped like them) and buffers on the CPU of every rank.
+
+    All ranks must call this, in a pipeline also those that have them on meta, or their gradients not at all (None). Small ones
+    are summed together: a collective takes its time however little it sends.
     """
-    like = model.module.get_parameter(name) if tensor is None else tensor
-    whole = torch.zeros(like.shape, dtype=like.dtype, device=model._device)
-    answers = model._tied is None or model._tied.owner(name) == model._tied.rank
+    likes = {name: model.module.get_parameter(name) if tensor is None else tensor for name, tensor in tensors.items()}
+    found: dict[str, torch.Tensor] = {}
+    for names in _together(model, likes):
+        shapes = [likes[name].shape for name in names]
+        whole = torch.zeros(sum(shape.numel() for shape in shapes), dtype=likes[names[0]].dtype, device=model._device)
+        parts = whole.split([shape.numel() for shape in shapes])
+        for name, shape, part in zip(names, shapes, parts, strict=True):
+            _contribute(model, name, tensors[name], part.view(shape))
+        _sum(model, whole, names[0] in model._shards)
+        found |= {name: part.view(shape).to("cpu", copy=True) for name, shape, part in zip(names, shapes, parts, strict=True)}
+    return {name: found[name] for name in tensors}
+
+
+def _together(model: ParallelModel, tensors: dict[str, torch.Tensor]) -> Iterator[list[str]]:
+    """Names of tensors that are summed over the same ranks, in one format, up to `TOGETHER` bytes of them."""
+    kinds: dict[tuple[torch.dtype, bool], list[str]] = {}
+    for name, tensor in tensors.items():
+        kinds.setdefault((tensor.dtype, name in model._shards), []).append(name)
+    for names in kinds.values():
+        group, size = names[:1], tensors[names[0]].nbytes
+        for name in names[1:]:
+            size += tensors[name].nbytes
+            if size > TOGETHER:
+                yield group
+                group, size = [], tensors[name].nbytes
+            group.append(name)
+        yield group
+
+
+def _contribute(model: ParallelModel, name: str, tensor: torch.Tensor | None, whole: torch.Tensor) -> None:
+    """Write into `whole`, which is zero, what this rank adds: of equal copies only one may be summed."""
+    if model._tied is not None and model._tied.owner(name) != model._tied.rank:
+        return
     if isinstance(tensor, DTensor):
         shards, at = model._shards[name], model._at
         local = tensor.to_local().detach()
-        if answers and (at.tp == 0 or shards.layout.sharded):  # of equal copies only one may be summed
+        if at.tp == 0 or shards.layout.sharded:
             for piece in shards.pieces(at):
                 piece.of_full(whole).copy_(piece.of_local(local))
-    elif answers and tensor is not None:
+    elif tensor is not None:
         whole.copy_(tensor.detach())
-    if name in model._shards:
-        for axis in ("dp_shard", "cp", "tp"):
-            if getattr(model.plan.mesh, axis) > 1:
-                dist.all_reduce(whole, group=model.mesh.get_group(axis))
+
+
+def _sum(model: ParallelModel, whole: torch.Tensor, cut: bool) -> None:
+    for axis in ("dp_shard", "cp", "tp") if cut else ():
+        if getattr(model.plan.mesh, axis) > 1:
+            dist.all_reduce(whole, group=model.mesh.get_group(axis))
     if model._tied is not None:
         dist.all_reduce(whole, group=model._tied.group)
-    return whole.cpu()
 
 
 def _pieces(model: ParallelModel, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -186,7 +186,7 @@ class ParallelModel:
         """The whole model's `state_dict` as plain CPU tensors, on every rank (all ranks must call it)."""
         reshard(self.units())
         with self._watch("gathering the model"):
-            return {name: checkpoint.full(self, name, tensor) for name, tensor in self.module.state_dict().items()}
+            return checkpoint.gathered(self, self.module.state_dict())
 
     def save(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None, step: int = 0) -> None:
         """Write a distributed checkpoint to the folder `path`; until it is complete, one that is there stays."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoplan.apply import apply
-from autoplan.apply.checkpoint import full
+from autoplan.apply.checkpoint import gathered
 from autoplan.apply.loss import loss_of
 from autoplan.capture import LoadedModel, load_model
 from autoplan.errors import UsageError
@@ -153,7 +153,7 @@ def _parallel(plan: Plan, loaded: LoadedModel) -> Result:
         share = list(_parts(batch, plan.workload.global_batch, parallel.dp_size))[parallel.dp_rank]
         losses.append(parallel.step(share).item())
         if not gradients:
-            gradients = {name: full(parallel, name, p.grad) for name, p in parallel.module.named_parameters()}
+            gradients = gathered(parallel, {name: p.grad for name, p in parallel.module.named_parameters()})
         optimizer.step()
         optimizer.zero_grad()
     return losses, gradients, parallel.full_state_dict()

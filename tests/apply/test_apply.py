@@ -10,7 +10,7 @@ from torch import nn
 
 from autoplan.apply import apply
 from autoplan.apply.check import parameter_shards
-from autoplan.apply.checkpoint import full
+from autoplan.apply.checkpoint import full, gathered
 from autoplan.apply.shards import Coordinate, ParameterShards
 from autoplan.errors import UsageError
 from autoplan.strategy import GATHERED, REPLICATE, Border, Mesh, Sharding, shard
@@ -136,7 +136,7 @@ def dropout(recompute):
     parallel = apply(lambda: GPT(dropout=0.2).double(), plan, device="cpu", loss_fn=gpt_loss, seed=4)
     batch = {key: value.chunk(2)[parallel.dp_rank] for key, value in batches("gpt")[0].items()}
     loss = parallel.step(batch).item()
-    return loss, {key: full(parallel, key, value.grad) for key, value in parallel.module.named_parameters()}
+    return loss, gathered(parallel, {key: value.grad for key, value in parallel.module.named_parameters()})
 
 
 @pytest.mark.gloo

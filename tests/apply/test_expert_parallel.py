@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from autoplan.apply import apply
-from autoplan.apply.checkpoint import full
+from autoplan.apply.checkpoint import gathered
 from autoplan.apply.inventory import inventory
 from autoplan.capture import load_model
 from autoplan.errors import UsageError
@@ -127,7 +127,7 @@ def compare(name, expected, mesh, options):
     opt, found = optimizer(parallel.parameters()), {}
     for loss, batch in zip(losses, batches(MODELS[name][0]()), strict=True):
         assert parallel.step(share(parallel, batch)).item() == pytest.approx(loss, rel=TOLERANCE)
-        found = found or {key: full(parallel, key, p.grad) for key, p in parallel.module.named_parameters()}
+        found = found or gathered(parallel, {key: p.grad for key, p in parallel.module.named_parameters()})
         opt.step()
         opt.zero_grad()
     for title, a, b in (("gradient", gradients, found), ("parameter", parameters, parallel.full_state_dict())):
@@ -202,7 +202,7 @@ def all_to_one(recompute):
     parallel = apply(Ones, make(layers, Sharding(), Mesh(dp_shard=2, ep=2), recompute=recompute), device="cpu", seed=5)
     x = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     loss = parallel.step({"x": x.chunk(2)[parallel.dp_rank]})
-    gradients = {name: full(parallel, name, p.grad) for name, p in parallel.module.named_parameters()}
+    gradients = gathered(parallel, {name: p.grad for name, p in parallel.module.named_parameters()})
     torch.manual_seed(5)
     model = Ones()
     expected = model(x)

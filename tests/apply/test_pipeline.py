@@ -12,7 +12,7 @@ from torch import nn
 
 from autoplan.apply import apply
 from autoplan.apply.check import check_pipeline
-from autoplan.apply.checkpoint import full
+from autoplan.apply.checkpoint import gathered
 from autoplan.errors import UsageError
 from autoplan.plan import Pipeline
 from autoplan.strategy import UNSHARDED, Mesh
@@ -144,7 +144,7 @@ def special(name, world):
             assert abs(parallel.evaluate(mine).item() - expected) < 1e-9, (title, expected)  # nothing is dropped in training
             loss = parallel.step(mine)
             assert abs(loss.item() - expected) < 1e-9, (title, loss.item(), expected)
-            found = found or {key: full(parallel, key, p.grad) for key, p in parallel.module.named_parameters()}
+            found = found or gathered(parallel, {key: p.grad for key, p in parallel.module.named_parameters()})
             parallel.clip_grad_norm_(CLIP)
             opt.step()
             opt.zero_grad()
