@@ -9,6 +9,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from autoplan.apply import apply
+from autoplan.apply.checkpoint import gathered
 from autoplan.plan import needs_fsdp
 from autoplan.strategy import Mesh
 from tests.apply.models import FACTORIES, batches, double, gpt_loss, loss_of
@@ -91,8 +92,7 @@ def one(name, options):
         loss = parallel.step(share(batch, parallel.dp_rank, parallel.dp_size))
         assert abs(loss.item() - losses[step]) < tolerance * 10, (step, loss.item(), losses[step])
         if not found:
-            found = {key: p.grad for key, p in parallel.module.named_parameters()}
-            found = {key: full(parallel, key, grad) for key, grad in found.items()}
+            found = gathered(parallel, {key: p.grad for key, p in parallel.module.named_parameters()})
         parallel.clip_grad_norm_(CLIP)
         opt.step()
         opt.zero_grad()
@@ -101,12 +101,6 @@ def one(name, options):
     state = parallel.full_state_dict()
     error, where = compare(parameters, state)
     assert error < tolerance, f"parameter {where}: {error:.1e}"
-
-
-def full(parallel, key, tensor):
-    from autoplan.apply.checkpoint import full as whole
-
-    return whole(parallel, key, tensor)
 
 
 def all_cases(name, world):

@@ -12,7 +12,7 @@ import torch
 
 from autoplan.api import inspect, load_hardware, load_model
 from autoplan.apply import apply
-from autoplan.apply.checkpoint import full
+from autoplan.apply.checkpoint import gathered
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.cost.rules import BORDER_COLLECTIVES
 from autoplan.search.columns import Tables
@@ -74,10 +74,8 @@ def try_all(name, cases, mesh, batch, expected_loss, expected):
             loss = loss.item()
             check_traffic(parallel, forward.found, backward.found)
             scale = max(value.abs().max().item() for value in expected.values())
-            worst, where = max(
-                ((full(parallel, key, p.grad) - expected[key]).abs().max().item() / scale, key)
-                for key, p in parallel.module.named_parameters()
-            )
+            found = gathered(parallel, {key: p.grad for key, p in parallel.module.named_parameters()})
+            worst, where = max(((grad - expected[key]).abs().max().item() / scale, key) for key, grad in found.items())
             tolerance = 2e-6 if name == "hf_llama" else 1e-10
             assert abs(loss - expected_loss) < tolerance * 10, (loss, expected_loss)
             assert worst < tolerance, (worst, where)
