@@ -28,7 +28,7 @@ from math import ceil
 from typing import cast
 
 from autoplan.cost.collectives import collective_time
-from autoplan.cost.compute import optimizer_time
+from autoplan.cost.compute import memory_time, optimizer_time
 from autoplan.cost.layer import LayerCost, layer_cost
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.cost.step import data_parallel
@@ -39,6 +39,7 @@ from autoplan.schedule import ScheduleKind, pipeline_seconds
 from autoplan.strategy import UNSHARDED, Mesh, Sharding
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES
+from benchmarks.habits import copies, ring, sums
 from benchmarks.memory import experts, memory, numel
 from benchmarks.software import NEUTRAL, Software
 
@@ -132,11 +133,13 @@ class Arranged:
         """Raises `UsageError` where a sharding or a schedule does not fit the model."""
         m = self.micro_batches(at)
         block, embed, head = (self._scaled(cost, place) for cost, place in zip(self.parts(at), (at, None, None), strict=True))
-        again = at.again * self._again(at)
+        sent = ring(self, block, at)
+        again = at.again * self._again(at, sent[0])
         virtual = at.pp * at.chunks
         counts = at.dealt
-        ring = self._ring(block, at)
-        forward, backward = (passes + sent for passes, sent in zip(_seconds(block), ring, strict=True))
+        beside = sent, copies(self, block, at)
+        forward, backward = (sum(parts) for parts in zip(_seconds(block), *beside, strict=True))
+        forward += sums(self, at, lambda step: True)
         host = self._host(at)
         forward, backward = max(forward, host / 3), max(backward + again, host * 2 / 3)
         gather = reduce = regather = 0.0
@@ -149,7 +152,7 @@ class Arranged:
         if at.zero == 3:
             for part in (embed, head) if at.pp > 1 else (self._scaled(self._outer(at)),):
                 g, r, _ = self._collectives(part, at)
-                outside += g + r
+                outside += g + r + sum(copies(self, part, at))
         first_forward, first_backward = self._first(at) if at.plain else (0.0, 0.0)
         f = [(n - k) * paid_forward + k * first_forward for n, k in zip(counts, at.plains, strict=True)]
         b = [(n - k) * paid_backward + k * first_backward for n, k in zip(counts, at.plains, strict=True)]
@@ -190,7 +193,7 @@ class Arranged:
         assert self.plain is not None
         place = at.without_experts
         forward, backward = _seconds(self.plain._scaled(self.plain.parts(place)[0], place))
-        return forward, backward + at.again * self.plain._again(place)
+        return forward, backward + at.again * self.plain._again(place, 0.0)
 
     def micro_batches(self, at: Arrangement) -> int:
         return int(self.costs.micro_batches(Mesh(dp_replicate=at.dp, tp=at.tp), at.samples))
@@ -248,7 +251,7 @@ class Arranged:
                 longer = self._pieces(at, cost) - 1
                 products = [products[0] * (1 + longer), products[1] * (1 + longer * own.tp_backward_hidden / 2)]
             late = (1 - own.tp_backward_hidden) * sent[1]
-            sent = [self._beside(products[0], sent[0]), late + self._beside(products[1], sent[1] - late)]
+            sent = [self.beside(products[0], sent[0]), late + self.beside(products[1], sent[1] - late)]
         (f, b), (tp_f, tp_b) = (p + r for p, r in zip(products, rests, strict=True)), sent
         return replace(
             cost,
@@ -269,26 +272,12 @@ class Arranged:
         cost = self._part(0, at.block, at, "norms", lambda step: step.op.kind == "norm")
         return cost.forward, cost.backward
 
-    def _ring(self, block: LayerCost, at: Arrangement) -> tuple[Seconds, Seconds]:
-        """Seconds (forward, backward) that passing keys and values round the cp ranks adds to a layer's attention; the backward
-        pass sends their gradients too."""
-        body, hardware = self.costs.graph.bodies[0], self.costs.hardware
-        pairs = [op.inputs[1:3] for op in body.ops if op.kind == "attention"]
-        if at.cp == 1:
-            return 0.0, 0.0
-        size = sum(body.values[i].bytes_at(at.micro_batch * at.cp) for pair in pairs for i in pair) / at.tp
-        slower = self._slower(at.cp * at.tp)
-        gather, reduce = (
-            slower * collective_time(kind, size, at.cp, at.tp, hardware) for kind in ("all_gather", "reduce_scatter")
-        )
-        return self._beside(block.attention[0], gather), self._beside(block.attention[1], gather + reduce)
-
-    def _again(self, at: Arrangement) -> Seconds:
-        """Seconds of running a layer's forward again, as far as it is recomputed."""
+    def _again(self, at: Arrangement, sent: Seconds) -> Seconds:
+        """Seconds of running a layer's forward again, as far as it is recomputed; attention with what cp sends for it."""
         if self.recomputed is None:
             return 0.0
         cost = self._scaled(self._part(0, at.block, at, "again", self.recomputed), at)  # no policy keeps a norm
-        return cost.forward + cost.tp_forward
+        return cost.forward + cost.tp_forward + (sent if cost.attention[0] else 0.0) + sums(self, at, self.recomputed)
 
     def _host(self, at: Arrangement) -> Seconds:
         """Least seconds of a layer and micro-batch, forward and backward."""
@@ -307,16 +296,16 @@ class Arranged:
         hidden = min(cover, sent) * (1 - self.software.dp_exposed)
         return sent - hidden + self.costs.hardware.overlap * hidden
 
-    def _beside(self, cover: Seconds, sent: Seconds) -> Seconds:
+    def beside(self, cover: Seconds, sent: Seconds) -> Seconds:
         """e(c, q) of cost.step: of communication that the framework always hides as far as it goes."""
         return max(0.0, sent - cover) + self.costs.hardware.overlap * min(cover, sent)
 
-    def _slower(self, span: int) -> float:
+    def slower(self, span: int) -> float:
         return self.software.network if span > self.costs.hardware.links[0].span > 0 else 1.0
 
     def _collectives(self, cost: LayerCost, at: Arrangement) -> tuple[Seconds, Seconds, Seconds]:
         mesh = Mesh(dp_shard=at.dp, tp=at.tp, ep=at.ep) if at.zero == 3 else Mesh(dp_replicate=at.dp, tp=at.tp)
-        slower = self._slower(at.dp * at.tp)
+        slower = self.slower(at.dp * at.tp)
         dp = data_parallel(cost, mesh, self.costs.hardware, self.costs.workload)
         return slower * dp.gather, slower * dp.reduce, slower * dp.final
 
@@ -327,7 +316,7 @@ class Arranged:
         body = self.costs.graph.bodies[0]
         size = sum(body.values[i].bytes_at(at.micro_batch) for i in body.inputs if body.values[i].requires_grad)
         stride = at.tp * at.dp
-        return self._slower(2 * stride) * collective_time("send_recv", size / at.tp, 2, stride, self.costs.hardware)
+        return self.slower(2 * stride) * collective_time("send_recv", size / at.tp, 2, stride, self.costs.hardware)
 
     def held(self, at: Arrangement, layers: int, embed: LayerCost | None, head: LayerCost | None, plain: int = 0) -> float:
         """Parameters on one rank of a stage, cut by tp; `plain` of its layers have no experts."""
@@ -349,11 +338,9 @@ class Arranged:
 
     def _accumulation(self, numel: float) -> Seconds:
         """Seconds of adding one micro-batch's gradients to those in the reduce dtype: these are read and written."""
-        device = self.costs.hardware.device
-        moved = 2 * numel * self._gradient()
-        return moved / (device.bandwidth * device.memory_efficiency.points[-1][1])
+        return memory_time(2 * numel * self.gradient(), self.costs.hardware.device)
 
-    def _gradient(self) -> Bytes:
+    def gradient(self) -> Bytes:
         """Of a parameter."""
         return self.software.gradients or DTYPE_BYTES[self.costs.workload.reduce_dtype]
 
@@ -370,8 +357,8 @@ class Arranged:
 
     def _reduced(self, numel: float, at: Arrangement, dp: int, stride: int) -> Seconds:
         load, hardware = self.costs.workload, self.costs.hardware
-        size, span = numel * self._gradient(), hardware.links[0].span
-        slower = self._slower(dp * stride)
+        size, span = numel * self.gradient(), hardware.links[0].span
+        slower = self.slower(dp * stride)
         if self.software.one_adapter and 1 < stride < span < dp * stride:
             slower, dp, stride = slower * self.software.one_adapter, ceil(dp * stride / span), span
         if at.zero == 0:

@@ -13,15 +13,20 @@ buckets; bfloat16 gradients stay until a backward pass is over; ZeRO-1 gathers p
 
 From its second micro-batch on, a run without pipeline holds the exponentials of the one before (seen, the cause is a guess).
 
-Memory that NCCL has read is used again once the device is through with it, and the host runs ahead. With `h` and `d` seconds of a
-layer on the host and the device, part by part (`_pass`),
+A block that NCCL has read or written (what tp gathers and scatters, and what comes of it) is used again, once it is freed, when
+the device is through with NCCL's last operation until then, and the host runs ahead. With `h` and `d` seconds of a layer on the
+host and the device, part by part (`_pass`),
 
     issued += h      done = max(done, issued) + d      issued >= done of what was issued `ahead` layers before
 
-and a block that was sent when the device's clock would show `done` comes back at the first allocation with issued >= done. CUDA
+and a block freed when the device's clock would show `done` for NCCL comes back at the first allocation with issued >= done. CUDA
 takes 1,024 launches before the host waits; `ahead` is fitted. `h` is the host time that the step times show. Runs of two stages
 are apart, for a reason unknown: there the whole least time of a layer under tp, times a fitted `two_stages`, is the host's, which
 gets further ahead (`two_ahead`); with more stages that time is the device's.
+
+With three stages or more, runs under ZeRO-1 over few ranks, where the pieces of the gather are the largest blocks there are,
+reserve the room of the whole gather once more, as though two blocks of the stream's size (`LEFT`) that were taken when the
+pipeline had filled were still in use when parameters are gathered (seen on the fit half, the cause is unknown).
 """
 
 from __future__ import annotations
@@ -36,6 +41,8 @@ from benchmarks.software import Software
 
 STEPS, MORE = 2, 6
 """Steps and, beyond what fills the pipeline, micro-batches after which little changes."""
+LEFT = 2
+"""Blocks of the stream's size that are in use from when the pipeline is full until the next step is over."""
 COPIES = 64
 """Ranks to which one buffer each is given; more ranks share the last one's."""
 
@@ -55,7 +62,7 @@ class Rank:
         """`host` and `device` take so long for a layer, forward and backward; `ahead` in layers."""
         shape, self.run, self.layers = run.shape, run, layers
         self.host, self.device, self.ahead = host, device, ahead
-        self.passed = self.issued = self.done = 0.0
+        self.passed = self.issued = self.done = self.nccl = 0.0
         self.queue: deque[tuple[float, Seconds]] = deque()
         self.sent: deque[tuple[Seconds, Block]] = deque()
         rows = shape.seq_len * run.micro_batch
@@ -71,6 +78,7 @@ class Rank:
         self.memory = Allocator(limit)
         self.buffers: dict[str, Block] = {}
         self.held: list[Block] = []
+        self.left: list[Block] = []
         self.holds = False
 
     def reserved(self) -> Bytes:
@@ -106,11 +114,16 @@ class Rank:
         micro_batches = min(run.global_batch // (run.dp * run.micro_batch), run.pp + MORE)
         self.holds = micro_batches > 1
         flight = [self._forward() for _ in range(min(run.pp - 1, micro_batches))]
+        left: list[Block] = []
         for _ in range(micro_batches - len(flight)):
             flight.append(self._forward())
+            if run.pp > 2 and not left:
+                left = [self.memory.take(self.stream) for _ in range(LEFT)]
             self._backward(flight.pop(0))
         while flight:
             self._backward(flight.pop(0))
+        self.memory.give(*self.left)
+        self.left = left
         self.issued = self.done
         self._give_sent()
         self.memory.give(*self.held)
@@ -127,8 +140,16 @@ class Rank:
         self._give_sent()
 
     def _send(self, block: Block) -> None:
-        """NCCL reads it: it is free when the device is through."""
-        self.sent.append((self.done, block))
+        """NCCL reads it, and nobody else."""
+        self.nccl = self.done
+        self.sent.append((self.nccl, block))
+        self._give_sent()
+
+    def _give_after(self, *blocks: Block) -> None:
+        """Frees what tp has sent or received: NCCL's last operation until now has to be over."""
+        if self.run.tp == 1:
+            self.memory.give(*blocks)
+        self.sent.extend((self.nccl, block) for block in blocks if self.run.tp > 1)
         self._give_sent()
 
     def _give_sent(self) -> None:
@@ -170,7 +191,7 @@ class Rank:
             self._pass(1 / 6)
             result = self._scattered()
             x = take(self.stream)
-            give(result, attended)
+            self._give_after(result, attended)
             saved.layers.append(kept)
         if not self.last:
             self._send(x)
@@ -193,7 +214,8 @@ class Rank:
             both = take(2 * self.table)
             give(table)
             table = both
-        give(g, table, *gradients)
+        self._give_after(g)
+        give(table, *gradients)
         if len(self.held) > 1:
             give(self.held.pop(0))
 
@@ -205,9 +227,11 @@ class Rank:
             give(self.held.pop())
         self._buffer("forward")
         before = self._product(self.table, gradients)
-        give(logits, kept["x1"])
+        give(logits)
+        self._give_after(kept["x1"])
         g = take(self.stream)
-        give(before, kept["x"], kept["r"])
+        self._give_after(before)
+        give(kept["x"], kept["r"])
         return g
 
     def _product(self, weight: int, gradients: list[Block]) -> Block:
@@ -249,14 +273,17 @@ class Rank:
         self._pass(1 / 3)
         return self._normed(self._product(self.qkv, gradients), (turned, kept["x1"]), (kept["x"], kept["r1"]), g)
 
-    def _normed(self, before: Block, used: tuple[Block, ...], kept: tuple[Block, ...], g: Block) -> Block:
-        """A norm's backward pass, and the sum with the gradient of the residual."""
+    def _normed(self, before: Block, used: tuple[Block, Block], kept: tuple[Block, Block], g: Block) -> Block:
+        """A norm's backward pass, and the sum with the gradient of the residual. Of `used` tp gathered the second."""
         take, give = self.memory.take, self.memory.give
-        give(*used)
+        give(used[0])
+        self._give_after(used[1])
         of_norm = take(self.stream)
-        give(before, *kept)
+        self._give_after(before)
+        give(*kept)
         total = take(self.stream)
-        give(of_norm, g)
+        give(of_norm)
+        self._give_after(g)
         return total
 
 

@@ -72,12 +72,12 @@ class Pricer:
     def _placed(self, run: Run) -> tuple[Arranged, Arrangement]:
         how = run.recompute if run.recompute != "unknown" else self._least_that_fits(run)
         costs = self._cost_model(run)
-        key = (run.shape, run.hardware, run.dtype, run.source, how, run.compiled)
+        key = (run.shape, run.hardware, run.dtype, run.source, how, run.float8, run.compiled)
         if key not in self._arranged:
             own = self.software.get(framework(run.source), NEUTRAL)
             plain = self._cost_model(run, plain=True) if run.plain else None
-            first = Arranged(plain, own, recomputed(how, plain.graph)) if plain else None
-            self._arranged[key] = Arranged(costs, own, recomputed(how, costs.graph), first)
+            first = Arranged(plain, own, recomputed(how, plain.graph, run.float8)) if plain else None
+            self._arranged[key] = Arranged(costs, own, recomputed(how, costs.graph, run.float8), first)
         arranged = self._arranged[key]
         arranged.costs = costs.with_batch(run.global_batch)
         return arranged, arrangement(run, *shardings(run.shape, run.tp, run.sequence_parallel, run.ep))
@@ -194,18 +194,18 @@ def _core(step: Step) -> bool:
     )
 
 
-def _selected(graph: Graph) -> Recomputed:
+def _selected(graph: Graph, float8: bool) -> Recomputed:
     """torchtitan's choice by operation (its `_save_list`): attention and the first, third, ... product of a block are kept,
-    the rest runs again."""
-    linears = [index for index, op in enumerate(graph.bodies[0].ops) if op.kind == "linear"]
+    the rest runs again. The list has no product in fp8."""
+    linears = [index for index, op in enumerate(graph.bodies[0].ops) if op.kind == "linear" and not float8]
     kept = frozenset(linears[::2])  # of the collectives reduce_scatter, at a module's exit, is kept, all_gather is not
     return lambda step: step.op.kind not in ("attention", "exit") and step.index not in kept
 
 
-def recomputed(how: str, graph: Graph) -> Recomputed | None:
+def recomputed(how: str, graph: Graph, float8: bool = False) -> Recomputed | None:
     """Which operations of a block run again, see `Run.recompute`."""
     if how == "op":
-        return _selected(graph)
+        return _selected(graph, float8)
     return {"none": None, "core": _core}.get(how, lambda step: True)
 
 

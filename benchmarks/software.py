@@ -34,8 +34,12 @@ class Software:
     tp_backward_hidden: float = 1.0
     """Fraction of the backward pass's tp collectives that asynchronous tp can hide."""
     pieces: bool = False
-    """Asynchronous tp cuts a product into one for each rank's rows; of the backward pass only what it can hide, and weights'
-    gradients never."""
+    """Asynchronous tp cuts a product into one for each rank's rows (of the backward pass only what it can hide, and weights'
+    gradients never), and adds up what the ranks sent in a kernel of its own."""
+    copies: bool = False
+    """FSDP puts gathered parameters where they belong, and gradients into what is reduced, in kernels beside the products."""
+    ring_waits: bool = False
+    """Context parallelism sends keys and values of every head, their gradients in float32, and waits for them (compiled)."""
     dp_exposed: float = 0.0
     """Fraction of gradient reductions (and ZeRO's gathers) that even a long backward pass does not hide."""
     hop_exposed: float = 0.0

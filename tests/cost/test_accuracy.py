@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from autoplan.cost.compute import memory_time
+from autoplan.cost.walk import Step, walk
+from autoplan.strategy import UNSHARDED
 from benchmarks.accuracy import Exam, Scored, figures, main
+from benchmarks.habits import sums
 from benchmarks.pricing import Pricer, frameworks
 from benchmarks.rows import Refused, Row, read
 from benchmarks.runs import Run, run_of
@@ -184,3 +188,47 @@ def test_products_in_pieces_take_longer() -> None:
     assert own.pieces
     whole = Pricer({"torchtitan-compile": replace(own, pieces=False)})
     assert whole.seconds(run) < Pricer({"torchtitan-compile": own}).seconds(run)
+
+
+def test_what_asynchronous_tp_received_is_added_up() -> None:
+    """Of two reduce-scatters a layer: tokens x hidden of every rank's partial sum are read, an eighth of it is written; a policy
+    that keeps what left a module adds nothing up again."""
+    run = run_of(ROWS["titan-asynctp-8b-bf16-async"])
+    arranged, place = Pricer(frameworks())._placed(run)
+    moved = 2 * (1 + 1 / 8) * run.micro_batch * 8192 * 4096 * 2
+
+    def everything(step: Step) -> bool:
+        return True
+
+    assert sums(arranged, place, everything) == pytest.approx(memory_time(moved, arranged.costs.hardware.device))
+    assert arranged.recomputed
+    assert sums(arranged, place, arranged.recomputed) == 0.0
+    assert sums(arranged, replace(place, asynchronous=False), everything) == 0.0
+
+
+def test_a_ring_that_is_waited_for_takes_longer() -> None:
+    run, own = run_of(ROWS["titan-t2-8b-cp4"]), frameworks()["torchtitan-compile"]
+    assert own.ring_waits
+    hidden = Pricer({"torchtitan-compile": replace(own, ring_waits=False)})
+    assert hidden.seconds(run) < Pricer({"torchtitan-compile": own}).seconds(run)
+
+
+@pytest.mark.parametrize(("how", "sent"), [("full", 1.0), ("op", 0.0)])
+def test_attention_that_runs_again_has_its_ring_again(how: str, sent: float) -> None:
+    run = replace(run_of(ROWS["titan-t2-8b-cp4"]), recompute=how)
+    arranged, place = Pricer(frameworks())._placed(run)
+    assert arranged._again(place, 1.0) - arranged._again(place, 0.0) == pytest.approx(sent)
+
+
+def test_by_operation_no_product_in_fp8_is_kept() -> None:
+    """A row that does not tell has what torchtitan's configurations say."""
+    run, pricer = run_of(ROWS["titan-h200-8b-f8-4nodes"]), Pricer(frameworks())
+    assert (run.recompute, run.float8) == ("op", True)
+    wide = replace(run, float8=False)
+    assert pricer.memory(run) < pricer.memory(wide)
+    every, some = (pricer._placed(each)[0].recomputed for each in (run, wide))
+    linears = [step for step in walk(pricer._cost_model(run).layer_model(0, 1, 1), UNSHARDED) if step.op.kind == "linear"]
+    assert every
+    assert some
+    assert all(map(every, linears))
+    assert [some(step) for step in linears] == [i % 2 == 1 for i in range(len(linears))]

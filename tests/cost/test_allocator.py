@@ -78,5 +78,24 @@ def test_what_was_sent_waits_while_the_host_is_ahead() -> None:
     assert reserved(host=0.9, device=1.0, ahead=30.0) < reserved(host=0.1, device=1.0, ahead=30.0)
 
 
+def test_what_was_received_waits_too() -> None:
+    """At tp 2 half as much again as what was sent; NCCL sends nothing for tp 1, where the clocks change nothing."""
+    run = a_run("8.86B-n128-dp4tp2pp16-mbs2ga32-z1")
+    assert run.memory
+    assert Pricer(frameworks()).memory(run) == pytest.approx(run.memory, rel=0.06)
+    alone = a_run("3.57B-n64-dp32tp1pp2-mbs2ga4-z1")
+    early, late = (Rank(alone, 16, float("inf"), host, 1.0, 8.0).reserved() for host in (1e3, 1e-3))
+    assert early == pytest.approx(late, rel=0.01)
+
+
+def test_a_gather_of_large_pieces_does_not_fit_its_old_room() -> None:
+    """Runs of the fit half without tp, whose pieces are the largest blocks: 5.4, 3.6 and 2.8 GiB too little without `LEFT`."""
+    for name in ("8.86B-n32-dp8tp1pp4-mbs1ga32-z1", "8.86B-n32-dp4tp1pp8-mbs1ga64-z1", "8.86B-n64-dp4tp1pp16-mbs1ga64-z1"):
+        run = a_run(name)
+        assert run.memory
+        assert not run.held_out
+        assert Pricer(frameworks()).memory(run) == pytest.approx(run.memory, rel=0.015)
+
+
 def test_a_block_that_fills_a_stage_is_its_last() -> None:
     assert dealt(a_run("1.34B-n64-dp32tp1pp2-mbs1ga8-z1")) == (10, 6), "the head counts as four layers"

@@ -4,11 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoplan.cost.compute import memory_time
 from autoplan.cost.model import OUTER, CostModel, Cut
 from autoplan.errors import UsageError
 from autoplan.strategy import UNSHARDED, Mesh, Strategy
 from autoplan.workload import Workload
 from benchmarks.arrangement import Arranged, Arrangement, Software
+from benchmarks.habits import copies
+from benchmarks.memory import numel
 from tests.bodies import model
 from tests.cost.test_model import GRAPH
 from tests.hardware import machine
@@ -116,6 +119,19 @@ def test_the_habits_of_zero_0_and_1_are_of_those_alone() -> None:
     packed = replace(piped, zero=1)
     assert exposed(packed, zero_rank=1e-3) == pytest.approx(exposed(packed) + 15e-3)
     assert exposed(piped, zero_rank=1e-3) == exposed(piped)
+
+
+def test_fsdp_copies_what_it_gathers_and_reduces() -> None:
+    """Read and written: 2 + 2 bytes of a gathered parameter, 2 + 4 of its gradient; none of it without FSDP."""
+    framework, place = Arranged(costs(), Software(copies=True)), at(dp=8, zero=3)
+    block = framework.parts(place)[0]
+    forward, backward = copies(framework, block, place)
+    device = framework.costs.hardware.device
+    assert forward == pytest.approx(memory_time(4 * numel(block), device))
+    assert backward == pytest.approx(memory_time(10 * numel(block), device))
+    assert copies(framework, block, replace(place, stays=True)) == pytest.approx((forward, backward - forward))
+    assert framework.price(place).step_time > Arranged(costs()).price(place).step_time
+    assert framework.price(at(dp=8)) == Arranged(costs()).price(at(dp=8))
 
 
 def test_more_stages_than_layers_are_refused() -> None:
