@@ -142,7 +142,7 @@ def reason(s: Scored) -> str:
     if run.shape.experts is not None:
         return "nothing fitted on experts; what the recipe hides or fuses is not told"
     if run.cp > 1:
-        return "passing keys and values round costs more than is modelled" if s.error < 0 else "unknown"
+        return "attention over cp takes longer than is modelled" if s.error < 0 else "unknown"
     if run.source == "megatron-bridge" and not run.hardware.startswith("h100"):
         return "nothing fitted on this device"
     if run.float8 and run.source in ("llm-foundry", "llmq"):
