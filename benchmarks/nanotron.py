@@ -149,7 +149,8 @@ class Rank:
         """Frees what tp has sent or received: NCCL's last operation until now has to be over."""
         if self.run.tp == 1:
             self.memory.give(*blocks)
-        self.sent.extend((self.nccl, block) for block in blocks if self.run.tp > 1)
+            return
+        self.sent.extend((self.nccl, block) for block in blocks)
         self._give_sent()
 
     def _give_sent(self) -> None:

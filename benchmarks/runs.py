@@ -3,7 +3,8 @@
 A run is refused, never guessed: what the model does not know (state spaces, 4-bit products, a missing degree), what
 is no measurement (failed runs), and what the source's own caveats exclude (README.md: tp above 8 in the nanotron sweep; its
 runs under 10 % MFU are priced but told apart). Every refusal is counted under its reason. One thing is assumed: where a
-source does not tell what is recomputed, it is the least that fits (`pricing.Pricer`).
+source does not tell what is recomputed, it is what its configurations ask for (torchtitan's) or the least that fits
+(`pricing.Pricer`).
 
 Runs are split by *group*, the hash of (model, GPUs, tp, pp): about half of the groups are fitted on, the others
 only reported on, so that no held-out run has a sibling of its own shape in the fit.

@@ -51,7 +51,8 @@ def apply(
     `inputs` are keyword arguments of the model's forward, or a function that makes them for a number of samples. A plan
     with a pipeline needs them, to be cut in the order of the forward pass.
     `allocating` is entered while memory is taken and filled: torch's FakeTensorMode, for a dry run.
-    Make the optimizer afterwards, from `ParallelModel.parameters`; the default random generator is seeded anew.
+    Make the optimizer afterwards, from `ParallelModel.parameters`; the default random generator is seeded anew. Models applied
+    in one process share the process groups of meshes that are alike: run them one after another.
     Raises `UsageError` on every rank when the launch or the model isn't the plan's.
     """
     device = _device(device)
