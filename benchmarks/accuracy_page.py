@@ -72,7 +72,7 @@ def _fitted() -> list[str]:
     for name, entry in yaml.safe_load(FRAMEWORKS.read_text(encoding="utf-8")).items():
         constants = ", ".join(f"{key} {value:g}" for key, value in entry.items() if key != "why")
         lines.append(f"| {name} | {constants} | {entry['why']} |")
-    lines.append("| hardware: H100, H200 | GEMM and attention level / 1.32 | fit halves of LLM-Foundry and nanotron |")
+    lines.append("| hardware: H100, H200 | GEMM level / 1.32 | fit halves of LLM-Foundry and nanotron |")
     lines.append("| hardware: GB300 | GEMM level of a B200 times 1.2 | fit half of Megatron-Bridge, 8 rows |")
     return lines
 

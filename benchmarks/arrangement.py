@@ -39,7 +39,7 @@ from autoplan.schedule import ScheduleKind, pipeline_seconds
 from autoplan.strategy import UNSHARDED, Mesh, Sharding
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES
-from benchmarks.habits import copies, ring, sums
+from benchmarks.habits import casts, copies, laid, ring, sums
 from benchmarks.memory import experts, memory, numel
 from benchmarks.software import NEUTRAL, Software
 
@@ -137,7 +137,7 @@ class Arranged:
         again = at.again * self._again(at, sent[0])
         virtual = at.pp * at.chunks
         counts = at.dealt
-        beside = sent, copies(self, block, at)
+        beside = sent, copies(self, block, at), *(each(self, at, lambda step: True) for each in (laid, casts))
         forward, backward = (sum(parts) for parts in zip(_seconds(block), *beside, strict=True))
         forward += sums(self, at, lambda step: True)
         host = self._host(at)
@@ -244,7 +244,8 @@ class Arranged:
             own.compute * (own.attention * a + own.elementwise * (t - p - a) + (own.norm - own.elementwise) * n)
             for (p, a, t), n in zip(times, norms, strict=True)
         ]
-        sent = [own.tp_exposed * t for t in (cost.tp_forward, cost.tp_backward)]
+        narrow = (1 + 1 / DTYPE_BYTES[load.compute_dtype]) / 2 if own.casts and at and at.float8 else 1.0  # half are gathers
+        sent = [own.tp_exposed * narrow * t for t in (cost.tp_forward, cost.tp_backward)]
         products = [product * p for p in cost.products]
         if at and at.asynchronous:
             if own.pieces:
@@ -277,7 +278,8 @@ class Arranged:
         if self.recomputed is None:
             return 0.0
         cost = self._scaled(self._part(0, at.block, at, "again", self.recomputed), at)  # no policy keeps a norm
-        return cost.forward + cost.tp_forward + (sent if cost.attention[0] else 0.0) + sums(self, at, self.recomputed)
+        beside = sums(self, at, self.recomputed) + sum(each(self, at, self.recomputed)[0] for each in (laid, casts))
+        return cost.forward + cost.tp_forward + (sent if cost.attention[0] else 0.0) + beside
 
     def _host(self, at: Arrangement) -> Seconds:
         """Least seconds of a layer and micro-batch, forward and backward."""

@@ -1,4 +1,5 @@
-"""What a training framework does beside a layer's own kernels: cp's ring, FSDP's copies, the sums of asynchronous tp."""
+"""What a training framework does beside a layer's own kernels: cp's ring, copies of FSDP and DTensor, the sums of asynchronous
+tp, fp8's casts."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from autoplan.cost.compute import memory_time
 from autoplan.cost.layer import LayerCost
 from autoplan.cost.walk import Step, walk
 from autoplan.graph import DTYPE_BYTES
-from autoplan.strategy import PARTIAL
-from autoplan.units import Seconds
+from autoplan.strategy import PARTIAL, REPLICATE, Layout
+from autoplan.units import Bytes, Seconds
 from benchmarks.memory import numel
 
 if TYPE_CHECKING:
@@ -57,3 +58,53 @@ def sums(arranged: Arranged, at: Arrangement, only: Callable[[Step], bool]) -> S
             for ids, layouts in ((step.op.inputs, step.outcome.inputs), (step.op.outputs, step.outcome.outputs)):
                 moved += model.local_bytes(model.body.values[ids[0]], layouts[0])
     return memory_time(moved, arranged.costs.hardware.device)
+
+
+def laid(arranged: Arranged, at: Arrangement, only: Callable[[Step], bool]) -> tuple[Seconds, Seconds]:
+    """Seconds (forward, backward) of DTensor's copies: what is gathered along another dim than the first arrives rank after rank
+    and is put in place, what is scattered along one is put in such an order before. Asynchronous tp has none."""
+    if not (arranged.software.copies and at.tp > 1) or at.asynchronous:
+        return 0.0, 0.0
+    model, device = arranged.costs.layer_model(0, at.tp, at.samples, ep=at.ep), arranged.costs.hardware.device
+    gathered = scattered = 0.0
+    for step in filter(only, walk(model, at.block)):
+        (before, *_), (after, *_) = step.outcome.inputs, step.outcome.outputs
+        if step.op.kind == "enter" and before.sharded and before.dim and not after.sharded:
+            gathered += 2 * model.body.values[step.op.inputs[0]].bytes_at(at.micro_batch)
+        elif step.op.kind == "exit" and before == PARTIAL and after.sharded and after.dim:
+            scattered += 2 * model.body.values[step.op.inputs[0]].bytes_at(at.micro_batch)
+    narrow = 1 / DTYPE_BYTES[arranged.costs.workload.compute_dtype] if arranged.software.casts and at.float8 else 1.0
+    return memory_time(narrow * gathered + scattered, device), memory_time(gathered + narrow * scattered, device)
+
+
+def casts(arranged: Arranged, at: Arrangement, only: Callable[[Step], bool]) -> tuple[Seconds, Seconds]:
+    """Seconds (forward, backward) of bringing operands into fp8's range, tensor by tensor: each is read for its largest element,
+    read again and written. The backward pass does so with a linear's input once more, which its product wants laid out the other
+    way, and with the gradient of the result, which it wants both ways. What tp gathers is cast before, and turned after."""
+    if not (arranged.software.casts and at.float8):
+        return 0.0, 0.0
+    costs = arranged.costs
+    model, wide = costs.layer_model(0, at.tp, at.samples, ep=at.ep), DTYPE_BYTES[costs.workload.compute_dtype]
+
+    def moved(value: int, layout: Layout, each: float) -> Bytes:
+        """`each` bytes an element of this device's."""
+        return model.local_bytes(model.body.values[value], layout) / wide * each
+
+    once, turned = 2 * wide + 1, 2.0
+    origins: dict[int, tuple[int, Layout]] = {}
+    cast: set[int] = set()
+    forward = backward = 0.0
+    for step in walk(model, at.block):
+        op, (before, *_), (after, *_) = step.op, step.outcome.inputs, step.outcome.outputs
+        if op.kind in ("enter", "exit"):
+            origins[op.outputs[0]] = origins.get(op.inputs[0], (op.inputs[0], before))
+            if before == PARTIAL and after.sharded:  # its gradient is gathered
+                backward += moved(op.outputs[0], after, once) + moved(op.outputs[0], REPLICATE, turned)
+        elif op.kind == "linear":
+            value, layout = origins.get(op.inputs[0], (op.inputs[0], before))
+            if value not in cast:  # as another linear's input it is cast once for both
+                forward += moved(value, layout, once) if only(step) else 0.0
+                backward += moved(value, before, turned) if layout.sharded and not before.sharded else moved(value, before, once)
+                cast.add(value)
+            backward += 0.0 if after == PARTIAL else moved(op.outputs[0], after, once + 1)
+    return memory_time(forward, costs.hardware.device), memory_time(backward, costs.hardware.device)

@@ -28,7 +28,7 @@ class Software:
     norm: float = 1.0
     """Norms besides: above 1 where they are not one kernel."""
     float8: float = 1.0
-    """Products in fp8 reach so much of the fp8 peak, casts counted, for what those in bf16 reach of theirs."""
+    """Products in fp8 reach so much of the fp8 peak, casts counted unless `casts`, for what those in bf16 reach of theirs."""
     tp_exposed: float = 1.0
     """Fraction of the tp collectives that computation does not hide."""
     tp_backward_hidden: float = 1.0
@@ -37,7 +37,10 @@ class Software:
     """Asynchronous tp cuts a product into one for each rank's rows (of the backward pass only what it can hide, and weights'
     gradients never), and adds up what the ranks sent in a kernel of its own."""
     copies: bool = False
-    """FSDP puts gathered parameters where they belong, and gradients into what is reduced, in kernels beside the products."""
+    """FSDP puts gathered parameters where they belong, and gradients into what is reduced, in kernels beside the products;
+    so does DTensor with activations that tp gathers or scatters along another dim than the first."""
+    casts: bool = False
+    """Operands of products in fp8 are scaled tensor by tensor, in kernels beside the products; what tp gathers is sent in fp8."""
     ring_waits: bool = False
     """Context parallelism sends keys and values of every head, their gradients in float32, and waits for them (compiled)."""
     dp_exposed: float = 0.0

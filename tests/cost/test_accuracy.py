@@ -9,7 +9,7 @@ from autoplan.cost.compute import memory_time
 from autoplan.cost.walk import Step, walk
 from autoplan.strategy import UNSHARDED
 from benchmarks.accuracy import Exam, Scored, figures, main
-from benchmarks.habits import sums
+from benchmarks.habits import casts, laid, sums
 from benchmarks.pricing import Pricer, frameworks
 from benchmarks.rows import Refused, Row, read
 from benchmarks.runs import Run, run_of
@@ -17,6 +17,10 @@ from benchmarks.runs import Run, run_of
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "published"
 TABLES = ("megatron", "megatron-bridge", "torchtitan", "vtrain", "simumax")
 ROWS = {row.text("id"): row for name in TABLES for row in read(PUBLISHED / f"{name}.csv")}
+
+
+def everything(step: Step) -> bool:
+    return True
 
 
 def a_run(**changes: object) -> Run:
@@ -196,14 +200,42 @@ def test_what_asynchronous_tp_received_is_added_up() -> None:
     run = run_of(ROWS["titan-asynctp-8b-bf16-async"])
     arranged, place = Pricer(frameworks())._placed(run)
     moved = 2 * (1 + 1 / 8) * run.micro_batch * 8192 * 4096 * 2
-
-    def everything(step: Step) -> bool:
-        return True
-
     assert sums(arranged, place, everything) == pytest.approx(memory_time(moved, arranged.costs.hardware.device))
     assert arranged.recomputed
     assert sums(arranged, place, arranged.recomputed) == 0.0
     assert sums(arranged, replace(place, asynchronous=False), everything) == 0.0
+
+
+def test_what_tp_moves_along_the_sequence_is_copied() -> None:
+    """Two gathers and two scatters of tokens x hidden in either pass, read and written; in fp8 what is gathered is half as large."""
+    wide = run_of(ROWS["titan-asynctp-8b-bf16-vanilla"])
+    stream = wide.micro_batch * 8192 * 4096 * 2
+    for run, moved in ((wide, 8 * stream), (replace(wide, float8=True), 6 * stream)):
+        arranged, place = Pricer(frameworks())._placed(run)
+        assert laid(arranged, place, everything) == pytest.approx((memory_time(moved, arranged.costs.hardware.device),) * 2)
+        assert laid(arranged, replace(place, asynchronous=True), everything) == (0.0, 0.0)
+
+
+def test_operands_of_fp8_are_cast_once() -> None:
+    """Llama-8B: attention's input and that of the MLP are of several linears; 5 bytes an element and pass for an input, 6 for a
+    gradient; under tp what is gathered is cast by its owner, and turned by everyone in the backward pass."""
+    hidden, ffn, tokens = 4096, 14336, 8192
+    alone = run_of(ROWS["titan-h200-8b-f8-4nodes"])
+    arranged, place = Pricer(frameworks())._placed(alone)
+    inputs, results = 3 * hidden + ffn, 3 * hidden + 2 * 1024 + 2 * ffn
+    each = alone.micro_batch * tokens
+    found = casts(arranged, place, everything)
+    device = arranged.costs.hardware.device
+    assert found == pytest.approx([memory_time(each * n, device) for n in (5 * inputs, 5 * inputs + 6 * results)])
+    assert casts(arranged, replace(place, float8=False), everything) == (0.0, 0.0)
+
+    cut = run_of(ROWS["titan-asynctp-8b-float8-tensorwise-async"])
+    arranged, place = Pricer(frameworks())._placed(cut)
+    device, each = arranged.costs.hardware.device, cut.micro_batch * tokens
+    own, gathered = (hidden + ffn) / 8, 2 * hidden
+    backward = 2 * gathered + 5 * own + 6 * (hidden + 2 * 1024 + 2 * ffn) / 8 + (5 / 8 + 2) * gathered
+    forward = 5 * own + 5 * gathered / 8
+    assert casts(arranged, place, everything) == pytest.approx([memory_time(each * n, device) for n in (forward, backward)])
 
 
 def test_a_ring_that_is_waited_for_takes_longer() -> None:
