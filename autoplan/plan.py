@@ -112,6 +112,9 @@ class UnitPrediction:
     tp_backward: Seconds = 0.0
     gather: Seconds = 0.0
     """Of its parameters; what stands outside the layers of a stage is gathered in one, and reduced."""
+    unpack: Seconds = 0.0
+    """Of copying what was gathered to where it belongs; `pack`: gradients into what is reduced."""
+    pack: Seconds = 0.0
     reduce: Seconds = 0.0
     """Of its gradients over dp_shard."""
     all_reduce: Seconds = 0.0

@@ -31,7 +31,7 @@ from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import memory_time, optimizer_time
 from autoplan.cost.layer import LayerCost, layer_cost
 from autoplan.cost.model import OUTER, CostModel
-from autoplan.cost.step import data_parallel
+from autoplan.cost.step import DataParallel, data_parallel
 from autoplan.cost.walk import Step, walk
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES
@@ -39,7 +39,7 @@ from autoplan.schedule import ScheduleKind, pipeline_seconds
 from autoplan.strategy import UNSHARDED, Mesh, Sharding
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES
-from benchmarks.habits import casts, copies, laid, ring, sums
+from benchmarks.habits import casts, laid, ring, sums
 from benchmarks.memory import experts, memory, numel
 from benchmarks.software import NEUTRAL, Software
 
@@ -137,22 +137,21 @@ class Arranged:
         again = at.again * self._again(at, sent[0])
         virtual = at.pp * at.chunks
         counts = at.dealt
-        beside = sent, copies(self, block, at), *(each(self, at, lambda step: True) for each in (laid, casts))
+        beside = sent, self._copies(block, at), *(each(self, at, lambda step: True) for each in (laid, casts))
         forward, backward = (sum(parts) for parts in zip(_seconds(block), *beside, strict=True))
         forward += sums(self, at, lambda step: True)
         host = self._host(at)
         forward, backward = max(forward, host / 3), max(backward + again, host * 2 / 3)
         gather = reduce = regather = 0.0
         if at.zero == 3:
-            gather, reduce, _ = self._collectives(block, at)
+            gather, reduce = self._collectives(block, at)
             regather = 0.0 if at.stays else gather
         paid_forward = forward + self._paid(forward, gather)
         paid_backward = backward + self._paid(backward, regather + reduce)
         outside = 0.0
         if at.zero == 3:
             for part in (embed, head) if at.pp > 1 else (self._scaled(self._outer(at)),):
-                g, r, _ = self._collectives(part, at)
-                outside += g + r + sum(copies(self, part, at))
+                outside += sum(self._collectives(part, at)) + sum(self._copies(part, replace(at, stays=True)))  # FSDP's root
         first_forward, first_backward = self._first(at) if at.plain else (0.0, 0.0)
         f = [(n - k) * paid_forward + k * first_forward for n, k in zip(counts, at.plains, strict=True)]
         b = [(n - k) * paid_backward + k * first_backward for n, k in zip(counts, at.plains, strict=True)]
@@ -305,11 +304,20 @@ class Arranged:
     def slower(self, span: int) -> float:
         return self.software.network if span > self.costs.hardware.links[0].span > 0 else 1.0
 
-    def _collectives(self, cost: LayerCost, at: Arrangement) -> tuple[Seconds, Seconds, Seconds]:
-        mesh = Mesh(dp_shard=at.dp, tp=at.tp, ep=at.ep) if at.zero == 3 else Mesh(dp_replicate=at.dp, tp=at.tp)
-        slower = self.slower(at.dp * at.tp)
-        dp = data_parallel(cost, mesh, self.costs.hardware, self.costs.workload)
-        return slower * dp.gather, slower * dp.reduce, slower * dp.final
+    def _sharded(self, cost: LayerCost, at: Arrangement) -> DataParallel:
+        return data_parallel(cost, Mesh(dp_shard=at.dp, tp=at.tp, ep=at.ep), self.costs.hardware, self.costs.workload)
+
+    def _collectives(self, cost: LayerCost, at: Arrangement) -> tuple[Seconds, Seconds]:
+        """Seconds of gathering a part's parameters, and of reducing its gradients, under FSDP."""
+        dp, slower = self._sharded(cost, at), self.slower(at.dp * at.tp)
+        return slower * dp.gather, slower * dp.reduce
+
+    def _copies(self, cost: LayerCost, at: Arrangement) -> tuple[Seconds, Seconds]:
+        """Seconds (forward, backward) of FSDP's copies, if the framework's makes them."""
+        if not (self.software.copies and at.zero == 3):
+            return 0.0, 0.0
+        dp = self._sharded(cost, at)
+        return dp.unpack, dp.pack + (0.0 if at.stays else dp.unpack)
 
     def _hop(self, at: Arrangement) -> Seconds:
         """Seconds of passing one micro-batch's activations on; under tp every rank of a stage sends its share."""

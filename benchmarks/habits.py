@@ -1,5 +1,5 @@
-"""What a training framework does beside a layer's own kernels: cp's ring, copies of FSDP and DTensor, the sums of asynchronous
-tp, fp8's casts."""
+"""What a training framework does beside a layer's own kernels: cp's ring, DTensor's copies, the sums of asynchronous tp, fp8's
+casts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from autoplan.cost.walk import Step, walk
 from autoplan.graph import DTYPE_BYTES
 from autoplan.strategy import PARTIAL, REPLICATE, Layout
 from autoplan.units import Bytes, Seconds
-from benchmarks.memory import numel
 
 if TYPE_CHECKING:
     from benchmarks.arrangement import Arranged, Arrangement
@@ -35,16 +34,6 @@ def ring(arranged: Arranged, block: LayerCost, at: Arrangement) -> tuple[Seconds
     if waits:
         return gather, gather + reduce
     return arranged.beside(block.attention[0], gather), arranged.beside(block.attention[1], gather + reduce)
-
-
-def copies(arranged: Arranged, cost: LayerCost, at: Arrangement) -> tuple[Seconds, Seconds]:
-    """Seconds (forward, backward) of FSDP's copies beside the products: gathered parameters are put where they belong, gradients
-    into what is reduced, each read and written."""
-    if not (arranged.software.copies and at.zero == 3):
-        return 0.0, 0.0
-    compute, device = DTYPE_BYTES[arranged.costs.workload.compute_dtype], arranged.costs.hardware.device
-    out, back = (memory_time(numel(cost) * each, device) for each in (2 * compute, compute + arranged.gradient()))
-    return out, (0.0 if at.stays else out) + back
 
 
 def sums(arranged: Arranged, at: Arrangement, only: Callable[[Step], bool]) -> Seconds:

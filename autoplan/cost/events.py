@@ -7,6 +7,8 @@ passes to the next stage and back to the one before. Everything is queued as if 
 
     forward    The gather of the first unit waits for all that has been computed, as FSDP's root does; the k-th for the one
                before it and until unit k - 2 begins, whose buffer it takes. A unit's computation waits for its gather.
+    copies     A unit's pass begins with the copying of what was gathered for it, if anything was, and ends with that of gradients
+               into what is reduced.
     backward   A unit's recomputation and backward pass wait for its gather; when they begin, that of the layer before it is
                queued: one ahead. When they end its gradients are reduced, and computation goes on when the reduction before
                that one has ended, which had the same buffer.
@@ -172,6 +174,13 @@ class _Run:
         return tuple(sorted((*found, *self._sent), key=lambda e: (e.rank, STREAMS.index(e.stream), e.start)))
 
 
+class _Arrived(NamedTuple):
+    """What a pass has of parameters that were not there: what it waits for, and seconds of putting them in place."""
+
+    works: tuple[Work, ...] = ()
+    unpack: Seconds = 0.0
+
+
 class _Rank:
     """Queues the whole step of one pipeline rank on its device."""
 
@@ -202,15 +211,16 @@ class _Rank:
         begin = self._begin(stage, task)
         first = len(self._taken)
 
-        def gather(piece: Piece, place: int) -> tuple[Work, ...]:
+        def gather(piece: Piece, place: int) -> _Arrived:
             behind = self._taken[-2] if len(self._taken) - first >= 2 else None
             return self._gather(piece, (stage, place), i, after=(begin,), behind=behind)
 
         outer = _outer(self.step.stages[stage])
-        self._take(gather(outer, -1), i)
+        self._take(gather(outer, -1), outer.name, i)
         for place, piece in enumerate(self.step.stages[stage]):
-            waits = () if piece.outside else gather(piece, place)
-            works = self._pass(piece, i, (("forward", piece.unit.forward), ("forward tp", piece.unit.tp_forward)), waits)
+            waits, unpack = _Arrived() if piece.outside else gather(piece, place)
+            parts = (("unpack", unpack), ("forward", piece.unit.forward), ("forward tp", piece.unit.tp_forward))
+            works = self._pass(piece, i, parts, waits)
             if waits:
                 self._taken.append(works[0])
             if piece.zero == 3 and not piece.outside:
@@ -225,26 +235,28 @@ class _Rank:
         last = i == self.step.micro_batches - 1
         outer = _outer(pieces)
 
-        def gather(piece: Piece, place: int) -> tuple[Work, ...]:
+        def gather(piece: Piece, place: int) -> _Arrived:
             return self._gather(piece, (stage, place), i, after=(), behind=self._taken[-1] if self._taken else None)
 
-        self._take(gather(outer, -1), i)
+        self._take(gather(outer, -1), outer.name, i)
         layers = [place for place, piece in enumerate(pieces) if not piece.outside]
         ahead = dict(zip(layers[1:], layers, strict=False))
-        waits: dict[int, tuple[Work, ...]] = dict.fromkeys(layers, ())
+        arrived = dict.fromkeys(layers, _Arrived())
         if layers:
-            waits[layers[-1]] = gather(pieces[layers[-1]], layers[-1])
+            arrived[layers[-1]] = gather(pieces[layers[-1]], layers[-1])
         for place in reversed(range(len(pieces))):
             piece, unit = pieces[place], pieces[place].unit
             inputs = ("backward inputs", unit.backward - unit.weights) if self._split else ("backward", unit.backward)
+            waits, unpack = arrived.get(place, _Arrived())
+            pack = 0.0 if piece.outside or self._split else _pack(piece, last)
             parts = (("recompute", unit.recompute), inputs, ("backward tp", unit.tp_backward))
-            works = self._pass(piece, i, parts, waits.get(place, ()))
+            works = self._pass(piece, i, (("unpack", unpack), *parts, ("pack", pack)), waits)
             if piece.outside:
                 continue
-            if waits[place]:
+            if waits:
                 self._taken.append(works[0])
             if place in ahead:
-                waits[ahead[place]] = gather(pieces[ahead[place]], ahead[place])
+                arrived[ahead[place]] = gather(pieces[ahead[place]], ahead[place])
             if not self._split:
                 self._reduce(piece, i, last, works[-1])
             if piece.zero != 1 or last:
@@ -260,14 +272,16 @@ class _Rank:
         i, pieces = task.micro_batch, self.step.stages[stage]
         last = i == self.step.micro_batches - 1
         for piece in reversed(pieces):
-            work = self._compute(f"{piece.name} backward weights", piece.unit.weights, i)
+            pack = 0.0 if piece.outside else _pack(piece, last)
+            works = self._pass(piece, i, (("backward weights", piece.unit.weights), ("pack", pack)), ())
             if not piece.outside:
-                self._reduce(piece, i, last, work)
+                self._reduce(piece, i, last, works[-1])
         self._end(_outer(pieces), i, last, ends)
         self._finish(None)
 
     def _end(self, outer: Piece, i: int, last: bool, ends: bool) -> None:
         """What stands outside is reduced last; `ends`: nothing goes on before all reductions have ended."""
+        self._compute(f"{outer.name} pack", _pack(outer, last), i)
         self._reduce(outer, i, last, self.device.queues[COMPUTE][-1])
         if ends:
             self._due = tuple(queue[-1] for queue in self.device.queues[REDUCE:] if queue)
@@ -296,21 +310,22 @@ class _Rank:
         works = [self._compute(f"{piece.name} {first[0]}", first[1], i, waits)]
         return works + [self._compute(f"{piece.name} {what}", took, i) for what, took in others]
 
-    def _take(self, waits: tuple[Work, ...], i: int) -> None:
+    def _take(self, arrived: _Arrived, name: str, i: int) -> None:
         """What stands outside the layers is there before anything of the stage begins."""
-        if waits:
-            self._taken.append(self._compute("", 0.0, i, waits))
+        work = self._compute(f"{name} unpack", arrived.unpack, i, arrived.works)
+        if arrived.works:
+            self._taken.append(work)
 
-    def _gather(
-        self, piece: Piece, key: tuple[int, int], i: int, after: tuple[Work, ...], behind: Work | None
-    ) -> tuple[Work, ...]:
-        """What waits for parameters waits for this; nothing if they are there, or whole on every device."""
-        if piece.unit.gather <= 0 or key in self._gathered:
-            return ()
+    def _gather(self, piece: Piece, key: tuple[int, int], i: int, after: tuple[Work, ...], behind: Work | None) -> _Arrived:
+        """What waits for parameters waits for this; nothing if they are there."""
+        if key in self._gathered:
+            return _Arrived()
+        self._gathered.add(key)
+        if piece.unit.gather <= 0:  # whole on every device
+            return _Arrived((), piece.unit.unpack)
         work = Work(f"{piece.name} gather", piece.unit.gather, i, after, behind)
         self.device.queues[GATHER].append(work)
-        self._gathered.add(key)
-        return (work,)
+        return _Arrived((work,), piece.unit.unpack)
 
     def _reduce(self, piece: Piece, i: int, last: bool, made: Work) -> None:
         """Gradients that `made` has made; computation then waits for the reduction before this one."""
@@ -326,8 +341,14 @@ class _Rank:
             everywhere.append(Work(f"{name} all_reduce", unit.all_reduce, i, after=(made,)))
 
 
+def _pack(piece: Piece, last: bool) -> Seconds:
+    """What is copied for its reduction, if this micro-batch has one."""
+    return 0.0 if piece.zero == 1 and not last else piece.unit.pack
+
+
 def _outer(pieces: tuple[Piece, ...]) -> Piece:
     """What stands outside the layers of a stage, with what is sent of all of it."""
     parts = [piece for piece in pieces if piece.outside] or [Piece("", True, 3, UnitPrediction(layers=()))]
-    sums = {name: sum(getattr(piece.unit, name) for piece in parts) for name in ("gather", "reduce", "all_reduce")}
+    whole = ("gather", "unpack", "pack", "reduce", "all_reduce")
+    sums = {name: sum(getattr(piece.unit, name) for piece in parts) for name in whole}
     return parts[0]._replace(unit=UnitPrediction(layers=(), **sums))

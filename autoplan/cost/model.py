@@ -28,6 +28,7 @@ from functools import cached_property, lru_cache
 from itertools import groupby, pairwise
 
 from autoplan.cost.collectives import collective_time
+from autoplan.cost.compute import memory_time
 from autoplan.cost.context import Context, Gather
 from autoplan.cost.experts import Mixtures
 from autoplan.cost.fusion import fused
@@ -198,8 +199,9 @@ class CostModel:
 
     def _in_thirds(self, mesh: Mesh, micro_batch: int) -> list[tuple[Seconds, Seconds, Seconds]]:
         """Of every body the forward pass, the backward pass of its inputs and that of its weights, as Megatron runs it: cut by cp
-        and tp, with two all_reduces over tp in either pass."""
-        key = (mesh.tp, micro_batch, mesh.cp)
+        and tp, with two all_reduces over tp in either pass; with FSDP's copies (cost.step)."""
+        key = (mesh.tp, micro_batch, mesh.cp, mesh.ep)
+        wider = DTYPE_BYTES[self.workload.reduce_dtype] / DTYPE_BYTES[self.workload.compute_dtype]
         if key not in self._thirds:
             size = self.passed(mesh, micro_batch, REPLICATE)
             sent = 2 * collective_time("all_reduce", size, mesh.tp, 1, self.hardware) if mesh.tp > 1 else 0.0
@@ -207,7 +209,9 @@ class CostModel:
             for body in range(len(self.graph.bodies)):
                 cost, cut = self.layer_cost(body, Sharding(), 1, micro_batch), mesh.tp * mesh.cp
                 w = late(self.layer_model(body, 1, micro_batch), Sharding()).seconds
-                self._thirds[key].append((cost.forward / cut + sent, (cost.backward - w) / cut + sent, w / cut))
+                read = memory_time(self._gathered_bytes(body, mesh.tp, mesh.ep), self.hardware.device)
+                f, i = (t / cut + sent + 2 * read for t in (cost.forward, cost.backward - w))
+                self._thirds[key].append((f, i + (1 + wider) * read, w / cut))
         return self._thirds[key]
 
     def _part(self, regions: tuple[int, ...], sharding: Sharding, mesh: Mesh, micro_batch: int) -> LayerCost:

@@ -115,7 +115,7 @@ def _outside(costs: CostModel, plan: Plan, names: list[str], regions: tuple[int,
     for number, region in enumerate(regions):
         place: Literal["before", "after"] = "before" if region < len(names) else "after"
         shares = {name: _share(whole, alone, number, name) for name in COMPUTED}
-        once = dict.fromkeys(("gather", "reduce", "all_reduce", "optimizer"), 0.0) if number else {}
+        once = dict.fromkeys(("gather", "unpack", "pack", "reduce", "all_reduce", "optimizer"), 0.0) if number else {}
         yield replace(whole, layers=tuple(names[region : region + 1] or names[-1:]), place=place, **shares, **once)
 
 
@@ -140,6 +140,8 @@ def _unit(
         weights=step.late_seconds,
         tp_backward=cost.tp_backward,
         gather=dp.gather,
+        unpack=dp.unpack,
+        pack=dp.pack,
         reduce=dp.reduce,
         all_reduce=dp.final,
         optimizer=step.optimizer_seconds,

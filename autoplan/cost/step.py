@@ -7,20 +7,24 @@ or less if selectively (cost.selective), backward `B = backward + tp_backward + 
     r  reduce_scatter of its gradients over dp_shard, in the reduce dtype
        (those of experts that are dealt over ep: over efsdp)
     a  all_reduce of its gradient shards over dp_replicate, once a step
+    u  FSDP's copies of gathered parameters to where they belong, read and written in the compute dtype
+    p  ... of gradients into what is reduced, read in the compute dtype, written in the reduce dtype
     e(c, q) = max(0, q - c) + overlap min(c, q)        what communication of q seconds beside c seconds of computation costs
 
-the seconds are (`layer_step`)
+the seconds are (`layer_step`), with F' = F + u and B' = B + p, or B + u + p under level 3, and e' = e(F', g),
 
     zero   every micro-batch                      once a step, besides
-    3      F + e(F, g) + B + e(B, g + r)          e(B, g + r + a) - e(B, g + r)
-    2      F + e(F, g) + B + e(B, r)              e(B, r + a) - e(B, r)
-    1      F + B                                  e(F, g) + e(B, r + a)
+    3      F' + e' + B' + e(B', g + r)            e(B', g + r + a) - e(B', g + r)
+    2      F' + e' + B' + e(B', r)                e(B', r + a) - e(B', r)
+    1      F + B                                  u + e' + p + e(B', r + a)
 
-The gather of the next layer runs under this one's computation, whatever is longer counts, and hidden communication slows
-computation down by the profile's `overlap`. Nothing hides the gather of the outer layer (embeddings and head), with which a
-step begins, nor the reduction of its gradients, with which it ends: there `c = 0`. For equal layers the sum is what the event
-simulation (cost.events) takes, or less by at most one layer's communication in each pass. To the backward pass
-comes the adding up of gradients, if there are several micro-batches; once a step comes the optimizer.
+Copies run between the layers' own kernels, where computation would (torch.distributed.fsdp, `foreach_all_gather_copy_out` and
+`foreach_reduce_scatter_copy_in`). The gather of the next layer runs under this one's computation, whatever is longer counts,
+and hidden communication slows computation down by the profile's `overlap`. Nothing hides the gather of the outer layer
+(embeddings and head), with which a step begins, nor the reduction of its gradients, with which it ends: there `c = 0`. For
+equal layers the sum is what the event simulation (cost.events) takes, or less by at most one layer's communication in each
+pass. To the backward pass comes the adding up of gradients, if there are several micro-batches; once a step comes the
+optimizer.
 
 Bytes: states (parameters, gradients, optimizer) are cut by tp and by dp_shard; activations, `kept`, stay for every micro-batch
 in flight, the model's inputs for the whole step. A layer's backward pass holds at most `peak` (cost.peak) of its own, with what
@@ -76,7 +80,9 @@ class LayerStep(NamedTuple):
     """Once a step, as the optimizer."""
     optimizer_seconds: Seconds
     forward_slot: Seconds
-    """What of every micro-batch's seconds is the forward pass, with the gather that it does not hide."""
+    """What of every micro-batch's seconds is the forward pass, with what FSDP copies and the gather that it does not hide."""
+    copies: tuple[Seconds, Seconds]
+    """What FSDP copies in (the forward, the backward) pass of every micro-batch; under level 1 it does so once (`dp_once`)."""
     hidden: tuple[Seconds, Seconds]
     """Communication under computation, of every micro-batch and once a step."""
     parameters: Bytes
@@ -123,8 +129,8 @@ class LayerStep(NamedTuple):
     def time(self, slots: float, once: float) -> TimeBreakdown:
         """Where the seconds go, of `slots` micro-batches and `once` times what happens once."""
         return TimeBreakdown(
-            forward=slots * self.forward,
-            backward=slots * self.backward,
+            forward=slots * (self.forward + self.copies[0]),
+            backward=slots * (self.backward + self.copies[1]),
             recompute=slots * self.recompute,
             tp_communication=slots * self.tp,
             dp_communication=slots * self.dp + once * self.dp_once,
@@ -158,7 +164,7 @@ class LayerStep(NamedTuple):
         return MemoryBreakdown(activations=self.less, unsharded=self.ending - self.less)
 
 
-NOTHING = LayerStep._make((0.0, 0.0) if name == "hidden" else 0.0 for name in LayerStep._fields)
+NOTHING = LayerStep._make((0.0, 0.0) if name in ("hidden", "copies") else 0.0 for name in LayerStep._fields)
 """What takes nothing: of bounds."""
 
 
@@ -168,6 +174,9 @@ class DataParallel(NamedTuple):
     gather: Seconds
     reduce: Seconds
     final: Seconds
+    unpack: Seconds
+    """FSDP's copies of what it gathered; `pack`: into what it reduces."""
+    pack: Seconds
     optimizer: Seconds
     numel: float
     """On one rank, cut by tp and dp_shard; `trainable` ones among them."""
@@ -208,7 +217,8 @@ def data_parallel(cost: HasParameters, mesh: Mesh, hardware: HardwareProfile, lo
         whole = whole_trainable = 0.0 * numel
     states = OPTIMIZER_STATES[load.optimizer]
     optimizer = _of_each(lambda one: optimizer_time(one, states, hardware.device), trainable * size)
-    return DataParallel(gather, reduction, final, optimizer, numel, trainable, whole, whole_trainable)
+    unpack, pack = (memory_time(n, hardware.device) for n in (2 * whole * compute, whole_trainable * (compute + reduce)))
+    return DataParallel(gather, reduction, final, unpack, pack, optimizer, numel, trainable, whole, whole_trainable)
 
 
 def _of_each(price: Callable[[Bytes], Seconds], sizes: Bytes) -> Seconds:
@@ -230,13 +240,16 @@ def layer_step(
     forward = cost.forward + cost.tp_forward
     rerun, kept, rebuilt, more = _recomputed(cost, again)
     backward = cost.backward + cost.tp_backward + rerun
-    under_f, under_b = (0.0, 0.0) if outer else (forward, backward)
+    copies = dp.pack + (dp.unpack if zero == 3 else 0.0)  # in the backward pass
+    under_f, under_b = (0.0, 0.0) if outer else (forward + dp.unpack, backward + copies)
     sent = dp.reduce + (dp.gather if zero == 3 else 0.0)  # in the backward pass
     f, f_hidden = beside(under_f, dp.gather, hardware)
     b, b_hidden = beside(under_b, sent, hardware)
     last, last_hidden = beside(under_b, sent + dp.final, hardware)
+    copied = (0.0, 0.0) if zero == 1 else (dp.unpack, copies)
     every, every_hidden = (0.0, 0.0) if zero == 1 else (f + b, f_hidden + b_hidden)
     once, once_hidden = (f + last, f_hidden + last_hidden) if zero == 1 else (last - b, last_hidden - b_hidden)
+    once = once + (dp.unpack + copies if zero == 1 else 0.0)
     size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
     gathered = dp.whole * compute
     stays = zero < 3 or outer  # FSDP's root stays gathered for the whole backward pass
@@ -267,13 +280,14 @@ def layer_step(
         dp=every,
         dp_once=once,
         optimizer_seconds=dp.optimizer,
-        forward_slot=forward + (0.0 if zero == 1 else f),
+        forward_slot=forward + copied[0] + (0.0 if zero == 1 else f),
+        copies=copied,
         hidden=(every_hidden, once_hidden),
         **states,
         unsharded=unsharded,
         kept=kept,
         rebuilt=rebuilt,
-        slot_seconds=forward + backward + adding + every,
+        slot_seconds=forward + backward + adding + sum(copied) + every,
         once_seconds=once + dp.optimizer,
         state_bytes=sum(states.values()) + unsharded - moments.less,
         less=moments.less,

@@ -122,6 +122,8 @@ class UnitDocument(_Document):
     weights: _Seconds = 0.0
     tp_backward: _Seconds = 0.0
     gather: _Seconds = 0.0
+    unpack: _Seconds = 0.0
+    pack: _Seconds = 0.0
     reduce: _Seconds = 0.0
     all_reduce: _Seconds = 0.0
     optimizer: _Seconds = 0.0

@@ -207,7 +207,7 @@ def test_what_asynchronous_tp_received_is_added_up() -> None:
 
 
 def test_what_tp_moves_along_the_sequence_is_copied() -> None:
-    """Two gathers and two scatters of tokens x hidden in either pass, read and written; in fp8 what is gathered is half as large."""
+    """Two gathers and two scatters of tokens x hidden in either pass, read and written; in fp8 half of a gather."""
     wide = run_of(ROWS["titan-asynctp-8b-bf16-vanilla"])
     stream = wide.micro_batch * 8192 * 4096 * 2
     for run, moved in ((wide, 8 * stream), (replace(wide, float8=True), 6 * stream)):

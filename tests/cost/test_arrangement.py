@@ -10,7 +10,6 @@ from autoplan.errors import UsageError
 from autoplan.strategy import UNSHARDED, Mesh, Strategy
 from autoplan.workload import Workload
 from benchmarks.arrangement import Arranged, Arrangement, Software
-from benchmarks.habits import copies
 from benchmarks.memory import numel
 from tests.bodies import model
 from tests.cost.test_model import GRAPH
@@ -36,7 +35,7 @@ def test_one_stage_is_what_the_planner_prices(dp: int, recompute: str, stays: bo
     strategy = Strategy(recompute=recompute, zero=2 if stays else 3)  # type: ignore[arg-type]
     planned = model.predict(Mesh(dp_shard=dp), 1, Strategy(zero=2), [(0, strategy)] * LAYERS)
     again = (lambda step: True) if recompute == "full" else None
-    priced = Arranged(model, recomputed=again).price(at(dp=dp, zero=3, stays=stays))
+    priced = Arranged(model, Software(copies=True), again).price(at(dp=dp, zero=3, stays=stays))
     assert priced.step_time == pytest.approx(planned.step_time, rel=0.02)
 
 
@@ -46,10 +45,10 @@ def test_stages_are_what_the_planner_simulates(pp: int, recompute: str) -> None:
     wide = CostModel(model(layers=LAYERS, hidden=1024, ffn=4096, seq=4096, vocab=1024), machine(), Workload(global_batch=64))
     strategy = Strategy(recompute=recompute)  # type: ignore[arg-type]
     cut = Cut("1f1b", 1, tuple(LAYERS // pp * k for k in range(1, pp)))
-    planned = wide.predict(Mesh(pp=pp), 1, Strategy(), [(0, strategy)] * LAYERS, cut)
+    planned = wide.predict(Mesh(pp=pp), 4, Strategy(), [(0, strategy)] * LAYERS, cut)
     again = (lambda step: True) if recompute == "full" else None
-    priced = Arranged(wide, recomputed=again).price(at(pp=pp))
-    # frameworks add gradients up inside the kernel that makes them; FSDP reads them once more: little, beside so many tokens
+    priced = Arranged(wide, Software(copies=True), again).price(at(pp=pp, micro_batch=4, zero=3))
+    # the planner's FSDP reads gradients once more to add them up: little, beside so many tokens
     assert planned.scheduled == pytest.approx(priced.step_time, rel=0.02)
     assert planned.scheduled * (1 - 1e-9) <= planned.step_time <= planned.scheduled * 1.1
 
@@ -125,11 +124,11 @@ def test_fsdp_copies_what_it_gathers_and_reduces() -> None:
     """Read and written: 2 + 2 bytes of a gathered parameter, 2 + 4 of its gradient; none of it without FSDP."""
     framework, place = Arranged(costs(), Software(copies=True)), at(dp=8, zero=3)
     block = framework.parts(place)[0]
-    forward, backward = copies(framework, block, place)
+    forward, backward = framework._copies(block, place)
     device = framework.costs.hardware.device
     assert forward == pytest.approx(memory_time(4 * numel(block), device))
     assert backward == pytest.approx(memory_time(10 * numel(block), device))
-    assert copies(framework, block, replace(place, stays=True)) == pytest.approx((forward, backward - forward))
+    assert framework._copies(block, replace(place, stays=True)) == pytest.approx((forward, backward - forward))
     assert framework.price(place).step_time > Arranged(costs()).price(place).step_time
     assert framework.price(at(dp=8)) == Arranged(costs()).price(at(dp=8))
 

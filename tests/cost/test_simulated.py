@@ -127,8 +127,10 @@ def test_what_stands_outside_is_computed_where_it_stands(found: Plan) -> None:
     plan = by_hand(found, Mesh(dp_shard=8), Strategy(), batch=8)
     names = [e.name for e in events.events(step_of(plan)) if e.stream == "compute"]
     first, last = GRAPH.blocks[0].name, GRAPH.blocks[-1].name
-    assert names[:2] == [f"before {first} forward", f"{first} forward"]
-    assert names[8:12] == [f"{last} forward", f"after {last} forward", f"after {last} backward", f"{last} backward"]
+    assert names[:4] == [f"before {first} unpack", f"before {first} forward", f"{first} unpack", f"{first} forward"]
+    end = names.index(f"{last} forward")
+    middle = [f"after {last} forward", f"after {last} backward", f"{last} unpack", f"{last} backward", f"{last} pack"]
+    assert names[end + 1 : end + 6] == middle
     units = {unit.place: unit for unit in plan.prediction.units}
     assert units["after"].gather == 0 < units["before"].gather, "parameters outside are gathered in one"
     assert units["after"].forward > units["before"].forward
@@ -140,8 +142,10 @@ def test_a_model_without_layers_is_one_unit(tmp_path: Path) -> None:
     path.write_text(dump_plan(plan))
     assert load_plan(path).prediction == plan.prediction
     assert {e.name for e in events.events(step_of(plan)) if e.stream == "compute"} == {
+        "model unpack",
         "model forward",
         "model backward",
+        "model pack",
         "optimizer",
     }
 
