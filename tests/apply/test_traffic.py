@@ -9,7 +9,7 @@ from autoplan.strategy import Mesh
 from tests.apply.models import batches, double, gpt_loss
 from tests.apply.plans import PLANNERS
 from tests.apply.ranks import run
-from tests.apply.traffic import Traffic
+from tests.apply.traffic import Copies, Traffic
 
 pytestmark = pytest.mark.gloo
 
@@ -52,3 +52,20 @@ def test_encoder_decoder():
     assert forward == {"all_reduce": 2 * LAYERS + 3 * LAYERS + 2 + 2}
     # borders in: 2 an encoder layer, 4 a decoder layer, the head; packed biases: 1 and 2
     assert backward == {"all_reduce": (2 + 1) * LAYERS + (4 + 2) * LAYERS + 1}
+
+
+def copied(zero):
+    """Elements that a step of two micro-batches copies, by the number of parameters, all even."""
+    plan = PLANNERS["llama"](Mesh(dp_shard=2), zero=zero, micro_batch=2)
+    parallel = apply(double("llama"), plan, device="cpu")
+    with Copies() as found:
+        parallel.step(batches("llama", samples=4)[0])
+    numel = sum(p.numel() for p in double("llama")().parameters())
+    return {kind: n / numel for kind, n in found.elements.items()}
+
+
+@pytest.mark.parametrize(("zero", "unpack", "pack"), [(3, 4, 2), (2, 2, 2), (1, 1, 1)])
+def test_fsdp_copies_what_is_priced(zero, unpack, pack):
+    """Two micro-batches: under level 3 parameters are put in place in both passes, under 2 in the forward pass, under 1 in the
+    first alone, and gradients are reduced once (`cost.step`)."""
+    assert run(2, copied, zero)[0] == {"unpack": unpack, "pack": pack}

@@ -7,6 +7,7 @@ from collections import Counter
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+COPIES = {"fsdp::split_with_sizes_copy": "unpack", "fsdp::chunk_cat": "pack"}
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
 
@@ -27,3 +28,20 @@ class Traffic(TorchDispatchMode):
     @property
     def found(self):
         return dict(+self.counts)
+
+
+class Copies(TorchDispatchMode):
+    """Elements that FSDP copies: of what it has gathered ("unpack"), and into what it reduces ("pack")."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        kind = COPIES.get(func._schema.name)
+        if kind:
+            out = kwargs["out"]
+            self.elements[kind] += sum(t.numel() for t in (out if isinstance(out, (list, tuple)) else [out]))
+        return func(*args, **(kwargs or {}))

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoplan.cost.compute import memory_time
 from autoplan.cost.layer import layer_cost
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.cost.walk import walk
@@ -17,7 +18,7 @@ from autoplan.errors import UsageError
 from autoplan.graph import Op, Value
 from autoplan.plan import Prediction
 from autoplan.search.columns import Tables
-from autoplan.strategy import REPLICATE, UNSHARDED, Border, Layout, Mesh, Recompute, Sharding, Strategy, Within, shard
+from autoplan.strategy import REPLICATE, UNSHARDED, Border, Layout, Mesh, Recompute, Sharding, Strategy, Within, Zero, shard
 from autoplan.workload import Workload
 from tests.bodies import mlp_block, model
 from tests.hardware import machine, uneven
@@ -34,7 +35,7 @@ def predict(
 
 
 dp_meshes = st.builds(Mesh, dp_replicate=st.sampled_from([1, 2, 4]), dp_shard=st.sampled_from([1, 2, 4, 8]))
-strategies = st.builds(Strategy, st.just(UNSHARDED), st.sampled_from(get_args(Recompute)), st.booleans())
+strategies = st.builds(Strategy, st.just(UNSHARDED), st.sampled_from(get_args(Recompute)), st.sampled_from(get_args(Zero)))
 
 
 @given(dp_meshes, strategies, st.sampled_from([1, 2]))
@@ -131,6 +132,20 @@ def test_zero_2_holds_what_zero_3_gathers_again() -> None:
 def test_without_tensor_parallelism_nothing_is_sent_over_tp() -> None:
     assert predict(Mesh(dp_shard=8)).time.tp_communication == 0
     assert predict(Mesh()).time.dp_communication == 0
+
+
+@pytest.mark.parametrize(("zero", "forward", "backward"), [(3, 4, 4 + 6), (2, 4, 6), (1, 0, 0)])
+def test_fsdp_copies_in_every_micro_batch_what_it_gathers_and_reduces(zero: Zero, forward: int, backward: int) -> None:
+    """Bytes of a parameter in bf16 with reductions in float32; under level 1 all ten once a step, under tp alone none."""
+    mesh, costs = Mesh(dp_shard=8), CostModel(GRAPH, machine(), Workload(global_batch=64))
+    numel = sum(p.numel for p in GRAPH.bodies[0].parameters)
+    device = costs.hardware.device
+    step = costs.layer_step(0, Strategy(zero=zero), mesh, 1)
+    assert step.copies == pytest.approx([memory_time(each * numel, device) for each in (forward, backward)])
+    assert step.dp_once >= (memory_time(10 * numel, device) if zero == 1 else 0.0)
+    alike = Workload(global_batch=64, param_dtype="float32", compute_dtype="float32", reduce_dtype="float32")
+    alone = CostModel(GRAPH, machine(), alike).layer_step(0, Strategy(zero=zero), Mesh(tp=8), 1)
+    assert (alone.copies, alone.dp_once) == ((0.0, 0.0), 0.0)
 
 
 @settings(max_examples=20)
