@@ -16,7 +16,7 @@ Unit = tuple[FSDPModule, int]
 
 
 def level(zero: int, shards: int) -> int:
-    """The plan's ZeRO level of parameters that are cut into `shards`. On one device resharding is free, so it always happens."""
+    """The plan's ZeRO level of parameters that are cut into `shards`. Whole ones are freed after every pass, and copied again."""
     return zero if shards > 1 else 3
 
 
