@@ -102,7 +102,7 @@ class Pricer:
         if key not in self._costs:
             hardware = self.hardware.get(run.hardware) or find_hardware(run.hardware)
             load = Workload(global_batch=run.global_batch, compute_dtype=cast(DType, run.dtype), compile=run.compiled)
-            self._costs[key] = CostModel(graph_of(shape), hardware, load)
+            self._costs[key] = CostModel(graph_of(shape), hardware, load, copies=False)
         return self._costs[key]
 
 

@@ -68,8 +68,9 @@ class Cut:
 class CostModel:
     """Prices layers and whole plans of one model on one machine. Tables are filled as they are asked for."""
 
-    def __init__(self, graph: Graph, hardware: HardwareProfile, workload: Workload) -> None:
-        self.given, self.hardware, self.workload = graph, hardware, workload
+    def __init__(self, graph: Graph, hardware: HardwareProfile, workload: Workload, *, copies: bool = True) -> None:
+        """`copies`: tp's reduce-scatters copy, as DTensor's do (`LayerModel.border`)."""
+        self.given, self.hardware, self.workload, self.copies = graph, hardware, workload, copies
         self.graph = fused(graph) if workload.compile else graph
         hardware.device.peak_of(workload.compute_dtype)  # a profile without this dtype is the user's error, told early
         self._models: dict[tuple[int, int, int, int, int, CpKind], LayerModel] = {}
@@ -112,6 +113,7 @@ class CostModel:
                 imbalance=self.workload.expert_imbalance,
                 plain=self.layer_model(body, tp, micro_batch, cp, 1, cp_kind) if dealt else None,
                 cp_kind=cp_kind,
+                copies=self.copies,
             )
         return self._models[key]
 

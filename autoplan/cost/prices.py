@@ -24,7 +24,7 @@ from math import prod
 from typing import NamedTuple
 
 from autoplan.cost.collectives import collective_time, waiting
-from autoplan.cost.compute import kernel_time, spread_time
+from autoplan.cost.compute import kernel_time, memory_time, spread_time
 from autoplan.cost.context import Gather, tokens_dim
 from autoplan.cost.experts import Dealt, whole_rows
 from autoplan.cost.parameters import LocalParameter
@@ -85,9 +85,12 @@ class LayerModel:
         imbalance: float = 1.0,
         plain: LayerModel | None = None,
         cp_kind: CpKind = "ulysses",
+        copies: bool = True,
     ) -> None:
+        """`copies`: tp's reduce-scatters are DTensor's, see `border`."""
         self.body, self.bodies, self.blocks = body, bodies, blocks
         self.tp, self.cp, self.cp_kind, self.hardware, self.dtype = tp, cp, cp_kind, hardware, dtype
+        self.copies = copies
         self.gathered = gathered or {}
         """What operations (by index) bring together over cp."""
         self.spread = (tp > 1) + (cp > 1) if hardware.device.dispatch else 0
@@ -365,14 +368,18 @@ class LayerModel:
         return sum(v.bytes_at(self.samples) for v in sources if v.shape == value.shape and v.dtype != value.dtype)
 
     def border(self, value: Value, source: Layout, target: Layout) -> tuple[Seconds, Seconds]:
-        """Seconds (forward, backward) of redistributing `value` at a border."""
+        """Seconds (forward, backward) of redistributing `value` at a border. What is scattered along another dim than the first
+        is copied into the order of the ranks before (torch.distributed._functional_collectives). So is what is gathered after, of
+        several samples: that is left out, for none may be dearer in a larger micro-batch."""
         if source == target:
             return 0.0, 0.0
         key = (value.id, source, target)
         if key not in self._border_costs:
-            pair = BORDER_COLLECTIVES[source.kind, target.kind]
             size = value.bytes_at(self.samples)
-            forward, backward = (self._collective(kind, size) if kind else 0.0 for kind in pair)
+            copied = self.copies and max(source.dim, target.dim) > 0
+            extra = {"reduce_scatter": memory_time(2 * size, self.hardware.device)} if copied else {}
+            pair = BORDER_COLLECTIVES[source.kind, target.kind]
+            forward, backward = (self._collective(kind, size) + extra.get(kind, 0.0) if kind else 0.0 for kind in pair)
             self._border_costs[key] = forward, backward
         return self._border_costs[key]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from autoplan.cost.compute import memory_time
 from autoplan.cost.layer import layer_cost
 from autoplan.cost.prices import LayerModel
 from autoplan.cost.rules import Outcome, conversions, divided, outcomes
@@ -19,8 +20,8 @@ from tests.bodies import expert_block, mlp_block
 from tests.hardware import machine
 
 
-def layer(body: Body, tp: int = 2, micro_batch: int = 4) -> LayerModel:
-    return LayerModel(body, (body,), (), tp=tp, micro_batch=micro_batch, hardware=machine(), dtype="bfloat16")
+def layer(body: Body, tp: int = 2, micro_batch: int = 4, **options: bool) -> LayerModel:
+    return LayerModel(body, (body,), (), tp=tp, micro_batch=micro_batch, hardware=machine(), dtype="bfloat16", **options)
 
 
 def every_sharding(model: LayerModel, stream: Layout) -> Iterator[Sharding]:
@@ -136,7 +137,7 @@ def test_column_then_row_comes_out_of_the_rules() -> None:
 
 
 def test_sequence_parallelism_comes_out_of_the_rules() -> None:
-    model = layer(mlp_block(hidden=4096, ffn=16384, seq=2048), tp=8, micro_batch=1)
+    model = layer(mlp_block(hidden=4096, ffn=16384, seq=2048), tp=8, micro_batch=1, copies=False)
     best = fastest(model, shard(1))
     assert best.layout("up.weight") == shard(0)
     assert best.layout("down.weight") == shard(1)
@@ -144,6 +145,21 @@ def test_sequence_parallelism_comes_out_of_the_rules() -> None:
     assert {(b.source, b.target) for b in best.borders} == {(shard(1), GATHERED), (PARTIAL, shard(1))}
     replicated, sequence = (sum(price(model, fastest(model, s))[:2]) for s in (REPLICATE, shard(1)))
     assert sequence < replicated, "sequence parallelism saves the norms' work at equal traffic"
+
+
+@pytest.mark.parametrize(("dim", "copied"), [(0, 0), (1, 1)])
+def test_what_is_scattered_along_another_dim_than_the_first_is_copied_before(dim: int, copied: int) -> None:
+    body = mlp_block(hidden=4096, ffn=16384, seq=2048)
+    bare, model = (layer(body, tp=8, copies=copies) for copies in (False, True))
+    value = body.values[body.inputs[0]]
+    copy = copied * memory_time(2 * value.bytes_at(4), model.hardware.device)
+    for source, target, scatters in (
+        (PARTIAL, shard(dim), (1, 0)),
+        (shard(dim), GATHERED, (0, 1)),
+        (shard(dim), REPLICATE, (0, 0)),
+    ):
+        before, after = (each.border(value, source, target) for each in (bare, model))
+        assert after == pytest.approx([t + n * copy for t, n in zip(before, scatters, strict=True)])
 
 
 def test_one_device_shards_nothing() -> None:
