@@ -163,7 +163,7 @@ def shardings(shape: Shape, tp: int, sequence_parallel: bool, ep: int = 1) -> tu
     """(of a block, of the outer body): column/row parallel, vocabulary parallel; experts over ep."""
     if tp == ep == 1:
         return UNSHARDED, UNSHARDED
-    costs = CostModel(graph_of(shape), find_hardware("a100-80g-sxm-8x"), Workload(global_batch=1))
+    costs = CostModel(graph_of(shape), find_hardware("a100-80g-sxm-8x"), Workload(global_batch=1), copies=False)
     if tp == 1:
         return Sharding(experts=tuple(each.experts for each in costs.mixtures.dealt[0])), UNSHARDED
     if shape.experts is not None:
