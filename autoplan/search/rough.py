@@ -11,8 +11,8 @@ a mesh, no sharding takes less than (notation and ZeRO levels of cost.step)
 where `c`, and what `g`, `r` and `a` send, are those of the corner of all shardings (search.corner) for a large micro-batch, of
 which a smaller one takes its share at least, of seconds and of bytes (`share_of`). For `c + e(c, q) = max(c, q) +
 overlap min(c, q)` never falls when either grows; and the passes, each for itself under what it hides, take no less than both
-together: the larger ones of two pairs add up to no less than the larger sum. What is added up and recomputed may stand in `c`,
-since e falls by no more than `c` rises.
+together: the larger ones of two pairs add up to no less than the larger sum. What is added up, copied and recomputed stands in
+`c`, since e falls by no more than `c` rises; under level 1 it is copied once, and counted so.
 
 A `Rough` has one column for every mesh, ZeRO level and recomputation, so that a mix of them bounds every one of the meshes. Their
 bytes are those of the mesh (`cost.step.layer_step`), of the corner.
@@ -53,7 +53,7 @@ class Rough:
         blocks = []
         for again, zero in ways:
             found = Costs.of(self._step(dp=silent, zero=zero, again=again))
-            cover = 0.0 if outer else found.slot_seconds
+            cover = 0.0 if outer else found.slot_seconds + (every.unpack + every.pack if zero == 1 else 0.0)
             often, once = (beside(cover, seconds, costs.hardware)[0] for seconds in _sent(every, zero))
             found = found._replace(slot_seconds=found.slot_seconds + often, once_seconds=found.once_seconds + once)
             blocks.append(found.columns(len(sent)))

@@ -10,13 +10,15 @@ import pytest
 from autoplan import api
 from autoplan.constraints import Constraints
 from autoplan.cost.model import CostModel
+from autoplan.cost.step import data_parallel
 from autoplan.schedule import ScheduleKind
 from autoplan.search.columns import Tables
 from autoplan.search.meshes import Meshes, with_less_cp
 from autoplan.search.nodes import AnySchedule
+from autoplan.search.rough import Rough
 from autoplan.search.stages import Solution, Staging
-from autoplan.strategy import Layout, Mesh
-from autoplan.workload import Workload
+from autoplan.strategy import REPLICATE, UNSHARDED, Layout, Mesh, Strategy, Zero
+from autoplan.workload import DType, Workload
 from tests.bodies import expert_block, model
 from tests.hardware import machine, uneven
 
@@ -34,6 +36,20 @@ def test_no_mesh_is_better(memory: float, network: float) -> None:
 def test_no_mesh_is_better_with_experts() -> None:
     """Likewise, where a mesh has ep."""
     _compare(CostModel(SPARSE, machine(memory=0.4e9, network=5e9, span=4), Workload(global_batch=8)))
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("network", [0.5e9, 25e9])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_of_every_level_it_is_the_least(zero: Zero, network: float, dtype: DType) -> None:
+    """Of a layer alone, whichever of its computation, copies and messages takes longest."""
+    load, mesh = Workload(global_batch=64, compute_dtype=dtype), Mesh(dp_shard=8)
+    costs = CostModel(DENSE, machine(network=network, span=4), load)
+    cost = costs.layer_cost(0, UNSHARDED, 1, 1)
+    dp = data_parallel(cost, mesh, costs.hardware, costs.workload)
+    rough = Rough(cost, REPLICATE, [dp], 8, [("none", zero)], costs, outer=False, pipelined=False)
+    least, step = rough.columns([0])[0].costs, costs.layer_step(0, Strategy(zero=zero), mesh, 1)
+    assert 8 * least.slot_seconds + least.once_seconds <= (8 * step.slot_seconds + step.once_seconds) * (1 + 1e-9)
 
 
 def test_no_mesh_is_better_where_ranks_wait() -> None:
