@@ -199,6 +199,17 @@ class Body:
                 found.add(index)
         return frozenset(found)
 
+    @cached_property
+    def rerun(self) -> int:
+        """How many operations run again where all is recomputed: PyTorch stops at the last one that saves something, before it
+        runs if that is what it is given, after it if that is what it makes."""
+        last = max((index for index, op in enumerate(self.ops) if op.saved or op.saved_extra.at(1)), default=-1)
+        if last < 0:
+            return 0
+        op = self.ops[last]
+        own = {self.values[i].storage for i in op.outputs}
+        return last + (op.saved_extra.at(1) > 0 or any(self.values[i].storage in own for i in op.saved))
+
     def made(self, value: int) -> bool:
         """Whether an operation makes the memory in which a value lives."""
         return self.values[value].storage in self._made

@@ -229,14 +229,15 @@ class Arranged:
             self._parts[key] = layer_cost(self.costs.layer_model(body, at.tp, at.samples, ep=at.ep), sharding, only)
         return self._parts[key]
 
-    def _scaled(self, cost: LayerCost, at: Arrangement | None = None) -> LayerCost:
-        """As the framework runs it; `at`: of a block, whose products and tp collectives may be special."""
+    def _scaled(self, cost: LayerCost, at: Arrangement | None = None, only: Recomputed | None = None) -> LayerCost:
+        """As the framework runs it; `at`: of a block, whose products and tp collectives may be special; `only`: of its parts."""
         own, device = self.software, self.costs.hardware.device
         if own == NEUTRAL and not (at and (at.float8 or at.asynchronous)):
             return cost
-        product, load = own.compute, self.costs.workload
+        product, load = [own.compute, own.compute], self.costs.workload
         if at and at.float8:
-            product *= device.peak_of(load.compute_dtype) / device.peak_of("float8") / own.float8
+            narrower = device.peak_of(load.compute_dtype) / device.peak_of("float8") / own.float8
+            product = [own.compute * narrower, own.compute * narrower * own.float8_backward]
         times = zip(cost.products, cost.attention, (cost.forward, cost.backward), strict=True)
         norms = self._norms(at) if at and own.norm != 1.0 else (0.0, 0.0)
         rests = [
@@ -245,10 +246,10 @@ class Arranged:
         ]
         narrow = (1 + 1 / DTYPE_BYTES[load.compute_dtype]) / 2 if own.casts and at and at.float8 else 1.0  # half are gathers
         sent = [own.tp_exposed * narrow * t for t in (cost.tp_forward, cost.tp_backward)]
-        products = [product * p for p in cost.products]
+        products = [each * p for each, p in zip(product, cost.products, strict=True)]
         if at and at.asynchronous:
             if own.pieces:
-                longer = self._pieces(at, cost) - 1
+                longer = self._pieces(at, cost, only) - 1
                 products = [products[0] * (1 + longer), products[1] * (1 + longer * own.tp_backward_hidden / 2)]
             late = (1 - own.tp_backward_hidden) * sent[1]
             sent = [self.beside(products[0], sent[0]), late + self.beside(products[1], sent[1] - late)]
@@ -262,10 +263,12 @@ class Arranged:
             attention=(own.compute * own.attention * cost.attention[0], own.compute * own.attention * cost.attention[1]),
         )
 
-    def _pieces(self, at: Arrangement, cost: LayerCost) -> float:
+    def _pieces(self, at: Arrangement, cost: LayerCost, only: Recomputed | None) -> float:
         """How many times longer the forward pass's products take, each in as many pieces (of its rows) as tp has ranks."""
-        piece = self.costs.layer_cost(0, at.block, at.tp, cast(int, at.micro_batch / at.tp), ep=at.ep)
-        return at.tp * piece.products[0] / cost.products[0]
+        if not cost.products[0]:
+            return 1.0
+        model = self.costs.layer_model(0, at.tp, cast(int, at.micro_batch / at.tp), ep=at.ep)
+        return at.tp * layer_cost(model, at.block, only).products[0] / cost.products[0]
 
     def _norms(self, at: Arrangement) -> tuple[Seconds, Seconds]:
         """What of a block's forward and backward seconds are norms."""
@@ -276,7 +279,8 @@ class Arranged:
         """Seconds of running a layer's forward again, as far as it is recomputed; attention with what cp sends for it."""
         if self.recomputed is None:
             return 0.0
-        cost = self._scaled(self._part(0, at.block, at, "again", self.recomputed), at)  # no policy keeps a norm
+        part = self._part(0, at.block, at, "again", self.recomputed)
+        cost = self._scaled(part, at, self.recomputed)  # no policy keeps a norm
         beside = sums(self, at, self.recomputed) + sum(each(self, at, self.recomputed)[0] for each in (laid, casts))
         return cost.forward + cost.tp_forward + (sent if cost.attention[0] else 0.0) + beside
 

@@ -84,7 +84,8 @@ def memory(arranged: Arranged, at: Arrangement) -> Bytes:
 def _per_parameter(arranged: Arranged, at: Arrangement, dp: int) -> Bytes:
     own, load = arranged.software, arranged.costs.workload
     dtypes = (2 + OPTIMIZER_STATES[load.optimizer]) * DTYPE_BYTES[load.param_dtype]
-    resident, sharded = (own.resident, own.sharded) if own.resident or own.sharded else (0.0, float(dtypes))
+    used = DTYPE_BYTES[load.compute_dtype] + DTYPE_BYTES[load.reduce_dtype] if at.zero == 1 else 0
+    resident, sharded = (own.resident, own.sharded) if own.resident or own.sharded else (float(used), float(dtypes))
     if at.zero == 3:
         return (resident + sharded) / dp
     return resident + sharded / (dp if at.zero else 1)

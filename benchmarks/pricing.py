@@ -76,8 +76,8 @@ class Pricer:
         if key not in self._arranged:
             own = self.software.get(framework(run.source), NEUTRAL)
             plain = self._cost_model(run, plain=True) if run.plain else None
-            first = Arranged(plain, own, recomputed(how, plain.graph, run.float8)) if plain else None
-            self._arranged[key] = Arranged(costs, own, recomputed(how, costs.graph, run.float8), first)
+            first = Arranged(plain, own, recomputed(how, plain.graph, own.whole)) if plain else None
+            self._arranged[key] = Arranged(costs, own, recomputed(how, costs.graph, own.whole), first)
         arranged = self._arranged[key]
         arranged.costs = costs.with_batch(run.global_batch)
         return arranged, arrangement(run, *shardings(run.shape, run.tp, run.sequence_parallel, run.ep))
@@ -194,19 +194,20 @@ def _core(step: Step) -> bool:
     )
 
 
-def _selected(graph: Graph, float8: bool) -> Recomputed:
+def _selected(graph: Graph) -> Recomputed:
     """torchtitan's choice by operation (its `_save_list`): attention and the first, third, ... product of a block are kept,
-    the rest runs again. The list has no product in fp8."""
-    linears = [index for index, op in enumerate(graph.bodies[0].ops) if op.kind == "linear" and not float8]
+    the rest runs again. A product of torchao's tensors in fp8 is a product to the list."""
+    linears = [index for index, op in enumerate(graph.bodies[0].ops) if op.kind == "linear"]
     kept = frozenset(linears[::2])  # of the collectives reduce_scatter, at a module's exit, is kept, all_gather is not
     return lambda step: step.op.kind not in ("attention", "exit") and step.index not in kept
 
 
-def recomputed(how: str, graph: Graph, float8: bool = False) -> Recomputed | None:
-    """Which operations of a block run again, see `Run.recompute`."""
+def recomputed(how: str, graph: Graph, whole: bool = False) -> Recomputed | None:
+    """Which operations of a block run again, see `Run.recompute` and `Software.whole`."""
     if how == "op":
-        return _selected(graph, float8)
-    return {"none": None, "core": _core}.get(how, lambda step: True)
+        return _selected(graph)
+    last = len(graph.bodies[0].ops) if whole else graph.bodies[0].rerun
+    return {"none": None, "core": _core}.get(how, lambda step: step.index < last)
 
 
 def scaled(hardware: HardwareProfile, **factors: float) -> HardwareProfile:

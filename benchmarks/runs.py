@@ -152,11 +152,14 @@ def run_of(row: Row, failed: bool = False) -> Run:
     ep = row.count("ep", 1)
     if ep > 1 and (shape.experts is None or shape.experts.number % ep or (dp * cp * tp) % ep or row.count("etp", 1) > 1):
         raise Refused("experts over ep in a way that is not modelled")
-    batch, micro = row.count("global_batch"), row.count("micro_batch")
+    chunks, titan_pipeline = row.count("vpp", 1), source.startswith("torchtitan") and pp > 1
+    batch = row.count("global_batch")
+    micro = row.count("micro_batch", max(1, batch // dp // pp) if titan_pipeline else None)
+    if titan_pipeline and not row.text("vpp") and "interleaved" in row.text("pp_schedule").lower():
+        chunks = 2
     if batch % (dp * micro):
         raise Refused("the global batch does not divide into the micro-batches told")
     layers = row.count("model_layers", 1 if "single layer" in row.text("other") else None)
-    chunks = row.count("vpp", 1)
     if max(layers, pp * chunks) > DEEPEST:
         raise Refused("layers or stages are beyond all bounds")
     memory = row.number("peak_mem")
@@ -176,7 +179,7 @@ def run_of(row: Row, failed: bool = False) -> Run:
         chunks=chunks,
         sequence_parallel=tp > 1 and row.flag("sp", default=framework(source) in ("megatron-bridge", "simumax")),
         asynchronous=row.flag("async_tp", default=source == "megatron-bridge"),
-        zero=3 if "FULL" in row.text("fsdp") else int(row.number("zero") or 0),
+        zero=1 if titan_pipeline and row.number("zero") else 3 if "FULL" in row.text("fsdp") else int(row.number("zero") or 0),
         stays=row.text("fsdp") == "SHARD_GRAD_OP",
         micro_batch=micro,
         global_batch=batch,

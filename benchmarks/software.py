@@ -29,6 +29,8 @@ class Software:
     """Norms besides: above 1 where they are not one kernel."""
     float8: float = 1.0
     """Products in fp8 reach so much of the fp8 peak, casts counted unless `casts`, for what those in bf16 reach of theirs."""
+    float8_backward: float = 1.0
+    """Those of the backward pass take so many times longer besides: they add up in float32 more often."""
     tp_exposed: float = 1.0
     """Fraction of the tp collectives that computation does not hide."""
     tp_backward_hidden: float = 1.0
@@ -70,6 +72,8 @@ class Software:
     """Host time of every step."""
     zero_rank: Seconds = 0.0
     """Host time of every step for each other rank that holds a part of the states (nanotron packs and unpacks rank by rank)."""
+    whole: bool = False
+    """A recomputed layer runs its whole forward again (PyTorch's checkpoint stops at the last operation that saves something)."""
     gathers_again: bool = False
     """Under sequence parallelism the backward pass gathers a linear's input again instead of keeping it (Megatron)."""
     resident: Bytes = 0.0

@@ -50,6 +50,8 @@ class LayerCost:
     """What of `forward` and `backward` are attention kernels."""
     kept: Kept = NOTHING
     """Under selective recomputation, besides the inputs."""
+    rerun: Seconds = 0.0
+    """Of `forward` and `tp_forward`: what runs again when the whole layer is recomputed (`Body.rerun`)."""
     beneath: Bytes = 0.0
     """Of the outer body: what is there while the layers' backward passes run."""
     batch: Bytes = 0.0
@@ -83,6 +85,7 @@ class _Account:
     def __init__(self, model: LayerModel, sharding: Sharding) -> None:
         self.model, self.sharding, self.body = model, sharding, model.body
         self.forward = self.backward = self.tp_forward = self.tp_backward = self.saved = self.peak = self.beneath = 0.0
+        self.rerun = 0.0
         self.products = self.attention = (0.0, 0.0)
         self.kept, self.selection = NOTHING, Selection(model)
         self.layouts: dict[int, Layout] = {i: stream_layout(self.body.values[i], sharding.stream) for i in self.body.inputs}
@@ -102,7 +105,7 @@ class _Account:
             self._border(step, wanted)
         elif op.kind == "call":
             if wanted:
-                self._send(*call_borders(self.model, step.index, outcome, self.sharding.stream), True)
+                self._send(step, *call_borders(self.model, step.index, outcome, self.sharding.stream))
             self._keep(op)
             self.beneath, self.called = max(self.beneath, self.saved), True
             self.root.update({i: i for i in op.outputs})
@@ -114,8 +117,8 @@ class _Account:
     def _border(self, step: Step, wanted: bool) -> None:
         source, target = step.op.inputs[0], step.op.outputs[0]
         before, after = step.outcome.inputs[0], step.outcome.outputs[0]
-        self._send(*self.model.border(self.body.values[source], before, after), wanted)
         if wanted:
+            self._send(step, *self.model.border(self.body.values[source], before, after))
             self.kept = self.kept.plus(self.selection.border(step.index, before, after))
             self._holds(step.index, moved(self.model, self.body.values[source], before, after), 0.0)
         apart = changes_memory(before, after) or step.index in self.model.doors
@@ -123,9 +126,12 @@ class _Account:
         if step.op.kind == "enter" and step.op.module == "" and source in self.body.inputs:
             self.inside[self.root[target]] = (target, after)
 
-    def _send(self, forward: Seconds, backward: Seconds, wanted: bool) -> None:
-        if wanted:
-            self.tp_forward, self.tp_backward = self.tp_forward + forward, self.tp_backward + backward
+    def _send(self, step: Step, forward: Seconds, backward: Seconds) -> None:
+        self.tp_forward, self.tp_backward = self.tp_forward + forward, self.tp_backward + backward
+        self._repeat(step, forward)
+
+    def _repeat(self, step: Step, forward: Seconds) -> None:
+        self.rerun += forward if step.index < self.body.rerun else 0.0
 
     def _operation(self, step: Step) -> None:
         op, values = step.op, self.body.values
@@ -135,7 +141,8 @@ class _Account:
             self.attention = self.attention[0] + cost.forward, self.attention[1] + cost.backward
         elif op.kind in MULTIPLIES:
             self.products = self.products[0] + cost.forward, self.products[1] + cost.backward
-        self._send(cost.tp_forward, cost.tp_backward, True)
+        self._send(step, cost.tp_forward, cost.tp_backward)
+        self._repeat(step, cost.forward)
         self.kept = self.kept.plus(self.selection.operation(step.index, step.outcome))
         for i, layout in zip(op.inputs, step.outcome.inputs, strict=True):
             name = values[i].parameter
@@ -183,6 +190,7 @@ class _Account:
             self.products,
             self.attention,
             self.kept,
+            self.rerun,
             self.beneath,
             model.batch,
         )

@@ -7,9 +7,9 @@ Kept are the layer's inputs, as under full recomputation, and of every operation
     cp, ep      what attention and modules of experts receive from others, and what is brought together over cp
 
 whether or not the backward pass needs it; of a product's partial sums, which a border reduces at once, the border's result alone.
-Everything else runs again, up to the last operation that saves something: there PyTorch stops. What is kept and is also saved is
-one memory while the backward pass runs; `Kept.spare` is what may be none: results that nothing saves, and those that a border
-moves before they are saved (an all_gather's are cut and joined again).
+Everything else runs again, up to the last operation that saves something: there PyTorch stops (`Body.rerun`). What is kept and is
+also saved is one memory while the backward pass runs; `Kept.spare` is what may be none: results that nothing saves, and those
+that a border moves before they are saved (an all_gather's are cut and joined again).
 
 All of this adds up operation by operation, for the search.
 """
@@ -57,15 +57,13 @@ class Selection:
 
     def __init__(self, model: LayerModel) -> None:
         self.model, body = model, model.body
-        saving = [index for index, op in enumerate(body.ops) if op.saved or op.saved_extra.at(1)]
-        self._last = saving[-1] if saving else -1
         self._saved = {body.values[i].storage for op in body.ops for i in op.saved}
         self._of_kept = _of_kept(body)
         self._passed_on = _passed_on(body)
 
     def repeats(self, index: int) -> bool:
         """Whether an operation runs again."""
-        return runs_again(self.model.body.ops[index]) and index <= self._last
+        return runs_again(self.model.body.ops[index]) and index < self.model.body.rerun
 
     def plain(self, index: int) -> bool:
         """Whether nothing is kept of an operation, nor sent by it."""

@@ -1,7 +1,8 @@
 """What one layer adds to a step: seconds of every micro-batch, seconds once a step, bytes.
 
-For a layer (cost.layer) with forward `F = forward + tp_forward`, recomputed forward `R = F` if the layer is recomputed in full
-or less if selectively (cost.selective), backward `B = backward + tp_backward + R`, and
+For a layer (cost.layer) with forward `F = forward + tp_forward`, recomputed forward `R = rerun` if the layer is recomputed in
+full (F without what comes after the last operation that saves something) or less if selectively (cost.selective), backward
+`B = backward + tp_backward + R`, and
 
     g  all_gather of its parameters over dp_shard (and cp), in the compute dtype
     r  reduce_scatter of its gradients over dp_shard, in the reduce dtype
@@ -341,7 +342,7 @@ def _recomputed(cost: LayerCost, again: Recompute) -> tuple[Seconds, Bytes, Byte
     if again == "none":
         return 0.0, cost.saved, 0.0, -cost.saved
     if again == "full":
-        return cost.forward + cost.tp_forward, cost.inputs, cost.saved, 0.0
+        return cost.rerun, cost.inputs, cost.saved, 0.0
     results, spare, seconds = cost.kept
     return seconds, cost.inputs + results, _larger(cost.saved - results + spare, 0.0), spare - results
 

@@ -24,7 +24,7 @@ from autoplan.units import Bytes, Seconds
 
 
 class Corner:
-    """See the module. `prices` and `kept()`: as `search.shardings.Ways` has them, by level [choices, 6] and [choices, 3]."""
+    """See the module. `prices` and `kept()`: as `search.shardings.Ways` has them, by level [choices, 7] and [choices, 3]."""
 
     def __init__(
         self, model: LayerModel, lattice: Lattice, prices: Sequence[Floats], kept: Callable[[], Sequence[Floats]]
@@ -47,12 +47,13 @@ class Corner:
     def cost(self) -> LayerCost:
         """Its forward pass is the fastest alone, and so are both together. To be asked where there is a way through."""
         assert self.seconds is not None
-        forward, _, saved, _, besides, beneath = self._least
+        forward, _, saved, _, rerun, besides, beneath = self._least
         results, more, again = self._least_kept
         both = max(self.seconds, forward)
         kept = Kept(results, more + results, again)
         sizes = (saved, self._inputs, besides + saved, (), self.model.buffers)
-        return LayerCost(forward, both - forward, 0.0, 0.0, *sizes, kept=kept, beneath=beneath, batch=self.model.batch)
+        rest = {"kept": kept, "rerun": rerun, "beneath": beneath, "batch": self.model.batch}
+        return LayerCost(forward, both - forward, 0.0, 0.0, *sizes, **rest)
 
     def sizes(self, dealt: bool, shards: int) -> Sizes:
         """See `cost.step.HasParameters`; FSDP cuts them as evenly as they go."""

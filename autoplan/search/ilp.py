@@ -8,10 +8,12 @@ that it needs only while its backward pass runs, so that the largest of them cou
 option `s'`. After it `l_gs` of the bytes are left, and `e_gs` are needed for its end.
 
 The layers' backward passes run from the last layer to the first, each frees `k_gs = b_gs - l_gs`, and those before it need no
-room for that. Of all orders that with the larger `i_gs` first needs the least: of two neighbours a before b with i_a < i_b,
-changing places turns the larger of i_a - k_b and i_b into the larger of i_b - k_a and i_a, which is no more. So the options of a
-group are in that order (`_in_order`), as a plan's layers are (`search.naming`). Where a group is in several chunks, `k_gs = 0`
-and `h_gs = 0`; there, and where there are several groups of layers, any `r` may come after any layer.
+room for that. The options of a group run in the order of falling `i_gs + r_gs` (`_in_order`), as a plan's layers do
+(`search.naming`). No order needs less by more than a buffer: of two neighbours a before b with `i_a + r_a < i_b + r_b`, changing
+places turns the larger of `i_a + max(r_a, h_b) - k_b` and `i_b + r_b` into the larger of `i_b + max(r_b, h_a) - k_a` and
+`i_a + r_a`, which is no more for `r_a <= r_b`, since `h_a - k_a <= r_a`, and else by `r_a - r_b` at most. Where a group is in
+several chunks, `k_gs = 0` and `h_gs = 0`; there, and where there are several groups of layers, any `r` may come after any layer,
+and they run in the order of falling `i_gs`: none needs less.
 
     minimise    sum_g sum_s t_gs x_gs
     subject to  sum_s x_gs = N_g                                      for every group g            (`_counts`)
@@ -93,7 +95,7 @@ def memory(counts: Sequence[tuple[Group, Sequence[tuple[Option, int]]]]) -> Byte
 def _most_inside(group: Group, options: Sequence[tuple[Option, int]], anywhere: Bytes | None) -> Bytes:
     """The largest `inside` of a group's layers with what is reduced beside it, less what is freed before."""
     most, freed, after = -inf, 0.0, 0.0
-    for option, number in sorted(options, key=lambda used: used[0].inside):  # in the order of the backward pass
+    for option, number in sorted(options, key=lambda used: used[0].rank(anywhere is None)):  # in the order of the backward pass
         if number:
             beside = option.reducing if anywhere is None else anywhere
             most = max(most, option.inside + max(beside, after) - freed)
@@ -108,9 +110,9 @@ def _paired(groups: Sequence[Group]) -> bool:
     return len(layers) == 1 and layers[0].frees
 
 
-def _in_order(group: Group) -> list[int]:
+def _in_order(group: Group, paired: bool) -> list[int]:
     """The indices of a group's options in the order in which their layers run forward."""
-    return sorted(range(len(group.options)), key=lambda s: -group.options[s].inside)
+    return sorted(range(len(group.options)), key=lambda s: -group.options[s].rank(paired))
 
 
 def choose(groups: Sequence[Group], limit: Bytes, *, gap: float, time_limit: float = 60.0) -> Choice | None:
@@ -163,7 +165,7 @@ def _by_trying(groups: Sequence[Group], limit: Bytes, epsilon: Seconds) -> Choic
     picked = np.zeros((1, 0), dtype=np.int64)
     paired = _paired(groups)
     for group in groups:
-        order = _in_order(group)
+        order = _in_order(group, paired)
         ways = np.array(order)[_multisets(len(group.options), group.number)]
         costs = np.array([option[:9] for option in group.options]).T[:, ways]  # [9, multisets, number]
         inside, reducing = costs[5], costs[7]
@@ -240,7 +242,7 @@ def _inside(problem: Any, groups: Sequence[Group], used: dict[Any, Any], counts:
             continue
         freed: list[tuple[Any, float]] = []
         after: list[tuple[Any, float]] = []
-        for s in reversed(_in_order(group)):
+        for s in reversed(_in_order(group, paired)):
             option, y = group.options[s], used[g, s]
             beside = [] if anywhere is None else [(anywhere, 1.0)]
             own = option.inside + (option.reducing if paired else 0.0)

@@ -1,6 +1,8 @@
 """What a partial sharding costs so far, as numbers that a lattice's transitions add to: a label.
 
-    forward seconds, backward seconds, saved bytes, parameters, peak, what is beneath     (cost.layer; the last two: cost.peak)
+    forward seconds, backward seconds, saved bytes, parameters, seconds that run again, peak, what is beneath
+
+(cost.layer; the last two: cost.peak; what runs again: of full recomputation).
 
 Each of them grows with all of them: that is why a label which equals or beats another in all of them
 does so at the end as well, and why the least of each alone is a bound (`search.corner`).
@@ -18,8 +20,8 @@ from autoplan.cost.prices import LayerModel
 from autoplan.search.dominance import Floats, Ints
 from autoplan.search.lattice import Lattice, at
 
-LABELS = 6
-SAVED, PEAK, BENEATH = 2, 4, 5
+LABELS = 7
+SAVED, PEAK, BENEATH = 2, 5, 6
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Addition:
     """What the transitions of a level add."""
 
     sums: Floats
-    """[4, transitions]: of seconds, saved bytes and parameters."""
+    """[5, transitions]: of seconds, saved bytes, parameters and seconds that run again."""
     besides: Floats
     """By transition: bytes that its operation's backward pass holds, and gradients that wait."""
     made: Floats

@@ -14,7 +14,7 @@ from autoplan.strategy import REPLICATE, Mesh, Strategy
 
 def named(graph: Graph, solution: Solution, mesh: Mesh) -> tuple[tuple[tuple[str, Strategy], ...], str, tuple[LayerRun, ...]]:
     """(strategies by name, the outer one's name, runs). Of equal layers in a stage those come first that hold most while their
-    backward pass runs, which mostly are the recomputed ones: see `search.ilp`."""
+    backward pass runs, with what is reduced beside it, which mostly are the recomputed ones: see `search.ilp`."""
     strategies: dict[str, Strategy] = {}
     several = len(graph.bodies) > 1
 
@@ -28,7 +28,8 @@ def named(graph: Graph, solution: Solution, mesh: Mesh) -> tuple[tuple[tuple[str
     outer = name_of(OUTER, solution.outer)
     runs: list[LayerRun] = []
     for (first, last), stage in zip(solution.cut.runs(len(graph.blocks)), solution.stages, strict=True):
-        queues = {g: _queue([(name_of(g, c.strategy), c, n) for c, n in columns]) for g, columns in stage.items()}
+        paired = solution.cut.chunks == 1 and len(stage.keys() - {OUTER}) == 1
+        queues = {g: _queue([(name_of(g, c.strategy), c, n) for c, n in columns], paired) for g, columns in stage.items()}
         for block in graph.blocks[first:last]:
             strategy = queues[block.body].pop(0)
             if runs and runs[-1].strategy == strategy and _container(runs[-1].layers[-1]) == _container(block.name):
@@ -41,8 +42,8 @@ def named(graph: Graph, solution: Solution, mesh: Mesh) -> tuple[tuple[tuple[str
 _ORDER = ("full", "selective", "none")
 
 
-def _queue(columns: Sequence[tuple[str, Column, int]]) -> list[str]:
-    ordered = sorted(columns, key=lambda item: (-item[1].costs.inside, _ORDER.index(item[1].recompute), item[1].costs))
+def _queue(columns: Sequence[tuple[str, Column, int]], paired: bool) -> list[str]:
+    ordered = sorted(columns, key=lambda item: (-item[1].costs.rank(paired), _ORDER.index(item[1].recompute), item[1].costs))
     return [name for name, _, number in ordered for _ in range(number)]
 
 

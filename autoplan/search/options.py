@@ -46,6 +46,10 @@ class Costs(NamedTuple):
     reducing: Bytes
     buffer: Bytes
 
+    def rank(self, paired: bool) -> Bytes:
+        """See `_rank`."""
+        return _rank(self, paired)
+
     @staticmethod
     def of(step: LayerStep) -> Costs:
         """What matters of a price."""
@@ -133,6 +137,10 @@ class Option(NamedTuple):
     buffer: Bytes
     column: Column
 
+    def rank(self, paired: bool) -> Bytes:
+        """See `_rank`."""
+        return _rank(self, paired)
+
     @property
     def kept(self) -> Bytes:
         """Of one micro-batch."""
@@ -142,6 +150,11 @@ class Option(NamedTuple):
     def peak(self) -> Bytes:
         """What it holds besides in its moment, with a neighbour like itself."""
         return self.alone + self.inside + self.window + self.reducing
+
+
+def _rank(costs: Costs | Option, paired: bool) -> Bytes:
+    """Layers with more of this run earlier forward; `paired`: what is reduced beside a layer is of one that is known."""
+    return costs.inside + (costs.reducing if paired else 0.0)
 
 
 def _on_stage(costs: Iterable[Any], slots: float, in_flight: int) -> tuple[Any, ...]:

@@ -79,7 +79,7 @@ def share_of(cost: LayerCost, share: float) -> LayerCost:
     """What a part of the micro-batch takes at least: a sample is never dearer in a larger one."""
     results, spare, again = cost.kept
     kept = cost.kept._replace(results=results * share, spare=spare * share, again=again * share)
-    names = ("forward", "backward", "tp_forward", "tp_backward", "saved", "inputs", "peak", "beneath", "batch")
+    names = ("forward", "backward", "tp_forward", "tp_backward", "rerun", "saved", "inputs", "peak", "beneath", "batch")
     return replace(cost, kept=kept, **{name: getattr(cost, name) * share for name in names})
 
 

@@ -35,7 +35,7 @@ from autoplan.units import Bytes, Seconds
 Decisions = NDArray[np.int16]
 """[levels, shardings]: which choice of each level."""
 
-_ROUNDING = np.array([1 + 1e-12, 1 + 1e-12, 1.0, 1.0, 1.0, 1.0])
+_ROUNDING = np.array([1 + 1e-12, 1 + 1e-12, 1.0, 1.0, 1 + 1e-12, 1.0, 1.0])
 """Seconds that differ by rounding are equal."""
 
 
@@ -66,11 +66,14 @@ class Ways:
 
     @cached_property
     def prices(self) -> list[Floats]:
-        """By level [choices, 6]: forward, backward, saved besides tensors, parameters, temporary, unreduced gradients."""
-        return [
-            np.array([self._price(level.operation, choice) for choice in level.choices]).reshape(-1, 6)
-            for level in self.lattice.levels
-        ]
+        """By level [choices, 7]: forward, backward, saved besides tensors, parameters, what of the forward runs again, temporary,
+        unreduced gradients."""
+        return [self._priced(level.operation, level.choices) for level in self.lattice.levels]
+
+    def _priced(self, index: int, choices: Sequence[Choice]) -> Floats:
+        found = np.array([self._price(index, choice) for choice in choices]).reshape(-1, 6)
+        again = found[:, 0] if index < self.lattice.body.rerun else np.zeros(len(found))
+        return np.insert(found, 4, again, axis=1)
 
     def _price(self, index: int, choice: Choice) -> tuple[float, float, float, float, float, float]:
         if index < 0:
@@ -176,7 +179,7 @@ class Unbeaten:
     def __init__(self, ways: Ways, costs: Floats, decisions: Decisions) -> None:
         self.model, self.lattice, self.decisions, self._ways = ways.model, ways.lattice, decisions, ways
         self.number = costs.shape[1]
-        self.forward, self.backward, self.saved, _, self.peak, self.beneath = costs
+        self.forward, self.backward, self.saved, _, self.rerun, self.peak, self.beneath = costs
         self._written: dict[int, Sharding] = {}
 
     @cached_property
@@ -186,8 +189,9 @@ class Unbeaten:
         inputs = np.array([self._inputs(i) for i in first])[which]
         zero = np.zeros(self.number)
         numbers: list[Any] = [self.forward, self.backward, zero, zero, self.saved, inputs, self.peak, (), self.model.buffers]
+        rerun: Any = self.rerun
         beneath: Any = self.beneath
-        return replace(LayerCost(*numbers), kept=self._kept, beneath=beneath, batch=self.model.batch)
+        return replace(LayerCost(*numbers), kept=self._kept, rerun=rerun, beneath=beneath, batch=self.model.batch)
 
     @property
     def _kept(self) -> Kept:

@@ -55,15 +55,12 @@ def _passes(
     sent_by: Callable[[LayerModel, Step, Layout], Iterator[_Sent]],
 ) -> Iterator[Collective]:
     steps = [step for step in walk(model, strategy.sharding) if wanted(step)]
-    keeps = [step.index for step in steps if step.op.saved or step.op.saved_extra.at(1)]
     again = strategy.recompute == "full" and not model.outer
     for step in steps:
         for sent in sent_by(model, step, strategy.sharding.stream):
             yield from sent.forward
             yield from sent.backward
-            if (
-                again and sent.inside and (sent.kept or (keeps and sent.index < keeps[-1]))
-            ):  # PyTorch stops when it has what was saved
+            if again and sent.inside and (sent.kept or sent.index < model.body.rerun):
                 yield from sent.forward
 
 

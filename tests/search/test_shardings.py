@@ -67,7 +67,7 @@ def every_sharding(model: LayerModel, stream: Layout) -> Iterator[Sharding]:
 def price(model: LayerModel, sharding: Sharding) -> tuple[float, ...]:
     cost = layer_cost(model, sharding)
     numel = float(sum(p.numel(1) for p in cost.parameters))
-    return (cost.forward + cost.tp_forward, cost.backward + cost.tp_backward, cost.saved, numel, cost.peak)
+    return (cost.forward + cost.tp_forward, cost.backward + cost.tp_backward, cost.saved, numel, cost.rerun, cost.peak)
 
 
 def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
