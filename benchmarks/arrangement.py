@@ -39,7 +39,9 @@ from autoplan.schedule import ScheduleKind, pipeline_seconds
 from autoplan.strategy import UNSHARDED, Mesh, Sharding
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES
-from benchmarks.habits import casts, laid, ring, sums
+from benchmarks.asynchronous import fused
+from benchmarks.habits import casts, laid, loss, ring, sums
+from benchmarks.habits import products as products_of
 from benchmarks.memory import experts, memory, numel
 from benchmarks.software import NEUTRAL, Software
 
@@ -137,9 +139,9 @@ class Arranged:
         again = at.again * self._again(at, sent[0])
         virtual = at.pp * at.chunks
         counts = at.dealt
-        beside = sent, self._copies(block, at), *(each(self, at, lambda step: True) for each in (laid, casts))
+        beside = sent, self._copies(block, at), *(each(self, at, _every) for each in (laid, casts))
         forward, backward = (sum(parts) for parts in zip(_seconds(block), *beside, strict=True))
-        forward += sums(self, at, lambda step: True)
+        forward += sums(self, at, _every)
         host = self._host(at)
         forward, backward = max(forward, host / 3), max(backward + again, host * 2 / 3)
         gather = reduce = regather = 0.0
@@ -156,7 +158,7 @@ class Arranged:
         f = [(n - k) * paid_forward + k * first_forward for n, k in zip(counts, at.plains, strict=True)]
         b = [(n - k) * paid_backward + k * first_backward for n, k in zip(counts, at.plains, strict=True)]
         for k, part in ((0, embed), (virtual - 1, head)):
-            more = _seconds(part)
+            more = _seconds(part) if part is embed else loss(self, at, _seconds(part))
             f[k], b[k] = f[k] + more[0], b[k] + more[1]
         f[0] += outside
         if at.zero < 3:
@@ -231,28 +233,26 @@ class Arranged:
 
     def _scaled(self, cost: LayerCost, at: Arrangement | None = None, only: Recomputed | None = None) -> LayerCost:
         """As the framework runs it; `at`: of a block, whose products and tp collectives may be special; `only`: of its parts."""
-        own, device = self.software, self.costs.hardware.device
+        own = self.software
         if own == NEUTRAL and not (at and (at.float8 or at.asynchronous)):
             return cost
-        product, load = [own.compute, own.compute], self.costs.workload
-        if at and at.float8:
-            narrower = device.peak_of(load.compute_dtype) / device.peak_of("float8") / own.float8
-            product = [own.compute * narrower, own.compute * narrower * own.float8_backward]
+        load = self.costs.workload
         times = zip(cost.products, cost.attention, (cost.forward, cost.backward), strict=True)
         norms = self._norms(at) if at and own.norm != 1.0 else (0.0, 0.0)
         rests = [
             own.compute * (own.attention * a + own.elementwise * (t - p - a) + (own.norm - own.elementwise) * n)
             for (p, a, t), n in zip(times, norms, strict=True)
         ]
-        narrow = (1 + 1 / DTYPE_BYTES[load.compute_dtype]) / 2 if own.casts and at and at.float8 else 1.0  # half are gathers
-        sent = [own.tp_exposed * narrow * t for t in (cost.tp_forward, cost.tp_backward)]
-        products = [each * p for each, p in zip(product, cost.products, strict=True)]
-        if at and at.asynchronous:
-            if own.pieces:
-                longer = self._pieces(at, cost, only) - 1
-                products = [products[0] * (1 + longer), products[1] * (1 + longer * own.tp_backward_hidden / 2)]
-            late = (1 - own.tp_backward_hidden) * sent[1]
-            sent = [self.beside(products[0], sent[0]), late + self.beside(products[1], sent[1] - late)]
+        size = (1 + 1 / DTYPE_BYTES[load.compute_dtype]) / 2 if own.casts and at and at.float8 else 1.0  # half are gathers
+        sent = [own.tp_exposed * size * t for t in (cost.tp_forward, cost.tp_backward)]
+        products = [own.compute * p for p in cost.products]
+        if at and at.float8:
+            products = list(products_of(self, at, only or _every))
+        if at and at.asynchronous and own.pieces:
+            size = 1 / DTYPE_BYTES[load.compute_dtype] if own.casts and at.float8 else 1.0
+            sent = list(fused(self, at, only or _every, size))
+        elif at and at.asynchronous:
+            sent = [self.beside(part, each) for part, each in zip(products, sent, strict=True)]
         (f, b), (tp_f, tp_b) = (p + r for p, r in zip(products, rests, strict=True)), sent
         return replace(
             cost,
@@ -262,13 +262,6 @@ class Arranged:
             tp_backward=tp_b,
             attention=(own.compute * own.attention * cost.attention[0], own.compute * own.attention * cost.attention[1]),
         )
-
-    def _pieces(self, at: Arrangement, cost: LayerCost, only: Recomputed | None) -> float:
-        """How many times longer the forward pass's products take, each in as many pieces (of its rows) as tp has ranks."""
-        if not cost.products[0]:
-            return 1.0
-        model = self.costs.layer_model(0, at.tp, cast(int, at.micro_batch / at.tp), ep=at.ep)
-        return at.tp * layer_cost(model, at.block, only).products[0] / cost.products[0]
 
     def _norms(self, at: Arrangement) -> tuple[Seconds, Seconds]:
         """What of a block's forward and backward seconds are norms."""
@@ -395,6 +388,10 @@ class Arranged:
             if step.op.kind == "enter" and step.outcome.inputs[0].sharded and not step.outcome.outputs[0].sharded
         )
         return sum(value.bytes_at(at.micro_batch) - model.local_bytes(value, outcome.inputs[0]) for value, outcome in arriving)
+
+
+def _every(step: Step) -> bool:
+    return True
 
 
 def _seconds(cost: LayerCost) -> tuple[Seconds, Seconds]:

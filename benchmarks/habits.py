@@ -1,5 +1,5 @@
-"""What a training framework does beside a layer's own kernels: cp's ring, DTensor's copies, the sums of asynchronous tp, fp8's
-casts."""
+"""What a training framework does beside a layer's own kernels, or for them: cp's ring, DTensor's copies, the sums of asynchronous
+tp, products and casts of fp8, the loss."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from autoplan.cost.collectives import collective_time
-from autoplan.cost.compute import memory_time
+from autoplan.cost.compute import MULTIPLIES, memory_time
 from autoplan.cost.layer import LayerCost
+from autoplan.cost.model import OUTER
+from autoplan.cost.prices import LayerModel
 from autoplan.cost.walk import Step, walk
 from autoplan.graph import DTYPE_BYTES
 from autoplan.strategy import PARTIAL, REPLICATE, Layout
@@ -34,6 +36,60 @@ def ring(arranged: Arranged, block: LayerCost, at: Arrangement) -> tuple[Seconds
     if waits:
         return gather, gather + reduce
     return arranged.beside(block.attention[0], gather), arranged.beside(block.attention[1], gather + reduce)
+
+
+def products(arranged: Arranged, at: Arrangement, only: Callable[[Step], bool]) -> tuple[Seconds, Seconds]:
+    """Seconds (forward, backward) of the matrix products of `only` some of a layer's steps."""
+    model = arranged.costs.layer_model(0, at.tp, at.samples, ep=at.ep)
+    steps = [step for step in walk(model, at.block) if step.op.kind in MULTIPLIES - {"attention"} and only(step)]
+    times = [product(arranged, model, step, at) for step in steps]
+    return sum(forward for forward, _ in times), sum(backward for _, backward in times)
+
+
+def product(arranged: Arranged, model: LayerModel, step: Step, at: Arrangement) -> tuple[Seconds, Seconds]:
+    """Seconds (forward, backward) of a matrix product as the framework runs it; in fp8 one that is no linear takes as much less
+    as the peak is more."""
+    own, device, cost = arranged.software, model.hardware.device, model.op(step.index, step.outcome)
+    forward, backward = cost.forward, cost.backward
+    if at.float8:
+        less = device.peak_of(model.dtype) / device.peak_of("float8")
+        forward, backward = narrow(model, step) if step.op.kind == "linear" else (less * forward, less * backward)
+        forward, backward = forward / own.float8, backward / own.float8 * own.float8_backward
+    return own.compute * forward, own.compute * backward
+
+
+def narrow(model: LayerModel, step: Step) -> tuple[Seconds, Seconds]:
+    """Seconds (forward, backward) of a linear in fp8: operands of one byte, results in the compute dtype. A product reaches as
+    much of the fp8 peak as one that takes as long reaches of the compute dtype's."""
+    op, device, wide = step.op, model.hardware.device, DTYPE_BYTES[model.dtype]
+    (x, weight), (y,) = (
+        [model.local_bytes(model.body.values[i], layout) for i, layout in zip(ids, layouts, strict=True)][:2]
+        for ids, layouts in ((op.inputs, step.outcome.inputs), (op.outputs, step.outcome.outputs))
+    )
+    flops = op.forward_flops.at(model.samples) / (model.tp if step.outcome.sharded else 1)
+    peak = device.peak_of("float8")
+    reached = device.matmul.at(flops * device.peak_of(model.dtype) / peak)
+
+    def seconds(first: Bytes, second: Bytes, result: Bytes) -> Seconds:
+        moved = (first + second) / wide + result
+        return max(device.launch, moved / (device.bandwidth * device.memory_efficiency.at(moved)), flops / (peak * reached))
+
+    return seconds(x, weight, y), seconds(y, weight, x) + seconds(y, x, weight)
+
+
+def loss(arranged: Arranged, at: Arrangement, head: tuple[Seconds, Seconds]) -> tuple[Seconds, Seconds]:
+    """Seconds (forward, backward) of the head, which takes `head` with PyTorch's loss, with the framework's: compiled it reads
+    the logits twice in the forward pass, and reads them and writes their gradient in the backward pass, in the compute dtype."""
+    if not arranged.software.compiled_loss:
+        return head
+    model = arranged.costs.layer_model(OUTER, at.tp, at.samples)
+    steps = list(walk(model, at.outer))
+    last = max(step.index for step in steps if step.op.kind == "linear")
+    costs = [model.op(step.index, step.outcome) for step in steps if step.index > last and step.op.kind not in ("enter", "exit")]
+    logits = next(step for step in steps if step.index == last)
+    moved = 2 * model.local_bytes(model.body.values[logits.op.outputs[0]], logits.outcome.outputs[0])
+    again = memory_time(moved, arranged.costs.hardware.device)
+    return head[0] - sum(cost.forward for cost in costs) + again, head[1] - sum(cost.backward for cost in costs) + again
 
 
 def sums(arranged: Arranged, at: Arrangement, only: Callable[[Step], bool]) -> Seconds:
@@ -62,8 +118,8 @@ def laid(arranged: Arranged, at: Arrangement, only: Callable[[Step], bool]) -> t
             gathered += 2 * model.body.values[step.op.inputs[0]].bytes_at(at.micro_batch)
         elif step.op.kind == "exit" and before == PARTIAL and after.sharded and after.dim:
             scattered += 2 * model.body.values[step.op.inputs[0]].bytes_at(at.micro_batch)
-    narrow = 1 / DTYPE_BYTES[arranged.costs.workload.compute_dtype] if arranged.software.casts and at.float8 else 1.0
-    return memory_time(narrow * gathered + scattered, device), memory_time(gathered + narrow * scattered, device)
+    size = 1 / DTYPE_BYTES[arranged.costs.workload.compute_dtype] if arranged.software.casts and at.float8 else 1.0
+    return memory_time(size * gathered + scattered, device), memory_time(gathered + size * scattered, device)
 
 
 def casts(arranged: Arranged, at: Arrangement, only: Callable[[Step], bool]) -> tuple[Seconds, Seconds]:

@@ -18,7 +18,7 @@ from autoplan.graph import Graph
 from autoplan.hardware import Curve, HardwareProfile
 from autoplan.profile.catalog import find_hardware
 from autoplan.search.shardings import pareto_shardings
-from autoplan.strategy import GATHERED, REPLICATE, UNSHARDED, Sharding, shard
+from autoplan.strategy import GATHERED, PARTIAL, REPLICATE, UNSHARDED, Sharding, shard
 from autoplan.workload import DType, Workload
 from benchmarks.arrangement import Arranged, ArrangedStep, Arrangement, Recomputed
 from benchmarks.models import Shape, graph_of
@@ -199,7 +199,13 @@ def _selected(graph: Graph) -> Recomputed:
     the rest runs again. A product of torchao's tensors in fp8 is a product to the list."""
     linears = [index for index, op in enumerate(graph.bodies[0].ops) if op.kind == "linear"]
     kept = frozenset(linears[::2])  # of the collectives reduce_scatter, at a module's exit, is kept, all_gather is not
-    return lambda step: step.op.kind not in ("attention", "exit") and step.index not in kept
+
+    def again(step: Step) -> bool:
+        """A product whose partial sums are reduced and scattered is not needed where the result of that is kept."""
+        reduced = step.op.kind == "linear" and step.outcome.outputs[0] == PARTIAL
+        return step.op.kind not in ("attention", "exit") and step.index not in kept and not reduced
+
+    return again
 
 
 def recomputed(how: str, graph: Graph, whole: bool = False) -> Recomputed | None:

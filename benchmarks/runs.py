@@ -44,6 +44,8 @@ _IDS = (
     ("llmq-llamafactory", "llama-factory"),
     ("llmq", "llmq"),
 )
+_APRIL_2025 = re.compile(r"20(25-?(0[4-9]|1[0-2])|2[6-9])")
+"""In the name of a page: torchtitan compiles its loss since."""
 _FRAMEWORKS = (
     ("megatron-bridge|nemo", "megatron-bridge"),
     ("torchtitan", "torchtitan"),
@@ -119,7 +121,7 @@ class Run:
     @property
     def compiled(self) -> bool:
         """Where the planner would compile them, layers are priced so (cost.fusion); elsewhere the constants say it."""
-        return self.source == "torchtitan-compile" and self.tp == self.cp == self.ep == 1
+        return self.source in ("torchtitan-compile", "torchtitan-2025") and self.tp == self.cp == self.ep == 1
 
     @property
     def configuration(self) -> tuple[object, ...]:
@@ -152,11 +154,12 @@ def run_of(row: Row, failed: bool = False) -> Run:
     ep = row.count("ep", 1)
     if ep > 1 and (shape.experts is None or shape.experts.number % ep or (dp * cp * tp) % ep or row.count("etp", 1) > 1):
         raise Refused("experts over ep in a way that is not modelled")
-    chunks, titan_pipeline = row.count("vpp", 1), source.startswith("torchtitan") and pp > 1
+    # torchtitan's pipelines, unless told otherwise: a micro-batch for every stage, two chunks where they are interleaved; and
+    # what FSDP has gathered stays, so that gradients are reduced once a step (its pipelining_utils.py, parallelize_llama.py)
+    piped = source.startswith("torchtitan") and pp > 1
     batch = row.count("global_batch")
-    micro = row.count("micro_batch", max(1, batch // dp // pp) if titan_pipeline else None)
-    if titan_pipeline and not row.text("vpp") and "interleaved" in row.text("pp_schedule").lower():
-        chunks = 2
+    micro = row.count("micro_batch", max(1, batch // (dp * pp)) if piped else None)
+    chunks = row.count("vpp", 2 if piped and row.text("pp_schedule").lower().startswith("interleaved") else 1)
     if batch % (dp * micro):
         raise Refused("the global batch does not divide into the micro-batches told")
     layers = row.count("model_layers", 1 if "single layer" in row.text("other") else None)
@@ -179,7 +182,7 @@ def run_of(row: Row, failed: bool = False) -> Run:
         chunks=chunks,
         sequence_parallel=tp > 1 and row.flag("sp", default=framework(source) in ("megatron-bridge", "simumax")),
         asynchronous=row.flag("async_tp", default=source == "megatron-bridge"),
-        zero=1 if titan_pipeline and row.number("zero") else 3 if "FULL" in row.text("fsdp") else int(row.number("zero") or 0),
+        zero=1 if piped and row.number("zero") else 3 if "FULL" in row.text("fsdp") else int(row.number("zero") or 0),
         stays=row.text("fsdp") == "SHARD_GRAD_OP",
         micro_batch=micro,
         global_batch=batch,
@@ -212,7 +215,7 @@ def _source(row: Row) -> tuple[str, str]:
     elif source == "torchtitan" and hardware.startswith("a100"):
         source = "torchtitan-a100"
     elif source == "torchtitan" and row.flag("torch_compile"):
-        source = "torchtitan-compile"
+        source = "torchtitan-2025" if _APRIL_2025.search(row.text("source_ref")) else "torchtitan-compile"
     return source or "unknown software", hardware
 
 

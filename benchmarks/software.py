@@ -28,16 +28,15 @@ class Software:
     norm: float = 1.0
     """Norms besides: above 1 where they are not one kernel."""
     float8: float = 1.0
-    """Products in fp8 reach so much of the fp8 peak, casts counted unless `casts`, for what those in bf16 reach of theirs."""
+    """Products in fp8 reach so much of the fp8 peak, casts counted unless `casts`, for what those in bf16 that take as long reach
+    of theirs."""
     float8_backward: float = 1.0
     """Those of the backward pass take so many times longer besides: they add up in float32 more often."""
     tp_exposed: float = 1.0
     """Fraction of the tp collectives that computation does not hide."""
-    tp_backward_hidden: float = 1.0
-    """Fraction of the backward pass's tp collectives that asynchronous tp can hide."""
     pieces: bool = False
-    """Asynchronous tp cuts a product into one for each rank's rows (of the backward pass only what it can hide, and weights'
-    gradients never), and adds up what the ranks sent in a kernel of its own."""
+    """Asynchronous tp hides a collective under the products next to it, each cut into one for each rank's rows
+    (benchmarks.asynchronous), and adds up what the ranks sent in a kernel of its own; else under all products of the pass."""
     copies: bool = False
     """FSDP puts gathered parameters where they belong, and gradients into what is reduced, in kernels beside the products;
     so does DTensor with activations that tp gathers or scatters along another dim than the first."""
@@ -85,6 +84,8 @@ class Software:
     """A pointwise result that only other pointwise operations' backward passes read is made again in their kernel."""
     dummies: Bytes = 0.0
     """Bytes for every parameter of one layer and of the head in buffers that stand for their gradients (TransformerEngine)."""
+    compiled_loss: bool = False
+    """The loss is compiled: one kernel each way."""
     logits: Bytes = 0.0
     """Most bytes that the loss holds for a logit; 0: what PyTorch's cross entropy does."""
     reserves: bool = False

@@ -50,10 +50,9 @@ class Corner:
         forward, _, saved, _, rerun, besides, beneath = self._least
         results, more, again = self._least_kept
         both = max(self.seconds, forward)
-        kept = Kept(results, more + results, again)
+        kept, batch = Kept(results, more + results, again), self.model.batch
         sizes = (saved, self._inputs, besides + saved, (), self.model.buffers)
-        rest = {"kept": kept, "rerun": rerun, "beneath": beneath, "batch": self.model.batch}
-        return LayerCost(forward, both - forward, 0.0, 0.0, *sizes, **rest)
+        return LayerCost(forward, both - forward, 0.0, 0.0, *sizes, kept=kept, rerun=rerun, beneath=beneath, batch=batch)
 
     def sizes(self, dealt: bool, shards: int) -> Sizes:
         """See `cost.step.HasParameters`; FSDP cuts them as evenly as they go."""

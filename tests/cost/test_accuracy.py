@@ -9,13 +9,14 @@ from autoplan.cost.compute import memory_time
 from autoplan.cost.walk import Step, walk
 from autoplan.strategy import UNSHARDED
 from benchmarks.accuracy import Exam, Scored, figures, main
-from benchmarks.habits import casts, laid, sums
+from benchmarks.asynchronous import pairs
+from benchmarks.habits import casts, laid, narrow, sums
 from benchmarks.pricing import Pricer, frameworks
 from benchmarks.rows import Refused, Row, read
 from benchmarks.runs import Run, run_of
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "published"
-TABLES = ("megatron", "megatron-bridge", "torchtitan", "vtrain", "simumax")
+TABLES = ("megatron", "megatron-bridge", "torchtitan", "vtrain", "simumax", "threads")
 ROWS = {row.text("id"): row for name in TABLES for row in read(PUBLISHED / f"{name}.csv")}
 
 
@@ -187,11 +188,61 @@ def test_first_layers_without_experts_weigh_and_take_less() -> None:
     assert pricer.seconds(run) < pricer.seconds(mixed)
 
 
-def test_products_in_pieces_take_longer() -> None:
-    run, own = run_of(ROWS["titan-asynctp-8b-bf16-async"]), frameworks()["torchtitan-compile"]
-    assert own.pieces
-    whole = Pricer({"torchtitan-compile": replace(own, pieces=False)})
-    assert whole.seconds(run) < Pricer({"torchtitan-compile": own}).seconds(run)
+def test_asynchronous_tp_hides_a_collective_under_the_products_beside_it() -> None:
+    """Of Llama: attention's input is gathered beside three products, its result reduced beside one, the MLP likewise."""
+    run = run_of(ROWS["titan-asynctp-8b-bf16-async"])
+    arranged, place = Pricer(frameworks())._placed(run)
+    collectives = pairs(arranged, place, everything, 1.0)
+    assert [(each.gathers, len(each.beside)) for each in collectives] == [(True, 3), (False, 1), (True, 2), (False, 1)]
+    for each in collectives:
+        whole, pieces = (sum(getattr(part, name)[0] for part in each.beside) for name in ("whole", "pieces"))
+        assert pieces > whole > 0
+        hidden, alone = each.adds(lambda cover, sent: max(0.0, sent - cover)), each.adds(lambda cover, sent: sent)
+        assert hidden[0] == pytest.approx(pieces - whole + max(0.0, each.sent[0] - pieces))
+        assert (hidden[1] == each.sent[1]) == each.gathers, "gradients of what several read are summed up before they are sent"
+        assert alone[0] == pytest.approx(pieces - whole + each.sent[0])
+        assert each._replace(runs=False).adds(arranged.beside)[0] == 0.0
+    assert arranged.price(place).step_time < arranged.price(replace(place, asynchronous=False)).step_time
+
+
+def test_under_a_pipeline_torchtitan_does_what_its_source_says() -> None:
+    """As many micro-batches as stages, two chunks where they are interleaved, and FSDP reduces once a step."""
+    found = [run_of(ROWS[name]) for name in ("titan-t6-405b-cp2", "titan-t5-405b-interleaved")]
+    assert [(run.micro_batch, run.chunks, run.zero) for run in found] == [(1, 1, 1), (4, 2, 1)]
+    told = Row({**ROWS["titan-t6-405b-cp2"].fields, "micro_batch": "2", "vpp": "1"})
+    assert run_of(told).micro_batch == 2
+
+
+def test_pytorch_recomputes_no_product_that_saves_nothing_after_it() -> None:
+    """A layer's last product; Megatron runs it again."""
+    run, own = run_of(ROWS["titan-t2-8b-cp2"]), frameworks()
+    assert not own["torchtitan-compile"].whole
+    assert own["megatron-2022"].whole
+    seconds = [Pricer({run.source: replace(own[run.source], whole=whole)}).seconds(run) for whole in (False, True)]
+    assert 1.001 < seconds[1] / seconds[0] < 1.1
+
+
+def test_a_product_in_fp8_reaches_what_one_that_takes_as_long_does() -> None:
+    run = run_of(ROWS["titan-h200-8b-f8-4nodes"])
+    arranged, place = Pricer(frameworks())._placed(run)
+    model, device = arranged.costs.layer_model(0, 1, place.samples), arranged.costs.hardware.device
+    gate = next(step for step in walk(model, UNSHARDED) if step.op.module.endswith("gate") and step.op.kind == "linear")
+    flops = 2 * run.micro_batch * 8192 * 4096 * 14336
+    assert narrow(model, gate)[0] == pytest.approx(flops / (1.979e15 * device.matmul.at(flops * 989 / 1979)), rel=1e-3)
+    assert narrow(model, gate)[1] == pytest.approx(2 * narrow(model, gate)[0])
+    small = arranged.costs.layer_model(0, 1, 1)
+    assert 0.5 < narrow(small, gate)[0] / small.op(gate.index, gate.outcome).forward < 1.0
+
+
+def test_a_compiled_loss_takes_less_and_holds_less() -> None:
+    run, own = run_of(ROWS["titan-h200-8b-f8-4nodes"]), frameworks()
+    assert run.source == "torchtitan-2025"
+    before = Pricer({run.source: own["torchtitan-compile"]})
+    now = Pricer(own)
+    logits = run.micro_batch * 8192 * 128256
+    assert before.memory(run) - now.memory(run) == pytest.approx(10 * logits)
+    device = now._cost_model(run).hardware.device
+    assert before.seconds(run) - now.seconds(run) == pytest.approx(memory_time((36 - 8) * logits, device), rel=0.02)
 
 
 def test_what_asynchronous_tp_received_is_added_up() -> None:
@@ -252,15 +303,20 @@ def test_attention_that_runs_again_has_its_ring_again(how: str, sent: float) -> 
     assert arranged._again(place, 1.0) - arranged._again(place, 0.0) == pytest.approx(sent)
 
 
-def test_by_operation_no_product_in_fp8_is_kept() -> None:
-    """A row that does not tell has what torchtitan's configurations say."""
+def test_by_operation_every_second_product_runs_again() -> None:
+    """A row that does not tell has what torchtitan's configurations say. A product in fp8 is a product to its list."""
     run, pricer = run_of(ROWS["titan-h200-8b-f8-4nodes"]), Pricer(frameworks())
     assert (run.recompute, run.float8) == ("op", True)
-    wide = replace(run, float8=False)
-    assert pricer.memory(run) < pricer.memory(wide)
-    every, some = (pricer._placed(each)[0].recomputed for each in (run, wide))
+    assert pricer.memory(run) == pricer.memory(replace(run, float8=False))
+    again = pricer._placed(run)[0].recomputed
+    assert again
     linears = [step for step in walk(pricer._cost_model(run).layer_model(0, 1, 1), UNSHARDED) if step.op.kind == "linear"]
-    assert every
-    assert some
-    assert all(map(every, linears))
-    assert [some(step) for step in linears] == [i % 2 == 1 for i in range(len(linears))]
+    assert [again(step) for step in linears] == [i % 2 == 1 for i in range(len(linears))]
+
+
+def test_by_operation_a_product_whose_reduced_sums_are_kept_does_not_run_again() -> None:
+    arranged, place = Pricer(frameworks())._placed(run_of(ROWS["titan-asynctp-8b-bf16-async"]))
+    again = arranged.recomputed
+    assert again
+    linears = [step for step in walk(arranged.costs.layer_model(0, 8, 1), place.block) if step.op.kind == "linear"]
+    assert [step.op.module.rpartition(".")[2] for step in linears if again(step)] == ["wk", "up"]
