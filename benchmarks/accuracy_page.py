@@ -86,9 +86,11 @@ def _facts(sources: dict[str, Any]) -> dict[str, str]:
         "vtrain": of("vtrain", "held out", "mape"),
         "vtrain_rank": of("vtrain", "held out", "spearman"),
         "vtrain_regret": of("vtrain", "held out", "regret"),
-        "titan": of("torchtitan, bf16", "all", "mape"),
-        "titan_memory": of("torchtitan, all", "all", "memory"),
-        "titan_fp8": of("torchtitan, fp8", "all", "mape"),
+        "titan": of("torchtitan, bf16", "held out", "mape"),
+        "titan_all": of("torchtitan, all", "held out", "mape"),
+        "titan_memory": of("torchtitan, all", "held out", "memory"),
+        "titan_fp8": of("torchtitan, fp8", "held out", "mape"),
+        "trl": of("trl", "held out", "mape"),
         "nano_rank": of("nanotron", "held out", "spearman"),
         "nano_median": of("nanotron", "held out", "median"),
         "nano_regret": of("nanotron", "held out", "regret"),
@@ -159,9 +161,9 @@ def reason(s: Scored) -> str:
         return "host time of small layers" if run.shape.hidden <= 2048 else "unknown"
     if run.source.startswith("torchtitan"):
         if run.hardware.startswith("a100"):
-            return "nothing fitted here; network not told"
+            return "nothing fitted here; network taken from the framework's script"
         if run.asynchronous:
-            return "asynchronous tp gains less than all that it can hide"
+            return "asynchronous tp gains less than is priced" if s.error < 0 else "unknown"
         return "2D run, tp collectives" if run.tp > 1 else "nothing fitted here; clocks assumed"
     if run.source.startswith("megatron") and run.pp == 1:
         return "time outside the layers (head, optimizer, data)"

@@ -40,6 +40,7 @@ _IDS = (
     ("titan", "torchtitan"),
     ("simumax", "simumax"),
     ("foundry", "llm-foundry"),
+    ("trl", "trl"),
     ("nanotron", "nanotron"),
     ("llmq-llamafactory", "llama-factory"),
     ("llmq", "llmq"),
