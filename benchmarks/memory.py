@@ -112,7 +112,8 @@ def _first(arranged: Arranged, at: Arrangement) -> Bytes:
 
 def _loss(arranged: Arranged, at: Arrangement, unfused: Bytes) -> Bytes:
     """Bytes of the final norm, the head and the loss at their fullest moment: `unfused` where nothing is told of it."""
-    per_logit = arranged.software.logits
+    own = arranged.software
+    per_logit = own.logits_tp if own.logits_tp and at.tp > 1 else own.logits
     if not per_logit:
         return unfused
     body = arranged.costs.graph.outer

@@ -88,6 +88,8 @@ class Software:
     """The loss is compiled: one kernel each way."""
     logits: Bytes = 0.0
     """Most bytes that the loss holds for a logit; 0: what PyTorch's cross entropy does."""
+    logits_tp: Bytes = 0.0
+    """The same where tp cuts them; 0: as many."""
     reserves: bool = False
     """The published peak is what the allocator has reserved: blocks that a layer's moment left do not fit the loss's."""
     allocations: bool = False

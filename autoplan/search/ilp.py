@@ -55,7 +55,7 @@ import pulp
 from autoplan.cost.model import OUTER
 from autoplan.errors import SolverError
 from autoplan.search.dominance import Ints
-from autoplan.search.options import Column, Group, Option
+from autoplan.search.options import Column, Group, Option, precedence
 from autoplan.search.solver import solve
 from autoplan.units import Bytes, Seconds
 
@@ -95,7 +95,7 @@ def memory(counts: Sequence[tuple[Group, Sequence[tuple[Option, int]]]]) -> Byte
 def _most_inside(group: Group, options: Sequence[tuple[Option, int]], anywhere: Bytes | None) -> Bytes:
     """The largest `inside` of a group's layers with what is reduced beside it, less what is freed before."""
     most, freed, after = -inf, 0.0, 0.0
-    for option, number in sorted(options, key=lambda used: used[0].rank(anywhere is None)):  # in the order of the backward pass
+    for option, number in sorted(options, key=lambda used: precedence(used[0], anywhere is None)):  # as the backward pass
         if number:
             beside = option.reducing if anywhere is None else anywhere
             most = max(most, option.inside + max(beside, after) - freed)
@@ -112,7 +112,7 @@ def _paired(groups: Sequence[Group]) -> bool:
 
 def _in_order(group: Group, paired: bool) -> list[int]:
     """The indices of a group's options in the order in which their layers run forward."""
-    return sorted(range(len(group.options)), key=lambda s: -group.options[s].rank(paired))
+    return sorted(range(len(group.options)), key=lambda s: -precedence(group.options[s], paired))
 
 
 def choose(groups: Sequence[Group], limit: Bytes, *, gap: float, time_limit: float = 60.0) -> Choice | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from autoplan.cost.model import OUTER
 from autoplan.graph import Graph
 from autoplan.plan import LayerRun
-from autoplan.search.options import Column
+from autoplan.search.options import Column, Costs, precedence
 from autoplan.search.stages import Solution
 from autoplan.strategy import REPLICATE, Mesh, Strategy
 
@@ -43,7 +43,11 @@ _ORDER = ("full", "selective", "none")
 
 
 def _queue(columns: Sequence[tuple[str, Column, int]], paired: bool) -> list[str]:
-    ordered = sorted(columns, key=lambda item: (-item[1].costs.rank(paired), _ORDER.index(item[1].recompute), item[1].costs))
+    def place(item: tuple[str, Column, int]) -> tuple[float, int, Costs]:
+        costs = item[1].costs
+        return -precedence(costs, paired), _ORDER.index(item[1].recompute), costs
+
+    ordered = sorted(columns, key=place)
     return [name for name, _, number in ordered for _ in range(number)]
 
 

@@ -46,10 +46,6 @@ class Costs(NamedTuple):
     reducing: Bytes
     buffer: Bytes
 
-    def rank(self, paired: bool) -> Bytes:
-        """See `_rank`."""
-        return _rank(self, paired)
-
     @staticmethod
     def of(step: LayerStep) -> Costs:
         """What matters of a price."""
@@ -137,10 +133,6 @@ class Option(NamedTuple):
     buffer: Bytes
     column: Column
 
-    def rank(self, paired: bool) -> Bytes:
-        """See `_rank`."""
-        return _rank(self, paired)
-
     @property
     def kept(self) -> Bytes:
         """Of one micro-batch."""
@@ -152,8 +144,9 @@ class Option(NamedTuple):
         return self.alone + self.inside + self.window + self.reducing
 
 
-def _rank(costs: Costs | Option, paired: bool) -> Bytes:
-    """Layers with more of this run earlier forward; `paired`: what is reduced beside a layer is of one that is known."""
+def precedence(costs: Costs | Option, paired: bool) -> Bytes:
+    """Layers with more of this run earlier forward (`search.ilp`); `paired`: what is reduced beside one is of a layer that is
+    known."""
     return costs.inside + (costs.reducing if paired else 0.0)
 
 
