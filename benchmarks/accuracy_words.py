@@ -35,17 +35,17 @@ Habits that are counted from a framework's source, not fitted, stand in `benchma
 - torchtitan's policy of recomputing by operation keeps attention and every second product (`_save_list`), in fp8 too: torchao's
   products are products to the list, and peaks are the same in both (47.65 and 47.77 of its README). Under tp the product whose
   reduced sums are kept does not run again. Its configurations ask for that policy where a row does not tell.
-- FSDP2 copies what it has gathered, and
-  what it reduces, in kernels beside the products (14 bytes a parameter in bf16); DTensor copies what tp gathers or scatters along
-  the sequence, which asynchronous tp does not. torchao's dynamic scaling reads an operand for its largest element, reads it again
-  and writes it in fp8; the backward pass does so with a linear's input again and wants gradients laid out both ways; what tp
-  gathers is cast before, so it is half as large. A product in fp8 reaches as much of that peak as one that takes as long
-  reaches in bfloat16 (alone at 500 W 1.9 to 2.1 times the FLOP/s, pytorch/FBGEMM#2546), but in the backward pass, where torchao
-  adds up in float32 more often, it takes 1.15 times as long (1.1 to 1.2, pytorch/ao#2377). Since April 2025 the loss is
-  compiled: 4 bytes a logit for 14 (16 under tp), 8 moved for 36. Under a pipeline there is a micro-batch for every stage, and FSDP keeps what it gathered and reduces once.
-  Its script of 2024 for A100 is for AWS, whose nodes have 400 Gb/s. Its attention is FlashAttention-2. Its norms run as six
-  kernels in eager PyTorch of 2024 (36 bytes an element for 4); its published memory is what the allocator has **reserved**
-  (`max_reserved_gib`), in which blocks of a layer's and of the loss's moment stand beside each other, being of different sizes.
+- FSDP2 copies what it has gathered, and what it reduces, in kernels beside the products (14 bytes a parameter in bf16); DTensor
+  copies what tp gathers or scatters along the sequence, which asynchronous tp does not. torchao's dynamic scaling reads an
+  operand for its largest element, reads it again and writes it in fp8; the backward pass does so with a linear's input again
+  and wants gradients laid out both ways; what tp gathers is cast before, so it is half as large. A product in fp8 reaches as
+  much of that peak as one that takes as long reaches in bfloat16 (alone at 500 W 1.9 to 2.1 times the FLOP/s,
+  pytorch/FBGEMM#2546), but in the backward pass, where torchao adds up in float32 more often, it takes 1.15 times as long (1.1
+  to 1.2, pytorch/ao#2377). Since April 2025 the loss is compiled: 4 bytes a logit for 14 (16 under tp), 8 moved for 36. Under a
+  pipeline there is a micro-batch for every stage, and FSDP keeps what it gathered and reduces once. Its script of 2024 for A100
+  is for AWS, whose nodes have 400 Gb/s. Its attention is FlashAttention-2. Its norms run as six kernels in eager PyTorch of
+  2024 (36 bytes an element for 4); its published memory is what the allocator has **reserved** (`max_reserved_gib`), in which
+  blocks of a layer's and of the loss's moment stand beside each other, being of different sizes.
 - Megatron waits for what passes between stages (`hop_exposed`) and moves 62 bytes a parameter in its mixed-precision step.
 - TransformerEngine keeps buffers that stand for the gradients of weights (`get_dummy_wgrad`); fused SwiGLU keeps no result of
   SiLU.
@@ -76,15 +76,15 @@ the better test."""
 MISSES = """## Where it misses its targets, and why
 
 - **torchtitan** is {titan_all} off over all rows for 6 % ({titan} in bf16, {titan_fp8} in fp8); nothing is fitted on it. The
-  500 W H100 is the 700 W one with clocks of (500 / 700)^(1/3), an assumption chosen among three that were looked at. 8B over tp 8
-  with asynchronous tp is 7 % too fast, in fp8 15 %; the software of December 2024 gained half of what that of 2025 does by it,
-  which the 405B rows (10 to 15 % too fast) have too. With **context parallelism** over 4 and 8 ranks the ring attention of that
-  month takes 1.4 times what its kernels and messages would: these two rows are a third of all that torchtitan's are off. Every rank more than
-  two costs as much, at 172 TFLOP/s (FlashAttention-2 reaches 302 alone), which neither messages nor the adding up of pieces
-  explains (about a seventh of it). It is that software's: TRL's million tokens over cp 8, of 2026, come out {trl} off with
-  nothing fitted. Slower attention throughout would mend these rows and spoil all others. Peak **memory** is {titan_memory} off,
-  target 6 %: 70B over tp 8 takes 71 GiB in bf16 and in fp8 of 2024, and 55 in fp8 of 2025, where the model has 68 to 72 for all;
-  405B over cp 8 takes 9 GiB more than over cp 2, of which the model has one.
+  500 W H100 is the 700 W one with clocks of (500 / 700)^(1/3), an assumption chosen among three that were looked at. 8B over tp
+  8 with asynchronous tp is 7 % too fast, in fp8 15 %; the software of December 2024 gained half of what that of 2025 does by
+  it, which the 405B rows (10 to 15 % too fast) have too. With **context parallelism** over 4 and 8 ranks the ring attention of
+  that month takes 1.4 times what its kernels and messages would: these two rows are a third of all that torchtitan's are off.
+  Every rank more than two costs as much, at 172 TFLOP/s (FlashAttention-2 reaches 302 alone), which neither messages nor the
+  adding up of pieces explains (about a seventh of it). It is that software's: TRL's million tokens over cp 8, of 2026, come out
+  {trl} off with nothing fitted. Slower attention throughout would mend these rows and spoil all others. Peak **memory** is
+  {titan_memory} off, target 6 %: 70B over tp 8 takes 71 GiB in bf16 and in fp8 of 2024, and 55 in fp8 of 2025, where the model
+  has 68 to 72 for all; 405B over cp 8 takes 9 GiB more than over cp 2, of which the model has one.
 - **nanotron: memory is {nano_memory} off in the mean, target 6 %** (too small by more than the margin in {nano_margin} of the
   held-out rows, target 2 %; median error of the time {nano_median}, Spearman {nano_rank} for 0.95, regret {nano_regret} in the
   median and {nano_regret_mean} in the mean, for 3 and 6 %). How far the host is ahead of the device, and so how much of what
