@@ -40,8 +40,7 @@ from autoplan.strategy import UNSHARDED, Mesh, Sharding
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES
 from benchmarks.asynchronous import fused
-from benchmarks.habits import casts, laid, loss, ring, sums
-from benchmarks.habits import products as products_of
+from benchmarks.habits import casts, laid, loss, matrix_products, ring, sums
 from benchmarks.memory import experts, memory, numel
 from benchmarks.software import NEUTRAL, Software
 
@@ -247,7 +246,7 @@ class Arranged:
         sent = [own.tp_exposed * size * t for t in (cost.tp_forward, cost.tp_backward)]
         products = [own.compute * p for p in cost.products]
         if at and at.float8:
-            products = list(products_of(self, at, only or _every))
+            products = list(matrix_products(self, at, only or _every))
         if at and at.asynchronous and own.pieces:
             size = 1 / DTYPE_BYTES[load.compute_dtype] if own.casts and at.float8 else 1.0
             sent = list(fused(self, at, only or _every, size))

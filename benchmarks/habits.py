@@ -38,7 +38,7 @@ def ring(arranged: Arranged, block: LayerCost, at: Arrangement) -> tuple[Seconds
     return arranged.beside(block.attention[0], gather), arranged.beside(block.attention[1], gather + reduce)
 
 
-def products(arranged: Arranged, at: Arrangement, only: Callable[[Step], bool]) -> tuple[Seconds, Seconds]:
+def matrix_products(arranged: Arranged, at: Arrangement, only: Callable[[Step], bool]) -> tuple[Seconds, Seconds]:
     """Seconds (forward, backward) of the matrix products of `only` some of a layer's steps."""
     model = arranged.costs.layer_model(0, at.tp, at.samples, ep=at.ep)
     steps = [step for step in walk(model, at.block) if step.op.kind in MULTIPLIES - {"attention"} and only(step)]

@@ -71,9 +71,9 @@ class Ways:
         return [self._priced(level.operation, level.choices) for level in self.lattice.levels]
 
     def _priced(self, index: int, choices: Sequence[Choice]) -> Floats:
-        found = np.array([self._price(index, choice) for choice in choices]).reshape(-1, 6)
-        again = found[:, 0] if index < self.lattice.body.rerun else np.zeros(len(found))
-        return np.insert(found, 4, again, axis=1)
+        again = float(index < self.lattice.body.rerun)
+        prices = (self._price(index, choice) for choice in choices)
+        return np.array([(*price[:4], again * price[0], *price[4:]) for price in prices]).reshape(-1, 7)
 
     def _price(self, index: int, choice: Choice) -> tuple[float, float, float, float, float, float]:
         if index < 0:
