@@ -77,14 +77,14 @@ MISSES = """## Where it misses its targets, and why
 
 - **torchtitan** is {titan_all} off over all rows for 6 % ({titan} in bf16, {titan_fp8} in fp8); nothing is fitted on it. The
   500 W H100 is the 700 W one with clocks of (500 / 700)^(1/3), an assumption chosen among three that were looked at. 8B over tp
-  8 with asynchronous tp is 7 % too fast, in fp8 15 %; the software of December 2024 gained half of what that of 2025 does by
-  it, which the 405B rows (10 to 15 % too fast) have too. With **context parallelism** over 4 and 8 ranks the ring attention of
-  that month takes 1.4 times what its kernels and messages would: these two rows are a third of all that torchtitan's are off.
-  Every rank more than two costs as much, at 172 TFLOP/s (FlashAttention-2 reaches 302 alone), which neither messages nor the
-  adding up of pieces explains (about a seventh of it). It is that software's: TRL's million tokens over cp 8, of 2026, come out
-  {trl} off with nothing fitted. Slower attention throughout would mend these rows and spoil all others. Peak **memory** is
-  {titan_memory} off, target 6 %: 70B over tp 8 takes 71 GiB in bf16 and in fp8 of 2024, and 55 in fp8 of 2025, where the model
-  has 68 to 72 for all; 405B over cp 8 takes 9 GiB more than over cp 2, of which the model has one.
+  8 with asynchronous tp is 7 % too fast, in fp8 15 %; the software of December 2024 gained less than half of what that of 2025
+  does by it, which the 405B rows (10 to 15 % too fast) have too. With **context parallelism** over 4 and 8 ranks the ring
+  attention of that month takes 1.4 times what its kernels and messages would: these two rows are a third of all that
+  torchtitan's are off. Every rank more than two costs as much, at 172 TFLOP/s (FlashAttention-2 reaches 302 alone), which
+  neither messages nor the adding up of pieces explains (about a seventh of it). It is that software's: TRL's million tokens
+  over cp 8, of 2026, come out {trl} off with nothing fitted. Slower attention throughout would mend these rows and spoil all
+  others. Peak **memory** is {titan_memory} off, target 6 %: 70B over tp 8 takes 71 GiB in bf16 and in fp8 of 2024, and 55 in
+  fp8 of 2025, where the model has 68 to 72 for all; 405B over cp 8 takes 9 GiB more than over cp 2, of which the model has one.
 - **nanotron: memory is {nano_memory} off in the mean, target 6 %** (too small by more than the margin in {nano_margin} of the
   held-out rows, target 2 %; median error of the time {nano_median}, Spearman {nano_rank} for 0.95, regret {nano_regret} in the
   median and {nano_regret_mean} in the mean, for 3 and 6 %). How far the host is ahead of the device, and so how much of what

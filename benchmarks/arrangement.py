@@ -242,14 +242,12 @@ class Arranged:
             own.compute * (own.attention * a + own.elementwise * (t - p - a) + (own.norm - own.elementwise) * n)
             for (p, a, t), n in zip(times, norms, strict=True)
         ]
-        size = (1 + 1 / DTYPE_BYTES[load.compute_dtype]) / 2 if own.casts and at and at.float8 else 1.0  # half are gathers
-        sent = [own.tp_exposed * size * t for t in (cost.tp_forward, cost.tp_backward)]
-        products = [own.compute * p for p in cost.products]
-        if at and at.float8:
-            products = list(matrix_products(self, at, only or _every))
+        narrow = at is not None and at.float8
+        gathered = 1 / DTYPE_BYTES[load.compute_dtype] if own.casts and narrow else 1.0  # of its size; half of all is
+        sent = [own.tp_exposed * (1 + gathered) / 2 * t for t in (cost.tp_forward, cost.tp_backward)]
+        products = list(matrix_products(self, at, only or _every)) if at and narrow else [own.compute * p for p in cost.products]
         if at and at.asynchronous and own.pieces:
-            size = 1 / DTYPE_BYTES[load.compute_dtype] if own.casts and at.float8 else 1.0
-            sent = list(fused(self, at, only or _every, size))
+            sent = list(fused(self, at, only or _every, gathered))
         elif at and at.asynchronous:
             sent = [self.beside(part, each) for part, each in zip(products, sent, strict=True)]
         (f, b), (tp_f, tp_b) = (p + r for p, r in zip(products, rests, strict=True)), sent

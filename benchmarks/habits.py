@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from autoplan.cost.collectives import collective_time
-from autoplan.cost.compute import MULTIPLIES, memory_time
+from autoplan.cost.compute import MULTIPLIES, kernel_time, memory_time
 from autoplan.cost.layer import LayerCost
 from autoplan.cost.model import OUTER
 from autoplan.cost.prices import LayerModel
@@ -60,19 +60,17 @@ def product(arranged: Arranged, model: LayerModel, step: Step, at: Arrangement) 
 
 def narrow(model: LayerModel, step: Step) -> tuple[Seconds, Seconds]:
     """Seconds (forward, backward) of a linear in fp8: operands of one byte, results in the compute dtype. A product reaches as
-    much of the fp8 peak as one that takes as long reaches of the compute dtype's."""
+    much of the fp8 peak as one that takes as long reaches of the compute dtype's: it is one of so many FLOPs less."""
     op, device, wide = step.op, model.hardware.device, DTYPE_BYTES[model.dtype]
     (x, weight), (y,) = (
         [model.local_bytes(model.body.values[i], layout) for i, layout in zip(ids, layouts, strict=True)][:2]
         for ids, layouts in ((op.inputs, step.outcome.inputs), (op.outputs, step.outcome.outputs))
     )
     flops = op.forward_flops.at(model.samples) / (model.tp if step.outcome.sharded else 1)
-    peak = device.peak_of("float8")
-    reached = device.matmul.at(flops * device.peak_of(model.dtype) / peak)
+    flops *= device.peak_of(model.dtype) / device.peak_of("float8")
 
     def seconds(first: Bytes, second: Bytes, result: Bytes) -> Seconds:
-        moved = (first + second) / wide + result
-        return max(device.launch, moved / (device.bandwidth * device.memory_efficiency.at(moved)), flops / (peak * reached))
+        return kernel_time("linear", flops, (first + second) / wide + result, 1, model.dtype, device)
 
     return seconds(x, weight, y), seconds(y, weight, x) + seconds(y, x, weight)
 

@@ -76,7 +76,8 @@ class Software:
     gathers_again: bool = False
     """Under sequence parallelism the backward pass gathers a linear's input again instead of keeping it (Megatron)."""
     resident: Bytes = 0.0
-    """Bytes kept for a parameter on every rank that holds it, and `sharded` ones cut by dp; 0 and 0: `Workload`'s dtypes."""
+    """Bytes kept for a parameter on every rank that holds it, and `sharded` ones cut by dp; 0 and 0: `Workload`'s dtypes,
+    all of them cut, and under ZeRO-1 what FSDP has gathered and not reduced yet on every rank."""
     sharded: Bytes = 0.0
     local_table: bool = False
     """The gradient of an embedding that tp cuts is made of the rank's own part (DTensor makes the whole table's)."""

@@ -54,9 +54,8 @@ def _passes(
     wanted: Callable[[Step], bool],
     sent_by: Callable[[LayerModel, Step, Layout], Iterator[_Sent]],
 ) -> Iterator[Collective]:
-    steps = [step for step in walk(model, strategy.sharding) if wanted(step)]
     again = strategy.recompute == "full" and not model.outer
-    for step in steps:
+    for step in filter(wanted, walk(model, strategy.sharding)):
         for sent in sent_by(model, step, strategy.sharding.stream):
             yield from sent.forward
             yield from sent.backward

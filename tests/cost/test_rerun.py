@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from autoplan.capture import capture_module, load_model
@@ -18,24 +16,12 @@ from autoplan.cost.model import CostModel
 from autoplan.graph import Graph
 from autoplan.strategy import UNSHARDED, Mesh, Strategy
 from autoplan.workload import Workload
+from tests.apply.test_selective import Calls
 from tests.hardware import machine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = {"layers": 2, "hidden": 64, "heads": 4, "ffn": 96, "vocab": 32, "seq_len": 16}
 PRODUCTS = ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu")
-
-
-class Products(TorchDispatchMode):
-    """Counts matrix products and attention kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.found[name] += name in PRODUCTS
-        return func(*args, **kwargs or {})
 
 
 def captured(file: str, **sizes: float) -> tuple[nn.Module, Graph]:
@@ -46,10 +32,11 @@ def captured(file: str, **sizes: float) -> tuple[nn.Module, Graph]:
 
 def counted(block: nn.Module, rest: tuple[torch.Tensor, ...], again: bool) -> Counter[str]:
     x = torch.randn(2, SMALL["seq_len"], SMALL["hidden"], requires_grad=True)
-    with Products() as products:
+    with Calls() as calls:
         y = checkpoint(block, x, *rest, use_reentrant=False) if again else block(x, *rest)
         y.sum().backward()
-    return products.found
+    names = {func: func.overloadpacket.__name__ for func in calls.found}
+    return Counter({name: calls.found[func] for func, name in names.items() if name in PRODUCTS})
 
 
 @pytest.mark.parametrize(
