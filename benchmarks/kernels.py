@@ -43,7 +43,7 @@ def main(path: Path) -> None:
         kind, flops, moved = work(row)
         measured = flops / (float(row["peak_tflops"]) * 1e12 * float(row["efficiency"]))
         done = flops * (CAUSAL if kind == "attention" else 1.0)
-        predicted = kernel_time(kind, done, moved, 1, "bfloat16", device) / (level if kind == "linear" else 1.0)
+        predicted = kernel_time(kind, done, moved, 1, "bfloat16", device) / level
         errors[row["system"], row["op"]].append((predicted / measured - 1, row["key"]))
     print(f"{'system':18s}{'op':10s}{'rows':>5s}{'MAPE':>8s}{'median':>8s}{'bias':>8s}  worst")
     for (system, op), found in errors.items():

@@ -19,6 +19,7 @@ from autoplan.hardware import Curve, HardwareProfile
 from autoplan.profile.catalog import find_hardware
 from autoplan.search.shardings import pareto_shardings
 from autoplan.strategy import GATHERED, PARTIAL, REPLICATE, UNSHARDED, Sharding, shard
+from autoplan.units import Bytes
 from autoplan.workload import DType, Workload
 from benchmarks.arrangement import Arranged, ArrangedStep, Arrangement, Recomputed
 from benchmarks.models import Shape, graph_of
@@ -58,23 +59,27 @@ class Pricer:
             arranged, place = self._placed(run)
             if not arranged.software.allocations:
                 return arranged.memory(place)
-            device = arranged.costs.hardware.device
-            limit = device.memory - device.reserved
-            return reserved(run, place.dealt[0], limit, arranged.software, *arranged.pace(place))
+            return reserved(run, place.dealt[0], self._room(run), arranged.software, *arranged.pace(place))
         except UsageError as error:
             raise Refused(f"the model refuses: {_short(error.message)}") from None
 
     def fits(self, run: Run) -> bool:
-        """Whether the run fits into its device, the profile's reserve kept. Raises `Refused` like `price`."""
-        device = self._cost_model(run).hardware.device
-        return self.memory(run) <= device.memory - device.reserved
+        """Whether the run fits into its device, beside what PyTorch's allocator cannot have. Raises `Refused` like `price`."""
+        return self.memory(run) <= self._room(run)
+
+    def _room(self, run: Run) -> Bytes:
+        own, device = self._own(run), self._cost_model(run).hardware.device
+        return own.room * 2**30 if own.room else device.memory - device.reserved
+
+    def _own(self, run: Run) -> Software:
+        return self.software.get(framework(run.source), NEUTRAL)
 
     def _placed(self, run: Run) -> tuple[Arranged, Arrangement]:
         how = run.recompute if run.recompute != "unknown" else self._least_that_fits(run)
         costs = self._cost_model(run)
         key = (run.shape, run.hardware, run.dtype, run.source, how, run.float8, run.compiled)
         if key not in self._arranged:
-            own = self.software.get(framework(run.source), NEUTRAL)
+            own = self._own(run)
             plain = self._cost_model(run, plain=True) if run.plain else None
             first = Arranged(plain, own, recomputed(how, plain.graph, own.whole)) if plain else None
             self._arranged[key] = Arranged(costs, own, recomputed(how, costs.graph, own.whole), first)

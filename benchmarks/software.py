@@ -95,8 +95,10 @@ class Software:
     """The published peak is what the allocator has reserved: blocks that a layer's moment left do not fit the loss's."""
     allocations: bool = False
     """The published peak is what rank 0's allocator has reserved, counted allocation by allocation (benchmarks.nanotron)."""
+    room: float = 0.0
+    """GiB of the device that PyTorch's allocator gets beside contexts and NCCL's buffers; 0: all but the profile's `reserved`."""
     ahead: float = 0.0
-    """There, the layers (forward and backward) that the host launches before it waits for the device."""
+    """Where allocations are counted, the layers (forward and backward) that the host launches before it waits for the device."""
     two_ahead: float = 0.0
     """The same where there are two stages."""
     two_stages: float = 0.0
