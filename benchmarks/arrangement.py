@@ -313,14 +313,17 @@ class Arranged:
         dp = self._sharded(cost, at)
         return dp.unpack, dp.pack + (0.0 if at.stays else dp.unpack)
 
+    def passed(self, at: Arrangement) -> Bytes:
+        """What a rank passes on of one micro-batch: under tp its share."""
+        body = self.costs.graph.bodies[0]
+        return sum(body.values[i].bytes_at(at.micro_batch) for i in body.inputs if body.values[i].requires_grad) / at.tp
+
     def _hop(self, at: Arrangement) -> Seconds:
-        """Seconds of passing one micro-batch's activations on; under tp every rank of a stage sends its share."""
+        """Seconds of passing one micro-batch's activations on."""
         if at.pp == 1:
             return 0.0
-        body = self.costs.graph.bodies[0]
-        size = sum(body.values[i].bytes_at(at.micro_batch) for i in body.inputs if body.values[i].requires_grad)
         stride = at.tp * at.dp
-        return self.slower(2 * stride) * collective_time("send_recv", size / at.tp, 2, stride, self.costs.hardware)
+        return self.slower(2 * stride) * collective_time("send_recv", self.passed(at), 2, stride, self.costs.hardware)
 
     def held(self, at: Arrangement, layers: int, embed: LayerCost | None, head: LayerCost | None, plain: int = 0) -> float:
         """Parameters on one rank of a stage, cut by tp; `plain` of its layers have no experts."""

@@ -1,11 +1,12 @@
 """Bytes of the fullest rank of a published run.
 
-    bytes of stage s = states + dummies + flight (layers kept + embedding) + gathered + moment
+    bytes of stage s = states + dummies + flight (layers kept + embedding) + passing + gathered + moment
 
 `states` are a parameter's bytes under the framework's ZeRO, `kept` is what a layer keeps of one micro-batch (benchmarks.kept),
-`flight` the micro-batches in flight in the stage, `gathered` what FSDP has unsharded (two layers' parameters, one's gradients
-before and in the reduction, the embedding and head), `moment` the largest of: a layer's backward pass with what it recomputes;
-the loss. An allocator that has no room to give back keeps blocks of both, as their sizes differ (`Software.reserves`).
+`flight` the micro-batches in flight in the stage, `passing` what stages keep of what they pass on (`Software.all_buffers`),
+`gathered` what FSDP has unsharded (two layers' parameters, one's gradients before and in the reduction, the embedding and head),
+`moment` the largest of: a layer's backward pass with what it recomputes; the loss. An allocator that has no room to give back
+keeps blocks of both, as their sizes differ (`Software.reserves`).
 """
 
 from __future__ import annotations
@@ -68,12 +69,21 @@ def stages(arranged: Arranged, at: Arrangement) -> list[Stage]:
         found.append(
             Stage(
                 states,
-                flight * ((layers - plain) * kept + plain * first_kept + (embed.saved if first else 0.0)),
+                flight * ((layers - plain) * kept + plain * first_kept + (embed.saved if first else 0.0))
+                + (sum(_passing(arranged, at, k, m, flight) for k in mine) if own.all_buffers and at.pp > 1 else 0.0),
                 max(moment, table if first else 0.0),
                 loss if last else 0.0,
             )
         )
     return found
+
+
+def _passing(arranged: Arranged, at: Arrangement, k: int, m: int, flight: float) -> Bytes:
+    """What virtual stage `k` receives and returns of all `m` micro-batches. What those in flight received counts as kept."""
+    last = k == len(at.dealt) - 1
+    if last:
+        return (m - flight) * arranged.passed(at) + m * _logits(arranged, at)
+    return ((m - flight if k else 0.0) + 2 * m) * arranged.passed(at)  # activations; gradients and results
 
 
 def memory(arranged: Arranged, at: Arrangement) -> Bytes:
@@ -116,9 +126,16 @@ def _loss(arranged: Arranged, at: Arrangement, unfused: Bytes) -> Bytes:
     per_logit = own.logits_tp if own.logits_tp and at.tp > 1 else own.logits
     if not per_logit:
         return unfused
+    return _logits(arranged, at) / DTYPE_BYTES[arranged.costs.workload.compute_dtype] * per_logit
+
+
+def _logits(arranged: Arranged, at: Arrangement) -> Bytes:
+    """Of one micro-batch, cut by tp, in the compute dtype."""
     body = arranged.costs.graph.outer
     logits = next(body.values[op.inputs[0]] for op in reversed(body.ops) if op.kind == "cross_entropy")
-    return logits.bytes_at(at.micro_batch) / DTYPE_BYTES[logits.dtype] / at.tp * per_logit
+    return (
+        logits.bytes_at(at.micro_batch) / DTYPE_BYTES[logits.dtype] / at.tp * DTYPE_BYTES[arranged.costs.workload.compute_dtype]
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -85,6 +85,9 @@ class Software:
     """A pointwise result that only other pointwise operations' backward passes read is made again in their kernel."""
     dummies: Bytes = 0.0
     """Bytes for every parameter of one layer and of the head in buffers that stand for their gradients (TransformerEngine)."""
+    all_buffers: bool = False
+    """A pipeline's stage has buffers for what it receives of every micro-batch, and keeps every output until the step is over
+    (`torch.distributed.pipelining` in 2024)."""
     compiled_loss: bool = False
     """The loss is compiled: one kernel each way."""
     logits: Bytes = 0.0

@@ -11,6 +11,7 @@ from autoplan.strategy import UNSHARDED
 from benchmarks.accuracy import Exam, Scored, figures, main
 from benchmarks.asynchronous import pairs
 from benchmarks.habits import casts, laid, narrow, sums
+from benchmarks.memory import stages
 from benchmarks.pricing import Pricer, frameworks
 from benchmarks.rows import Refused, Row, read
 from benchmarks.runs import Run, run_of
@@ -211,6 +212,24 @@ def test_under_a_pipeline_torchtitan_does_what_its_source_says() -> None:
     assert [(run.micro_batch, run.chunks, run.zero) for run in found] == [(1, 1, 1), (4, 2, 1)]
     told = Row({**ROWS["titan-t6-405b-cp2"].fields, "micro_batch": "2", "vpp": "1"})
     assert run_of(told).micro_batch == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [("titan-t6-405b-cp2", 2 * 8, 8 - 1), ("titan-t5-405b-interleaved", 4 * 8 + (8 - 8), 2 * 8 + 2 * (8 - 4.5))],
+)
+def test_pytorchs_stages_had_buffers_for_all_micro_batches(name: str, first: float, last: float) -> None:
+    """In units of what passes: results and gradients of 8 micro-batches of every chunk but the last, activations of those that
+    are not in flight of every chunk but the first; of the last, the logits besides."""
+    run, own = run_of(ROWS[name]), frameworks()[run_of(ROWS[name]).source]
+    found = []
+    for software in (own, replace(own, all_buffers=False)):
+        arranged, place = Pricer({run.source: software})._placed(run)
+        found.append([stage.total(True) for stage in stages(arranged, place)])
+    more = [a - b for a, b in zip(*found, strict=True)]
+    passed, logits = 32768 / 8 * 16384 * 2, 8 * 32768 / 8 * 128256 * 2
+    assert more[0] / passed == pytest.approx(first)
+    assert (more[-1] - logits) / passed == pytest.approx(last)
 
 
 def test_pytorch_recomputes_no_product_that_saves_nothing_after_it() -> None:
