@@ -36,7 +36,7 @@ LIMIT = 60.0
 @dataclass(frozen=True)
 class Case:
     """`batch` samples of 8192 tokens on `gpus` devices, with `memory` bytes usable of each when it is cut; `model`: a size of the
-    zoo's, or an example."""
+    zoo's, an example, or a row of the published tables with its own tokens."""
 
     model: str
     gpus: int
@@ -49,6 +49,7 @@ class Case:
 
 
 EXAMPLE = "examples/llama.py?size=8B"
+MEGATRON = "megatron.csv:"
 CASES = (
     Case("llama-3:full", 8, 32, why="Galvatron"),
     Case("llama-3:70B", 64, 256),
@@ -61,6 +62,9 @@ CASES = (
     Case("deepseek-v3:full", 2048, 8192, hardware="b200-sxm-8x", most_seconds=inf),
     Case("llama-3:full", 256, 512, most_seconds=287.4 / 30, why="AutoParallel"),
     *(Case(f"{EXAMPLE}&layers={layers}", 256, 512) for layers in (32, 128, 512)),
+    # attention that writes its scores and drops some out, whose layers have ten times as many unbeaten options
+    Case(f"{MEGATRON}narayanan-t1-39B", 512, 1536, hardware="a100-80g-sxm-8x", most_seconds=inf),
+    Case(f"{MEGATRON}narayanan-t1-145B", 1536, 2304, hardware="a100-80g-sxm-8x", most_seconds=inf),
 )
 
 
@@ -107,6 +111,15 @@ def capture(model: str, path: Path) -> None:
         from autoplan import api
 
         path.write_bytes(pickle.dumps(api.inspect(api.load_model(model))))
+        return
+    if model.startswith(MEGATRON):
+        from benchmarks.models import graph_of
+        from benchmarks.rows import read
+        from benchmarks.runs import run_of
+
+        rows = read(Path(__file__).with_name("published") / "megatron.csv")
+        run = run_of(next(row for row in rows if row.text("id") == model.removeprefix(MEGATRON)))
+        path.write_bytes(pickle.dumps(graph_of(run.shape, run.layers)))
         return
     from autoplan.capture.fake import build_on_meta
     from autoplan.capture.huggingface import example_inputs

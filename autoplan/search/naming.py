@@ -10,6 +10,7 @@ from autoplan.plan import LayerRun
 from autoplan.search.options import Column, Costs, precedence
 from autoplan.search.stages import Solution
 from autoplan.strategy import REPLICATE, Mesh, Strategy
+from autoplan.units import Bytes
 
 
 def named(graph: Graph, solution: Solution, mesh: Mesh) -> tuple[tuple[tuple[str, Strategy], ...], str, tuple[LayerRun, ...]]:
@@ -43,9 +44,9 @@ _ORDER = ("full", "selective", "none")
 
 
 def _queue(columns: Sequence[tuple[str, Column, int]], paired: bool) -> list[str]:
-    def place(item: tuple[str, Column, int]) -> tuple[float, int, Costs]:
+    def place(item: tuple[str, Column, int]) -> tuple[tuple[Bytes, ...], int, Costs]:
         costs = item[1].costs
-        return -precedence(costs, paired), _ORDER.index(item[1].recompute), costs
+        return tuple(-size for size in precedence(costs, paired)), _ORDER.index(item[1].recompute), costs
 
     ordered = sorted(columns, key=place)
     return [name for name, _, number in ordered for _ in range(number)]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from math import floor, inf
+from math import ceil, floor, inf
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -28,6 +28,8 @@ from autoplan.units import Bytes, Seconds
 
 _FEW = 6
 """Columns that are looked at one by one."""
+STEP = 2.0**18
+"""A quarter of a mebibyte: see `level`."""
 _ANY = 2**31
 """Layers that cost nothing: as many as anyone wants."""
 
@@ -144,10 +146,16 @@ class Option(NamedTuple):
         return self.alone + self.inside + self.window + self.reducing
 
 
-def precedence(costs: Costs | Option, paired: bool) -> Bytes:
+def level(size: Bytes) -> Bytes:
+    """What counts only as the largest, in the steps in which a program knows it (`search.ilp`)."""
+    return ceil(size / STEP) * STEP
+
+
+def precedence(costs: Costs | Option, paired: bool) -> tuple[Bytes, Bytes, Bytes, Bytes, Bytes]:
     """Layers with more of this run earlier forward (`search.ilp`); `paired`: what is reduced beside one is of a layer that is
-    known."""
-    return costs.inside + (costs.reducing if paired else 0.0)
+    known. Below the steps it settles what no program decides."""
+    own = costs.inside + (costs.reducing if paired else 0.0)
+    return level(own), level(costs.inside), own, costs.inside, costs.buffer
 
 
 def _on_stage(costs: Iterable[Any], slots: float, in_flight: int) -> tuple[Any, ...]:
