@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations_with_replacement, permutations, product
-from math import inf, isinf
+from math import ceil, inf, isinf
 from unittest.mock import patch
 
 import numpy as np
@@ -17,7 +18,7 @@ from autoplan.search import ilp
 from autoplan.search.bounds import least_bytes, least_seconds, relaxed_seconds
 from autoplan.search.dominance import unbeaten
 from autoplan.search.ilp import choose, memory
-from autoplan.search.options import Column, Group, Option, Options
+from autoplan.search.options import Column, Costs, Group, Option, Options
 from autoplan.strategy import Strategy
 
 MIB = 2.0**20
@@ -50,18 +51,33 @@ problems = st.tuples(
 )
 
 
-def groups_of(classes: list[tuple[int, list[Column]]]) -> list[Group]:
-    return [Group(g, 0, number, Options.of(options, 1.0, 1)) for g, (number, options) in enumerate(classes)]
+def groups_of(classes: list[tuple[int, list[Column]]], unit: float = 1.0) -> list[Group]:
+    """`unit`: so many times the sizes."""
+    return [
+        Group(g, 0, number, Options.of([in_units(option, unit) for option in options], 1.0, 1))
+        for g, (number, options) in enumerate(classes)
+    ]
+
+
+def in_units(option: Column, unit: float) -> Column:
+    costs = option.costs
+    return replace(option, costs=Costs(costs.slot_seconds, costs.once_seconds, *(unit * size for size in costs[2:])))
 
 
 def held(groups: list[Group], assignment: Sequence[Sequence[Option]]) -> float:
-    """The bytes of a stage: its backward passes run one after another, of a group the layers with the least `inside` first."""
+    """The bytes of a stage: its backward passes run one after another, of a group those layers first that need least in theirs
+    (in quarters of a mebibyte)."""
     layers = [o for options in assignment for o in options]
     window, alone = max(o.window for o in layers), max(o.alone for o in layers)
     one_kind = len(groups) == 1 and groups[0].frees
     moments = []
+
+    def needed(o: Option) -> tuple[float, ...]:
+        own = o.inside + (o.reducing if one_kind else 0.0)
+        return ceil(4 * own / MIB), ceil(4 * o.inside / MIB), own, o.inside, o.buffer
+
     for group, options in zip(groups, assignment, strict=True):
-        forward = sorted(options, key=lambda o: -o.inside)
+        forward = sorted(options, key=needed, reverse=True)
         for k, layer in enumerate(forward):
             later = forward[k + 1 :] if group.frees else []
             beside = layer.reducing if one_kind else max(o.reducing for o in layers)
@@ -93,20 +109,36 @@ def cheapest(groups: list[Group], limit: float) -> float:
     return best
 
 
+@given(problems, st.sampled_from([1.0, 0.3]), st.booleans(), st.data())
+def test_memory_is_what_the_passes_need(
+    problem: tuple[list[tuple[int, list[Column]]], int], unit: float, frees: bool, data: st.DataObject
+) -> None:
+    groups = [group._replace(frees=frees) for group in groups_of(problem[0], unit)]
+    chosen = [[data.draw(st.sampled_from(list(group.options))) for _ in range(group.number)] for group in groups]
+    counts = [
+        (group, [(option, layers.count(option)) for option in dict.fromkeys(layers)])
+        for group, layers in zip(groups, chosen, strict=True)
+    ]
+    assert memory(counts) == pytest.approx(held(groups, chosen), rel=1e-12)
+
+
 @settings(max_examples=150)
-@given(problems, st.booleans(), st.booleans())
-def test_equals_brute_force(problem: tuple[list[tuple[int, list[Column]]], int], by_solver: bool, frees: bool) -> None:
+@given(problems, st.sampled_from([1.0, 0.3]), st.booleans(), st.booleans())
+def test_equals_brute_force(
+    problem: tuple[list[tuple[int, list[Column]]], int], unit: float, by_solver: bool, frees: bool
+) -> None:
     classes, limit = problem
-    groups = [group._replace(frees=frees) for group in groups_of(classes)]
-    best = cheapest(groups, (limit - 1) * MIB)  # the program keeps one mebibyte back, and every size here is whole
+    groups = [group._replace(frees=frees) for group in groups_of(classes, unit)]
+    best = cheapest(groups, (limit - 1) * MIB)  # a mebibyte is kept back
     with patch.object(ilp, "_FEW", 0 if by_solver else ilp._FEW):
         found = choose(groups, limit * MIB, gap=1e-4)
     if isinf(best):
-        assert found is None
+        assert found is None or not isinf(cheapest(groups, limit * MIB))  # of that mebibyte the program may use some
     else:
         assert found is not None
         assert found.bound <= best * (1 + 1e-9)
         assert found.seconds <= best * (1 + 1.01e-4)
+    if found is not None:
         layers = [[option for option, n in used for _ in range(n)] for _, used in found.counts]
         assert memory(found.counts) == pytest.approx(held(groups, layers), rel=1e-12)
         assert memory(found.counts) <= limit * MIB
