@@ -16,34 +16,16 @@ and `i_b + r_b` into the larger of `i_b + max(r_b, h_a) - k_a` and `i_a + r_a`, 
 where there are several groups of layers, any `r` may come after any layer, and they run in the order of falling `i_gs`: none
 needs less.
 
-What counts as the largest is known by levels: for every size `v` that any `q_gs` has, is a strategy used that has as much?
-
-    sum_{s: q_gs >= v} x_gs <= N_g z_qv,   z_qv >= z_qu for v < u,   z_qv in {0, 1}                (`_levels`)
-    max q = sum_v (v - v') z_qv,           v' the level before v                                   (`_up_to`)
+With `x_gs` layers of group `g` that use strategy `s`, `sum_s x_gs = N_g`,
 
     minimise    sum_g sum_s t_gs x_gs
-    subject to  sum_s x_gs = N_g              for every group g                                    (`_counts`)
-                P >= max p,  W >= max w,  R >= max r                                               (`_largest`)
-                I >= v z_iv + R - F_v,        F_v = sum_{s: i_gs < v} k_gs x_gs   for every v      (`_inside`)
-                I >= i_e u_e + max h_e - F_e  for every set e of strategies that are alike in i and r: is one used (u_e), and
-                                              the largest h of those after them                    (`_beside_buffers`)
-                P >= I + W
-                sum_g sum_s b_gs x_gs + P <= M - 1/4 MiB                                           (`_within`)
-                the same of l_gs and max e                                                         (`_within`)
-                x_gs in {0..N_g},  u_e in {0, 1},  P, I, W >= 0
+    subject to  sum_g sum_s b_gs x_gs + max(max p, max w + largest need inside)  <=  M             (`memory`)
+                sum_g sum_s l_gs x_gs + max e                                    <=  M
 
-Where there is one group of layers, `i + r` stands for `i`, without `R`. No `I` demands anything of a strategy that is not used: a
-level that is reached no more than the used one above it, which has the same freed before it; the one that runs its backward pass
-first demands `R`, the one with the largest `h` no less than `max h_e`, for `r >= h - k`.
+as `search.program` writes it for the solver.
 
-A level is one decision for all strategies that reach it, and a strategy that is used for a fraction of a layer does not get
-around it, as long as others of the level are used: with a decision for every strategy alone the same programs, of 57 to 173
-strategies, take ten times as long. Levels are in steps of a quarter of a mebibyte, rounded up (`options.level`), which is three
-quarters together at most.
-
-To the objective comes `epsilon sum y_gs` with a small `epsilon` and `x_gs <= N_g y_gs`, `y_gs` in {0, 1} (`_counts`): of two
-plans that are equal within the gap, the one with fewer different strategies is the better one. The bound that is reported is one
-on the seconds alone.
+To the objective comes a small `epsilon` for every strategy that is used: of two plans that are equal within the gap, the one with
+fewer different strategies is the better one. The bound that is reported is one on the seconds alone.
 
 Equal layers are interchangeable, so counting them loses nothing: the program has as many columns for 126 layers as for 2.
 Shardings are the unbeaten ones of `search.shardings`; an option beaten by another in all of this is left out before
@@ -55,30 +37,20 @@ chosen plan's bytes are summed again exactly before it is accepted.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations_with_replacement, pairwise
+from itertools import combinations_with_replacement
 from math import comb, inf, prod
-from typing import Any
 
 import numpy as np
-import pulp
 
 from autoplan.cost.model import OUTER
 from autoplan.errors import SolverError
 from autoplan.search.dominance import Ints
-from autoplan.search.options import STEP, Column, Group, Option, level, precedence
-from autoplan.search.solver import solve
+from autoplan.search.options import Column, Group, Option, precedence
+from autoplan.search.program import Program
 from autoplan.units import Bytes, Seconds
-
-Terms = list[tuple[Any, float]]
-"""Of a sum: variables with what they are multiplied by."""
-Sizes = dict[tuple[int, int], Bytes]
-"""Of options, by group and option."""
-Levels = list[tuple[Bytes, Any]]
-"""Rising sizes, with variables that are 1 where they are reached."""
 
 _MIB = 2.0**20
 _FEW = 5000
@@ -148,29 +120,13 @@ def choose(groups: Sequence[Group], limit: Bytes, *, gap: float, time_limit: flo
     epsilon = free.seconds * gap / 2 / max(most, 1)
     if prod(comb(len(group.options) + group.number - 1, group.number) for group in groups) <= _FEW:
         return _by_trying(groups, limit, epsilon)
-    problem = pulp.LpProblem("stage", pulp.LpMinimize)
-    counts, used = _counts(problem, groups)
-    alone, window, ending = (
-        _largest(problem, name, _sizes(name, groups), groups, counts) for name in ("alone", "window", "ending")
-    )
-    inside = _inside(problem, groups, counts)
-    peak = problem.add_variable("peak", 0, None)
-    problem += _sum([(inside, 1.0), *window, (peak, -1.0)]) <= 0
-    problem += _sum([*alone, (peak, -1.0)]) <= 0
-    _within(problem, groups, counts, limit, lambda option: option.bytes, [(peak, 1.0)])
-    if ending:
-        _within(problem, groups, counts, limit, lambda option: option.left, ending)
-    seconds = [(counts[g, s], option.seconds) for g, group in enumerate(groups) for s, option in enumerate(group.options)]
-    problem.setObjective(_sum(seconds) + _sum([(indicator, epsilon) for indicator in used.values()]))
-    answer = solve(problem, gap=gap / 2, time_limit=time_limit)
+    program = Program(groups, limit, _paired(groups))
+    answer = program.minimise(epsilon, gap / 2, time_limit)
     if answer.status == "infeasible":
         return None
     if answer.status == "unknown":
         raise UnsolvedError
-    chosen = tuple(
-        (group, tuple((o, n) for s, o in enumerate(group.options) if (n := round(counts[g, s].value() or 0.0)) > 0))
-        for g, group in enumerate(groups)
-    )
+    chosen = program.chosen()
     if any(sum(n for _, n in options) != group.number for group, options in chosen) or memory(chosen) > limit:
         raise SolverError(
             "the solver's answer does not meet the constraints it was given.", "Please report this with your model."
@@ -228,121 +184,3 @@ def _without_limit(groups: Sequence[Group]) -> Choice:
     counts = tuple((group, ((group.fastest, group.number),)) for group in groups)
     seconds = sum(group.fastest.seconds * group.number for group in groups)
     return Choice(counts, seconds, seconds)
-
-
-def _counts(problem: Any, groups: Sequence[Group]) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    counts, used = {}, {}
-    for g, group in enumerate(groups):
-        number = group.number
-        for s in range(len(group.options)):
-            counts[g, s] = problem.add_variable(f"x_{g}_{s}", 0, number, "Integer")
-            used[g, s] = counts[g, s] if number == 1 else problem.add_variable(f"y_{g}_{s}", 0, 1, "Integer")
-            if number > 1:
-                problem += _sum([(counts[g, s], 1.0), (used[g, s], -float(number))]) <= 0
-        problem += _sum([(counts[g, s], 1.0) for s in range(len(group.options))]) == number
-    return counts, used
-
-
-def _sizes(name: str, groups: Sequence[Group]) -> Sizes:
-    return {(g, s): level(getattr(o, name)) for g, group in enumerate(groups) for s, o in enumerate(group.options)}
-
-
-def _largest(problem: Any, name: str, sizes: Sizes, groups: Sequence[Group], counts: dict[Any, Any]) -> Terms:
-    """At least the size of every option that is used; empty where all of them are nothing."""
-    if not any(sizes.values()):
-        return []
-    most = problem.add_variable(name, 0, None)
-    several = dict(sizes)
-    for g in {g for g, _ in sizes if groups[g].number == 1}:
-        only = {at: several.pop(at) for at in sizes if at[0] == g}
-        problem += _sum([*((counts[at], size / _MIB) for at, size in only.items()), (most, -1.0)]) <= 0
-    problem += _sum([*_up_to(_levels(problem, name, several, groups, counts)), (most, -1.0)]) <= 0
-    return [(most, 1.0)]
-
-
-def _levels(problem: Any, name: str, sizes: Sizes, groups: Sequence[Group], counts: dict[Any, Any]) -> Levels:
-    """For every size, the least first: does an option that is used have as much, or more?"""
-    found: Levels = []
-    for size in sorted(set(sizes.values()) - {0.0}):
-        reached = problem.add_variable(f"{name}_{len(found)}", 0, 1, "Integer")
-        for g, group in enumerate(groups):
-            having = [(counts[at], 1.0) for at, own in sizes.items() if at[0] == g and own >= size]
-            if having:
-                problem += _sum([*having, (reached, -float(group.number))]) <= 0
-        if found:
-            problem += _sum([(reached, 1.0), (found[-1][1], -1.0)]) <= 0
-        found.append((size, reached))
-    return found
-
-
-def _up_to(levels: Levels) -> Terms:
-    """The largest size that is reached."""
-    return [(reached, (size - less) / _MIB) for (less, _), (size, reached) in pairwise([(0.0, None), *levels])]
-
-
-def _inside(problem: Any, groups: Sequence[Group], counts: dict[Any, Any]) -> Any:
-    """A variable that is at least every used option's `inside` with what is reduced beside it, less what is freed before."""
-    most, paired = problem.add_variable("inside", 0, None), _paired(groups)
-    beside = [] if paired else _largest(problem, "reducing", _sizes("reducing", groups), groups, counts)
-    first: Sizes = {}  # before these nothing is freed
-    for g, group in enumerate(groups):
-        if group.body == OUTER:
-            continue
-        own = {(g, s): precedence(option, paired)[0] for s, option in enumerate(group.options)}
-        if group.number == 1 or not group.frees:
-            first |= own
-            continue
-        for size, reached in _levels(problem, f"inside_{g}", own, groups, counts):
-            before = [s for (_, s), less in own.items() if less < size]
-            problem += _sum([(reached, size / _MIB), (most, -1.0), *beside, *_freed(g, group, before, counts)]) <= 0
-        _beside_buffers(problem, g, group, paired, most, counts)
-    problem += _sum([*_largest(problem, "first", first, groups, counts), *beside, (most, -1.0)]) <= 0
-    return most
-
-
-def _freed(g: int, group: Group, before: Sequence[int], counts: dict[Any, Any]) -> Terms:
-    return [(counts[g, s], -group.options[s].kept / _MIB) for s in before]
-
-
-def _beside_buffers(problem: Any, g: int, group: Group, paired: bool, most: Any, counts: dict[Any, Any]) -> None:
-    """The same with the largest `buffer` of the layers after a layer beside it; for options at once that are else alike."""
-    kinds: dict[tuple[Bytes, Bytes], list[int]] = defaultdict(list)
-    for s, option in enumerate(group.options):
-        kinds[precedence(option, paired)[:2]].append(s)
-    buffers = sorted({level(option.buffer) for option in group.options} - {0.0})
-    before: list[int] = []
-    after: dict[Bytes, Any] = {}  # by size: does an option that is used before have as large a buffer, or a larger one?
-    for n, ((own, inside), alike) in enumerate(sorted(kinds.items())):
-        larger = [(size, after[size]) for size in buffers if size in after and inside + size > own]
-        if larger:
-            used = _used(problem, f"used_{g}_{n}", g, group, alike, counts)
-            terms = [(used, inside / _MIB), (most, -1.0), *_up_to(larger), *_freed(g, group, before, counts)]
-            problem += _sum(terms) <= 0
-        for size in buffers:
-            having = [s for s in alike if level(group.options[s].buffer) >= size]
-            if having:
-                reached = _used(problem, f"after_{g}_{n}_{size:.0f}", g, group, having, counts)
-                if size in after:
-                    problem += _sum([(after[size], 1.0), (reached, -1.0)]) <= 0
-                after[size] = reached
-        before += alike
-
-
-def _used(problem: Any, name: str, g: int, group: Group, options: Sequence[int], counts: dict[Any, Any]) -> Any:
-    """Whether any of these options is used."""
-    found = problem.add_variable(name, 0, 1, "Integer")
-    problem += _sum([*((counts[g, s], 1.0) for s in options), (found, -float(group.number))]) <= 0
-    return found
-
-
-def _within(
-    problem: Any, groups: Sequence[Group], counts: dict[Any, Any], limit: Bytes, size: Callable[[Option], Bytes], largest: Terms
-) -> None:
-    """What adds up and the largest of what doesn't, within the limit."""
-    terms = [(counts[g, s], size(option) / _MIB) for g, group in enumerate(groups) for s, option in enumerate(group.options)]
-    problem += _sum([*terms, *largest]) <= (limit - STEP) / _MIB
-
-
-def _sum(terms: Sequence[tuple[Any, float]]) -> Any:
-    expression = pulp.LpAffineExpression
-    return expression.from_list(list(terms)) if hasattr(expression, "from_list") else expression(list(terms))
