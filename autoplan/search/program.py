@@ -70,8 +70,8 @@ class Program:
 
     def minimise(self, epsilon: Seconds, gap: float, time_limit: float) -> Answer:
         """The seconds, with `epsilon` more for every option that is used."""
-        seconds = [(x, self._options[at].seconds) for at, x in self._layers.items()]
-        self._problem.setObjective(_sum([*seconds, *((used, epsilon) for used in self._is_used.values())]))
+        seconds = _sum([(x, self._options[at].seconds) for at, x in self._layers.items()])
+        self._problem.setObjective(seconds + _sum([(used, epsilon) for used in self._is_used.values()]))
         return solve(self._problem, gap=gap, time_limit=time_limit)
 
     def chosen(self) -> tuple[tuple[Group, tuple[tuple[Option, int], ...]], ...]:
@@ -181,5 +181,6 @@ def _up_to(levels: Levels) -> Terms:
 
 
 def _sum(terms: Terms) -> Any:
+    """Of different variables: of one that comes twice PuLP would take the last factor."""
     expression = pulp.LpAffineExpression
     return expression.from_list(list(terms)) if hasattr(expression, "from_list") else expression(list(terms))
