@@ -80,9 +80,9 @@ def stages(arranged: Arranged, at: Arrangement) -> list[Stage]:
 
 def _passing(arranged: Arranged, at: Arrangement, k: int, m: int, flight: float) -> Bytes:
     """What virtual stage `k` receives and returns of all `m` micro-batches. What those in flight received counts as kept."""
-    last = k == len(at.dealt) - 1
-    if last:
-        return (m - flight) * arranged.passed(at) + m * _logits(arranged, at)
+    if k == len(at.dealt) - 1:
+        logits = _logits(arranged, at) * DTYPE_BYTES[arranged.costs.workload.compute_dtype]
+        return (m - flight) * arranged.passed(at) + m * logits
     return ((m - flight if k else 0.0) + 2 * m) * arranged.passed(at)  # activations; gradients and results
 
 
@@ -126,16 +126,14 @@ def _loss(arranged: Arranged, at: Arrangement, unfused: Bytes) -> Bytes:
     per_logit = own.logits_tp if own.logits_tp and at.tp > 1 else own.logits
     if not per_logit:
         return unfused
-    return _logits(arranged, at) / DTYPE_BYTES[arranged.costs.workload.compute_dtype] * per_logit
+    return _logits(arranged, at) * per_logit
 
 
-def _logits(arranged: Arranged, at: Arrangement) -> Bytes:
-    """Of one micro-batch, cut by tp, in the compute dtype."""
+def _logits(arranged: Arranged, at: Arrangement) -> float:
+    """How many a rank has of one micro-batch, cut by tp."""
     body = arranged.costs.graph.outer
     logits = next(body.values[op.inputs[0]] for op in reversed(body.ops) if op.kind == "cross_entropy")
-    return (
-        logits.bytes_at(at.micro_batch) / DTYPE_BYTES[logits.dtype] / at.tp * DTYPE_BYTES[arranged.costs.workload.compute_dtype]
-    )
+    return logits.bytes_at(at.micro_batch) / DTYPE_BYTES[logits.dtype] / at.tp
 
 
 @lru_cache(maxsize=4096)

@@ -147,7 +147,7 @@ class Option(NamedTuple):
 
 
 def level(size: Bytes) -> Bytes:
-    """What counts only as the largest, in the steps in which a program knows it (`search.ilp`)."""
+    """What counts only as the largest, in the steps in which the program knows it (`search.program`)."""
     return ceil(size / STEP) * STEP
 
 

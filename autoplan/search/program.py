@@ -21,9 +21,9 @@ level that is reached no more than the used one above it, which has the same fre
 first demands `R`, the one with the largest `h` no less than `max h_e`, for `r >= h - k`.
 
 A level is one decision for all strategies that reach it, and a strategy that is used for a fraction of a layer does not get
-around it, as long as others of the level are used: with a decision for every strategy alone the same programs, of 57 to 173
-strategies, take ten times as long. Levels are in steps of a quarter of a mebibyte, rounded up (`options.level`), which is three
-quarters together at most.
+around it, as long as others of the level are used: with a decision for every strategy alone, programs of many strategies take
+many times as long (the GPT cases of `benchmarks.planning_speed`). Levels are in steps of a quarter of a mebibyte, rounded up
+(`options.level`), which is three quarters together at most.
 """
 
 from __future__ import annotations
