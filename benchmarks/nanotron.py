@@ -9,7 +9,8 @@ read from nanotron's source, are all there is: they come out within 1 %. Of a la
 
 The loss holds the logits in float32 and their shifted exponentials (4 + 4 bytes, 2 more while they are made), then the latter.
 A parameter has 2 bytes, 4 of its gradient's sum, 12 of the optimizer (cut by ZeRO-1), with ZeRO-0 over several ranks 2 in DDP's
-buckets; bfloat16 gradients stay until a backward pass is over; ZeRO-1 gathers parameters through two copies of them all.
+buckets; bfloat16 gradients stay until a backward pass is over; ZeRO-1 gathers parameters through two copies of them all, one in
+a block a rank, without waiting for the device: what NCCL still uses is not free for them.
 
 From its second micro-batch on, a run without pipeline holds the exponentials of the one before (seen, the cause is a guess).
 
@@ -43,8 +44,6 @@ STEPS, MORE = 2, 6
 """Steps and, beyond what fills the pipeline, micro-batches after which little changes."""
 LEFT = 2
 """Blocks of the stream's size that are in use from when the pipeline is full until the next step is over."""
-COPIES = 64
-"""Ranks to which one buffer each is given; more ranks share the last one's."""
 
 
 @dataclass(slots=True)
@@ -101,13 +100,13 @@ class Rank:
                 take(4 * size / ranks)
             if run.zero and run.dp > 1:
                 self._gather_parameters(2 * total)
+            self.issued = self.done  # the host waits before it logs the step
+            self._give_sent()
         return self.memory.peak
 
     def _gather_parameters(self, size: int) -> None:
         dp, take = self.run.dp, self.memory.take
-        copies = [take(size / dp) for _ in range(min(dp, COPIES))]
-        copies += [take(size / dp * (dp - COPIES))] if dp > COPIES else []
-        self.memory.give(*copies, take(size / dp), take(size))
+        self.memory.give(*[take(size / dp) for _ in range(dp + 1)], take(size))
 
     def _step(self) -> None:
         run = self.run
@@ -124,8 +123,6 @@ class Rank:
             self._backward(flight.pop(0))
         self.memory.give(*self.left)
         self.left = left
-        self.issued = self.done
-        self._give_sent()
         self.memory.give(*self.held)
         self.held = []
 
