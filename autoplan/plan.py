@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from autoplan.schedule import ScheduleKind
-from autoplan.strategy import Mesh, Strategy
+from autoplan.strategy import Mesh, Strategy, Zero
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import Workload
 
@@ -23,6 +23,11 @@ def needs_fsdp(mesh: Mesh, load: Workload) -> bool:
     whole already; a model on one device keeps it, so that its parameters are of one kind everywhere."""
     casts = not load.param_dtype == load.compute_dtype == load.reduce_dtype
     return casts or mesh.tp == 1 or mesh.size > mesh.tp
+
+
+def zero_level(zero: Zero, mesh: Mesh, load: Workload) -> Zero:
+    """The level at which FSDP runs a strategy; 3 where there is none: nothing is kept besides the parameters."""
+    return zero if needs_fsdp(mesh, load) else 3
 
 
 def spread_over(mesh: Mesh) -> str:

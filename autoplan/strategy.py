@@ -251,7 +251,7 @@ class Strategy:
         selective   all but matrix products, attention kernels and collectives, whose results are kept with the layer's inputs
         full        the whole forward pass; the inputs alone are kept
 
-    `zero` says what FSDP keeps whole, and how often it sends; it means nothing when `dp_shard x cp` is 1:
+    `zero` says what FSDP keeps whole, and how often it sends; where `dp_shard x cp` is 1 it casts and copies them:
 
         3   parameters are gathered for the forward pass, freed, and gathered again for the backward pass
         2   ... and stay gathered from the forward pass until the backward pass of the same micro-batch has used them

@@ -21,7 +21,7 @@ from autoplan.apply.local_ops import local_ops
 from autoplan.apply.shards import ParameterShards
 from autoplan.apply.split import splitting
 from autoplan.apply.stages import Rank, fsdp_units
-from autoplan.apply.zero import Unit, level, units_of
+from autoplan.apply.zero import Unit, units_of
 from autoplan.plan import Plan, needs_fsdp
 from autoplan.workload import Workload
 
@@ -67,15 +67,15 @@ def compile_layers(model: nn.Module, plan: Plan) -> None:
 def shard(model: nn.Module, plan: Plan, shards: dict[str, ParameterShards], mesh: DeviceMesh, dealing: DeviceMesh | None) -> None:
     """FSDP per layer and for the root, over `dp_shard` (and `cp`), replicated over `dp_replicate`; for experts, over `efsdp`.
 
-    A mesh of size 1 goes the same way: FSDP then skips its collectives, and still casts parameters and keeps master weights.
-    Resharding is free there, so it always happens. Only where it has nothing to do at all there is no FSDP: see `allocate`.
+    A mesh of size 1 goes the same way: FSDP then skips its collectives, and still casts parameters and keeps master weights,
+    which the ZeRO level says how often to do. Only where it has nothing to do at all there is no FSDP: see `allocate`.
     """
     if not needs_fsdp(plan.mesh, plan.workload):
         return
     wrap = _wrapper(model, plan, shards, mesh, dealing)
     for module, zero in units_of(model, plan, (name for name, _ in plan.layers())):
         wrap(module, zero)
-    wrap(model, level(plan.outer_strategy.zero, plan.mesh.shards))
+    wrap(model, plan.outer_strategy.zero)
 
 
 def allocate(model: nn.Module, plan: Plan, device: torch.device) -> None:
@@ -106,7 +106,7 @@ def shard_stages(
 ) -> dict[int, list[Unit]]:  # fmt: skip
     """The same for a pipeline rank's virtual stages: `ignored` holds the parameters that are others'."""
     wrap = _wrapper(model, plan, shards, mesh, dealing)
-    outer = level(plan.outer_strategy.zero, plan.mesh.shards)
+    outer = plan.outer_strategy.zero
     units = fsdp_units(root, plan, model)
     for number, stage in root.stages.items():
         for module, zero in units[int(number)][:-1]:

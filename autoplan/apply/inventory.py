@@ -11,7 +11,7 @@ from autoplan.apply.model import ParallelModel
 from autoplan.apply.outside import LAYER
 from autoplan.apply.program import Program, Wire
 from autoplan.apply.stages import holders, numbers
-from autoplan.apply.zero import level
+from autoplan.plan import zero_level
 from autoplan.strategy import Layout, Recompute, Strategy
 from autoplan.units import Bytes
 
@@ -106,7 +106,7 @@ def _units(parallel: ParallelModel, program: Program | None, stages: tuple[int, 
     found = []
     for (layer, stage), parameters in held.items():
         strategy: Strategy = plan.by_name[strategy_of.get(layer, plan.outer)]
-        kept = level(strategy.zero, plan.mesh.shards) < 3
+        kept = zero_level(strategy.zero, plan.mesh, plan.workload) < 3
         recomputed = strategy.recompute if layer else "none"
         start = len(layer) + 1 if layer else 0
         own = tuple(replace(one, name=one.name[start:]) for one in parameters)

@@ -19,7 +19,7 @@ from autoplan.apply.loss import LossFn, loss_of
 from autoplan.apply.pipeline import Pipeline
 from autoplan.apply.shards import Coordinate, ParameterShards
 from autoplan.apply.tied import Tied
-from autoplan.apply.zero import Unit, before_backward, level, reshard, units_of
+from autoplan.apply.zero import Unit, before_backward, reshard, units_of
 from autoplan.errors import UsageError
 from autoplan.plan import Plan, needs_fsdp
 
@@ -137,8 +137,7 @@ class ParallelModel:
         if not needs_fsdp(self.plan.mesh, self.plan.workload):
             return []
         layers = units_of(self.module, self.plan, (name for name, _ in self.plan.layers()))
-        outer = level(self.plan.outer_strategy.zero, self.plan.mesh.shards)
-        return [*layers, (self.module, outer)]  # type: ignore[list-item]
+        return [*layers, (self.module, self.plan.outer_strategy.zero)]  # type: ignore[list-item]
 
     def _micro_batches(self, batch: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
         size = self.plan.micro_batch * count

@@ -173,7 +173,7 @@ class Pipeline:
                 zero.spare(units)
         last = index == len(self._micro_batches) - 1
         zero.before_backward(self._units[number], last)
-        outer = [(root, zero.level(self.plan.outer_strategy.zero, self.plan.mesh.shards))]
+        outer = [(root, self.plan.outer_strategy.zero)]
         zero.before_backward(outer, self._left == 0)
 
     def weights(self, number: int, products: list[Product]) -> None:
@@ -189,7 +189,7 @@ class Pipeline:
             products.pop(0).add()
             if ends[i] == position and i < len(layers):
                 zero.after_weights([layers[i]], last, self._reduced)
-        outer = (root, zero.level(self.plan.outer_strategy.zero, self.plan.mesh.shards))
+        outer = (root, self.plan.outer_strategy.zero)
         rest = [unit for i, unit in enumerate(units) if i not in ends or i == len(layers)]
         zero.after_weights([*rest, outer], last, self._reduced)
         if last:

@@ -16,7 +16,7 @@ from torch import nn
 
 from autoplan.apply.deferred import named_tensors
 from autoplan.apply.program import Program
-from autoplan.apply.zero import Unit, level, units_of
+from autoplan.apply.zero import Unit, units_of
 from autoplan.plan import Plan
 
 Run = Callable[[int, tuple[torch.Tensor, ...], dict[str, Any], dict[str, Any]], tuple[torch.Tensor, ...]]
@@ -124,8 +124,7 @@ def present(model: nn.Module, plan: Plan, program: Program, rank: int) -> set[st
 
 def fsdp_units(root: Rank, plan: Plan, model: nn.Module) -> dict[int, list[Unit]]:
     """By virtual stage: its FSDP modules, the stage itself last, each with its ZeRO level."""
-    outer = level(plan.outer_strategy.zero, plan.mesh.shards)
     return {
-        int(key): [*units_of(model, plan, plan.stages[int(key)]), (stage, outer)]  # type: ignore[list-item]
+        int(key): [*units_of(model, plan, plan.stages[int(key)]), (stage, plan.outer_strategy.zero)]  # type: ignore[list-item]
         for key, stage in root.stages.items()
     }

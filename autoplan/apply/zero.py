@@ -12,12 +12,7 @@ from autoplan.apply.expert_parallel import dealt
 from autoplan.plan import Plan
 
 Unit = tuple[FSDPModule, int]
-"""A module that FSDP manages, and the ZeRO level of its own parameters, as `level` has it."""
-
-
-def level(zero: int, shards: int) -> int:
-    """The plan's ZeRO level of parameters that are cut into `shards`. Whole ones are freed after every pass, and copied again."""
-    return zero if shards > 1 else 3
+"""A module that FSDP manages, and the ZeRO level of its own parameters."""
 
 
 def units_of(model: nn.Module, plan: Plan, layers: Iterable[str]) -> Iterator[Unit]:
@@ -27,8 +22,8 @@ def units_of(model: nn.Module, plan: Plan, layers: Iterable[str]) -> Iterator[Un
     for name in layers:
         for inner in experts:
             if inner.startswith(f"{name}."):
-                yield model.get_submodule(inner), level(zero[name], plan.mesh.efsdp)  # type: ignore[misc]
-        yield model.get_submodule(name), level(zero[name], plan.mesh.shards)  # type: ignore[misc]
+                yield model.get_submodule(inner), zero[name]  # type: ignore[misc]
+        yield model.get_submodule(name), zero[name]  # type: ignore[misc]
 
 
 def before_backward(units: Iterable[Unit], last: bool) -> None:

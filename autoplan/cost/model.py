@@ -42,9 +42,9 @@ from autoplan.cost.step import DataParallel, LayerStep, data_parallel, layer_ste
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES, Graph, Value
 from autoplan.hardware import HardwareProfile
-from autoplan.plan import Plan, Prediction
+from autoplan.plan import Plan, Prediction, zero_level
 from autoplan.schedule import ScheduleKind, additive_seconds, exposed_hops, filling, in_flight_by_chunk, shared, slots
-from autoplan.strategy import REPLICATE, CpKind, Layout, Mesh, Sharding, Strategy, Zero
+from autoplan.strategy import REPLICATE, CpKind, Layout, Mesh, Sharding, Strategy
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import Workload
 
@@ -179,7 +179,7 @@ class CostModel:
             model = self.layer_model(body, mesh.tp, micro_batch, mesh.cp, mesh.ep, mesh.cp_kind)
             self._late[key] = late(model, strategy.sharding, regions, self.outer.regions)
         trained = self._dp[key, mesh.dp_replicate, mesh.dp_shard, mesh.pp > 1].whole_trainable
-        reduced = strategy.zero != 1 or mesh.shards == 1
+        reduced = zero_level(strategy.zero, mesh, self.workload) != 1
         return split_step(step, self._late[key], trained, mesh.pp, reduced, self.workload, outer=body == OUTER)
 
     def share(self, schedule: ScheduleKind, chunks: int, mesh: Mesh, micro_batch: int, *, again: bool = False) -> float:
@@ -226,7 +226,7 @@ class CostModel:
         of = (key, mesh.dp_replicate, mesh.dp_shard, mesh.pp > 1)  # the other axes are in the key
         if of not in self._dp:
             self._dp[of] = data_parallel(cost, mesh, self.hardware, self.workload)
-        zero: Zero = strategy.zero if mesh.shards > 1 else 3
+        zero = zero_level(strategy.zero, mesh, self.workload)
         again = strategy.recompute
         m = self.micro_batches(mesh, micro_batch)
         dp, pipelined, ahead = self._dp[of], mesh.pp > 1, self.ahead(mesh)

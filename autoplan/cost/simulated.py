@@ -19,8 +19,7 @@ from autoplan.cost.layer import LayerCost
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.cost.step import DataParallel, LayerStep
 from autoplan.errors import UsageError
-from autoplan.plan import Pipeline, Plan, Prediction, UnitPrediction
-from autoplan.strategy import Zero
+from autoplan.plan import Pipeline, Plan, Prediction, UnitPrediction, zero_level
 from autoplan.units import SECOND, Seconds, parse, show
 
 DIGITS = 6
@@ -56,24 +55,20 @@ def step_of(plan: Plan) -> events.Step:
             f"the plan does not say how long the layer '{missing[0]}' takes.",
             "Price it anew: autoplan estimate plan.yaml -o new.yaml",
         )
-    by_name = {name: strategy.zero for name, strategy in plan.layers()}
+    by_name = {name: zero_level(strategy.zero, plan.mesh, plan.workload) for name, strategy in plan.layers()}
+    of_outer = zero_level(plan.outer_strategy.zero, plan.mesh, plan.workload)
     pipeline = plan.pipeline or Pipeline(split_before=())
 
-    def zero(level: Zero) -> Zero:
-        return level if plan.mesh.shards > 1 else 3
-
     def pieces(name: str) -> Iterator[events.Piece]:
-        level = zero(plan.outer_strategy.zero)
         if ("before", name) in outside:
-            yield events.Piece(f"before {name}", True, level, outside["before", name])
-        yield events.Piece(name, False, zero(by_name[name]), layers[name])
+            yield events.Piece(f"before {name}", True, of_outer, outside["before", name])
+        yield events.Piece(name, False, by_name[name], layers[name])
         if ("after", name) in outside:
-            yield events.Piece(f"after {name}", True, level, outside["after", name])
+            yield events.Piece(f"after {name}", True, of_outer, outside["after", name])
 
     stages = tuple(tuple(piece for name in stage for piece in pieces(name)) for stage in plan.stages)
     if not names:
-        level = zero(plan.outer_strategy.zero)
-        stages = (tuple(events.Piece("model", True, level, unit) for unit in plan.prediction.units),)
+        stages = (tuple(events.Piece("model", True, of_outer, unit) for unit in plan.prediction.units),)
     return events.Step(
         stages=stages,
         micro_batches=plan.micro_batches,

@@ -33,9 +33,9 @@ it recomputes, where those of its activations that were kept are counted already
 neighbour (`window`); and FSDP's buffer, in which the gradients of the layer after it are being reduced, as far as that is more
 than what that layer no longer keeps (`reducing`), or whole, where what that layer kept is counted as gone (`buffer`). At its end
 its own gradients are there, and the buffer into which they are copied, but nothing is kept of it any more. Under level 1 the
-gradients are added up in whole, and the buffer takes their place. Of these moments only the largest of a rank counts: the largest
-`inside` of any layer with what is reduced beside it, less what later layers no longer keep (cost.rank), beside the largest
-`window` of any, since neighbours may differ.
+gradients are added up in whole: a rank's own take their place in the last micro-batch, and so does the buffer of the layer's. Of
+these moments only the largest of a rank counts: the largest `inside` of any layer with what is reduced beside it, less what later
+layers no longer keep (cost.rank), beside the largest `window` of any, since neighbours may differ.
 
 The outer layer's own moment is `alone`, with a layer's parameters gathered ahead. While layers run, it holds no more than
 `beneath` of the micro-batch. Its gradients stay unreduced until the backward pass has ended; when they are reduced (`ending`),
@@ -238,6 +238,8 @@ def layer_step(
     """Price of a layer's share of a step of `micro_batches` micro-batches; `again`: what of its forward is recomputed; `outer`:
     nothing hides its communication, and `ahead` bytes of a layer's parameters are gathered under it; `pipelined`: there are
     several stages."""
+    if micro_batches == 1 and zero == 1:
+        zero = 2  # the first is the last
     forward = cost.forward + cost.tp_forward
     rerun, kept, rebuilt, more = _recomputed(cost, again)
     backward = cost.backward + cost.tp_backward + rerun
@@ -266,7 +268,7 @@ def layer_step(
         "buffers": cost.buffers + micro_batches * cost.batch,
     }
     raw, buffer = dp.whole_trainable * compute, dp.whole_trainable * reduce
-    unsharded = (gathered if stays else 0.0) + (buffer if zero == 1 else 0.0)
+    unsharded = (gathered if stays else 0.0) + (_larger(buffer - gradients, 0.0) if zero == 1 else 0.0)
     between = pipelined and micro_batches > 1 and zero != 1
     if outer:
         stay, moments = _of_outer(cost, kept, raw, buffer, between, ahead)

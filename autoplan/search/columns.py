@@ -162,7 +162,7 @@ class Tables:
 
     def unmet(self, mesh: Mesh) -> str:
         """Why no layer can do on a mesh what is asked of it; "" when it can."""
-        asked = mesh.pp > 1 and mesh.shards > 1 and any(wish.zero == 2 for wish in self.wishes.values())
+        asked = mesh.pp > 1 and any(wish.zero == 2 for wish in self.wishes.values())
         return "ZeRO-2 is not searched with a pipeline: what it would keep is freed by other micro-batches" if asked else ""
 
     def _levels(self, g: int, zeros: Sequence[Zero]) -> Sequence[Zero]:
@@ -171,6 +171,17 @@ class Tables:
         if asked is None or len(zeros) == 1:
             return zeros
         return [asked] if asked in (1, *zeros) else []
+
+    def _zeros(self, mesh: Mesh, micro_batch: int, *, outer: bool) -> tuple[Zero, ...]:
+        """The ZeRO levels that are searched; where nothing is sharded they say how often parameters are cast and copied. With a
+        pipeline level 2 is not: between the passes of one micro-batch others run, whose backward passes free what it would keep.
+        """
+        if not needs_fsdp(mesh, self.costs.workload):
+            return (3,)
+        if mesh.pp > 1:
+            return (3, 1)
+        several: tuple[Zero, ...] = (2, 1) if self.costs.micro_batches(mesh, micro_batch) > 1 else (2,)
+        return several if outer else (3, *several)
 
     def _ways_to_run(self, g: int, zeros: Sequence[Zero]) -> list[tuple[Recompute, Zero]]:
         """Recomputations and ZeRO levels to choose from; embeddings and head frame the step: they are not recomputed."""
@@ -289,9 +300,9 @@ class Tables:
         if corner.seconds is None:
             return None
         m = min(self.costs.micro_batches(mesh, micro_batch) for mesh in meshes)
-        zeros = sorted({zero for mesh in meshes for zero in _zeros(mesh, m, outer=g == OUTER)})
+        zeros = sorted({zero for mesh in meshes for zero in self._zeros(mesh, micro_batch, outer=g == OUTER)})
         sent = [self._sent(g, corner, mesh, stream) for mesh in meshes]
-        levels = self._levels(g, zeros) or [2]  # where that is illegal and the mesh shards nothing it means nothing
+        levels = self._levels(g, zeros) or [2]  # where none is legal (`unmet`), the columns themselves are empty
         cost, ways = share_of(corner.cost, micro_batch / largest), self._ways_to_run(g, levels)
         return Rough(cost, stream, sent, m, ways, self.costs, outer=g == OUTER, pipelined=meshes[0].pp > 1)
 
@@ -318,7 +329,7 @@ class Tables:
         m = costs.micro_batches(mesh, micro_batch)
         step = self._step(g, found.cost, dp, m, pipelined=mesh.pp > 1, ahead=costs.ahead(mesh))
         price = partial(_price, costs, g, mesh, micro_batch)
-        ways = self._ways_to_run(g, self._levels(g, _zeros(mesh, m, outer=g == OUTER)))
+        ways = self._ways_to_run(g, self._levels(g, self._zeros(mesh, micro_batch, outer=g == OUTER)))
         return self._unbeaten(found, ways, step, price, found.cut_by(mesh.shards))
 
     def _unbeaten(
@@ -357,9 +368,9 @@ class Tables:
         found: list[Outer] = []
         kept: list[tuple[float, ...]] = []
         priced = [
-            self._outer(strategy, mesh, micro_batch)
+            self._outer(Strategy(sharding, "none", zero), mesh, micro_batch)
             for sharding in self._placeable(g, mesh, micro_batch, stream)
-            for strategy in self._outer_strategies(sharding, mesh, micro_batch)
+            for zero in self._zeros(mesh, micro_batch, outer=True)
         ]
         for outer in sorted(priced, key=_all_costs):
             costs = _all_costs(outer)
@@ -368,24 +379,9 @@ class Tables:
                 kept.append(costs)
         return tuple(found)
 
-    def _outer_strategies(self, sharding: Sharding, mesh: Mesh, micro_batch: int) -> Iterator[Strategy]:
-        for zero in _zeros(mesh, self.costs.micro_batches(mesh, micro_batch), outer=True):
-            yield Strategy(sharding, "none", zero)
-
     def _outer(self, strategy: Strategy, mesh: Mesh, micro_batch: int) -> Outer:
         parts = {regions: self.costs.outer_step(regions, strategy, mesh, micro_batch) for regions in self.costs.outer.parts}
         return Outer(strategy, parts)
-
-
-def _zeros(mesh: Mesh, micro_batches: int, *, outer: bool) -> tuple[Zero, ...]:
-    """The ZeRO levels that are searched. With a pipeline level 2 is not: between the passes of one micro-batch others run,
-    whose backward passes free what it would keep."""
-    if mesh.shards == 1:
-        return (3,)
-    if mesh.pp > 1:
-        return (3, 1)
-    several: tuple[Zero, ...] = (2, 1) if micro_batches > 1 else (2,)
-    return several if outer else (3, *several)
 
 
 def _all_costs(outer: Outer) -> tuple[float, ...]:

@@ -68,7 +68,7 @@ def _name(graph: Graph, g: int, strategy: Strategy, mesh: Mesh, several: bool, t
         parts.append(f"tp{mesh.tp}" + ("-sp" if strategy.sharding.stream != REPLICATE else ""))
     if strategy.recompute != "none":
         parts.append({"selective": "selective", "full": "recompute"}[strategy.recompute])
-    if g != OUTER and mesh.shards > 1 and strategy.zero < 3:
+    if g != OUTER and strategy.zero < 3:
         parts.append(f"zero{strategy.zero}")
     base = name = "-".join(parts)
     number = 2

@@ -32,7 +32,7 @@ from autoplan.cost.parameters import LocalParameter
 from autoplan.cost.prices import LayerModel
 from autoplan.cost.walk import Step, walk
 from autoplan.graph import DTYPE_BYTES, Value
-from autoplan.plan import Plan
+from autoplan.plan import Plan, zero_level
 from autoplan.strategy import REPLICATE, Layout, Strategy
 from autoplan.verify.borders import Collective, context_parallel, expert_parallel, parameter_gradients, tensor_parallel
 from autoplan.verify.traffic import Amount, Key, Traffic, axis_of, total
@@ -175,7 +175,7 @@ def _synchronised(plan: Plan, strategy: Strategy, elements: int, rank: int) -> A
     """The all_reduces of a GATHERED parameter's gradient over tp: when FSDP reduces it, and before that over dp_shard."""
     load, m = plan.workload, plan.micro_batches
     split = plan.pipeline is not None and plan.pipeline.schedule == "zero-bubble"
-    once = strategy.zero == 1 and plan.mesh.shards > 1
+    once = zero_level(strategy.zero, plan.mesh, load) == 1
     accumulated = once and (m > 1 or split)  # FSDP adds micro-batches up in the format in which it reduces
     if split:  # of several micro-batches together, when weights of the first get their gradients: no product has such a weight
         m = max(1, m - rank)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from autoplan.plan import Plan
+from autoplan.plan import Plan, zero_level
 from autoplan.schedule import in_flight_by_chunk
 from autoplan.verify.traffic import Amount, Traffic, total
 
@@ -79,7 +79,7 @@ def sample_of(plan: Plan, rank: int) -> Sample:
 
 def _alike_from(plan: Plan) -> int:
     """From how many micro-batches on each sends the same."""
-    added = plan.mesh.tp > 1 and plan.mesh.shards > 1 and any(strategy.zero == 1 for _, strategy in plan.strategies)
+    added = plan.mesh.tp > 1 and any(zero_level(each.zero, plan.mesh, plan.workload) == 1 for _, each in plan.strategies)
     return ACCUMULATES if added else 1  # (`verify.expected`: a GATHERED parameter's gradient)
 
 
