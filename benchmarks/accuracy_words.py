@@ -15,10 +15,11 @@ reason that is counted below.
 - **noise**: spread of runs of one configuration, where a source repeats any. **memory**: mean size of the error of the peak;
   **too small**: how often it was predicted below the measured one; **by margin**: below it by more than the profile's `reserved`.
 - **held out**: the split is by group, a hash of (model, GPUs, tp, pp); constants were fitted on the other half alone. Held-out
-  figures were looked at while terms were added to the model (nanotron's floor and all-reduces of pipelines, ZeRO's ranks, the
-  host's clock of its memory and what NCCL received; vTrain's adapters; torchtitan's copies, sums, casts, ring, attention
-  kernel, asynchronous tp, products in fp8, A100 network and pipeline's buffers; the adding up of gradients, the optimizer's
-  bytes; that the level of an A100's attention had not been raised as that of its products had), so they are a fair test of the
+  figures were looked at while terms were added to the model (nanotron's floor and all-reduces of pipelines, ZeRO's ranks and
+  what their gather takes, the host's clock of its memory and what NCCL received; vTrain's adapters; torchtitan's copies, sums,
+  casts, ring, attention kernel, asynchronous tp, products in fp8, A100 network and pipeline's buffers; the adding up of
+  gradients, the optimizer's bytes; that the level of an A100's attention had not been raised as that of its products had), so
+  they are a fair test of the
   constants and a milder one of the terms. The four 70B rows of `threads.csv` came out 5.4 % off in the mean
   when they were found, 1.9 % when recomputation was priced as PyTorch does it, for which they were no reason, and 2.0 % now.
   What nanotron's `ahead` is fitted to was changed once after a look: with under-prediction counting twice it was 6.25,
@@ -60,7 +61,8 @@ Habits that are counted from a framework's source, not fitted, stand in `benchma
   PyTorch's allocator (`benchmarks/nanotron.py`, `allocator.py`). Without tp that is all: 3 % off in the mean on the fit half.
   Under tp, tensors that NCCL has read or written come back late while the host is ahead of the device: clocks of both are kept,
   and how far ahead the host gets is fitted, and so is what the allocator gets of the device before it must give
-  free blocks back (71 GiB, `room`; most runs that failed need more). Its stages are as its memory shows: a block that fills a
+  free blocks back (71 GiB, `room`; most runs that failed need more). Nothing waits for the device before parameters are gathered,
+  into one block a rank. Its stages are as its memory shows: a block that fills a
   stage's share exactly is the last one there.
 - Asynchronous tp in PyTorch hides a collective under the products beside it and no others (`benchmarks/asynchronous.py`): it
   multiplies the rows of every rank apart, and smaller products reach less of the peak; what a reduce-scatter received is added up

@@ -22,7 +22,8 @@ For each number of ranks the machine was profiled by `autoplan profile`, with as
 For each model `autoplan plan` picked a plan with that profile. Then every uniform plan of the space was run for real: all meshes,
 micro-batches, schedules, with and without sequence parallelism, all ZeRO levels, all layers recomputed or none; each one to four
 steps after one to warm up, in rounds over all plans, then in rounds over the picked plan and those within {near:.0%} of the
-fastest, lest luck be called fast. A plan's time is the median of its rounds.
+fastest, lest luck be called fast. A plan's time is the median of its rounds. Where nothing is sharded, plans were run at ZeRO-3;
+the picked ones are at ZeRO-1 or 2 today, and copy their parameters once a step, not twice.
 
 - **Picked**: how much slower the plan that `autoplan plan` picked is than the fastest that was run.
 - **Spearman**: rank correlation of predicted and measured times, over all plans.

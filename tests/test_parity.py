@@ -57,6 +57,7 @@ class Case:
 CASES: dict[int, dict[str, Case]] = {
     2: {
         "dp only": Case(Mesh(dp_replicate=2), 4),
+        "dp only, zero 1, accumulation": Case(Mesh(dp_replicate=2), 1, zero=1),
         "fsdp": Case(Mesh(dp_shard=2), 4),
         "fsdp, accumulation, recompute": Case(Mesh(dp_shard=2), 2, recompute="full"),
         "zero 2, accumulation": Case(Mesh(dp_shard=2), 2, zero=2),
@@ -84,8 +85,10 @@ PIPELINES: dict[int, dict[str, Case]] = {
     2: {
         "gpipe": Case(Mesh(pp=2), 2, schedule="gpipe"),
         "1f1b, cut unevenly": Case(Mesh(pp=2), 2, cuts=(1,)),
+        "zero 1, recompute": Case(Mesh(pp=2), 2, recompute="full", zero=1),
         "1f1b, recompute, one micro-batch": Case(Mesh(pp=2), 8, recompute="full", cuts=(3,)),
         "interleaved": Case(Mesh(pp=2), 2, schedule="interleaved-1f1b", chunks=2),
+        "zero-bubble, zero 1": Case(Mesh(pp=2), 2, zero=1, schedule="zero-bubble"),
         "zero-bubble, recompute, cut unevenly": Case(Mesh(pp=2), 2, recompute="full", schedule="zero-bubble", cuts=(1,)),
     },
     4: {

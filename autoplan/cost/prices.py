@@ -343,7 +343,7 @@ class LayerModel:
         if op.kind == "cross_entropy" and not outcome.sharded:
             # softmax and its gradient in float32, both of the logits' shape; the vocabulary-parallel form works in place
             gradients = max(gradients, 2 * prod(self.body.values[op.inputs[0]].shape) * self.samples * DTYPE_BYTES["float32"])
-        if op.kind == "embedding" and outcome.sharded:
+        if op.kind == "embedding" and outcome.inputs[1].sharded and outcome.inputs[1].dim == 0:
             table = self.body.values[op.inputs[1]]
             gradients += prod(table.shape) * DTYPE_BYTES[self.dtype]
         return max(gradients, held)

@@ -8,8 +8,10 @@ full (F without what comes after the last operation that saves something) or les
     r  reduce_scatter of its gradients over dp_shard, in the reduce dtype
        (those of experts that are dealt over ep: over efsdp)
     a  all_reduce of its gradient shards over dp_replicate, once a step
-    u  FSDP's copies of gathered parameters to where they belong, read and written in the compute dtype
-    p  ... of gradients into what is reduced, read in the compute dtype, written in the reduce dtype
+    u  FSDP's copies of gathered parameters to where they belong, read and written in the compute dtype; on one rank alone it
+       casts them first (`wait_for_unshard`)
+    p  ... of gradients into what is reduced, read in the compute dtype, written in the reduce dtype; on one rank alone it copies
+       what it would reduce once more (`foreach_reduce`)
     e(c, q) = max(0, q - c) + overlap min(c, q)        what communication of q seconds beside c seconds of computation costs
 
 the seconds are (`layer_step`), with F' = F + u and B' = B + p, or B + u + p under level 3, and e' = e(F', g),
@@ -33,9 +35,14 @@ it recomputes, where those of its activations that were kept are counted already
 neighbour (`window`); and FSDP's buffer, in which the gradients of the layer after it are being reduced, as far as that is more
 than what that layer no longer keeps (`reducing`), or whole, where what that layer kept is counted as gone (`buffer`). At its end
 its own gradients are there, and the buffer into which they are copied, but nothing is kept of it any more. Under level 1 the
-gradients are added up in whole: a rank's own take their place in the last micro-batch, and so does the buffer of the layer's. Of
-these moments only the largest of a rank counts: the largest `inside` of any layer with what is reduced beside it, less what later
-layers no longer keep (cost.rank), beside the largest `window` of any, since neighbours may differ.
+gradients are added up in whole, and the buffer takes their place. Of these moments only the largest of a rank counts: the largest
+`inside` of any layer with what is reduced beside it, less what later layers no longer keep (cost.rank), beside the largest
+`window` of any, since neighbours may differ.
+
+A rank's own gradients count as if they were always there. In a step of one micro-batch they come when activations go, and under
+level 1 when whole ones go, but FSDP reduces on a stream of its own (`foreach_reduce`), and what was reserved for one stream
+PyTorch's allocator gives to no other. (Of torchtitan's 8B a device of 8 takes 15.4 GiB more than one of 128; 16 bytes of every
+parameter are 14.0, 12 are 10.5.)
 
 The outer layer's own moment is `alone`, with a layer's parameters gathered ahead. While layers run, it holds no more than
 `beneath` of the micro-batch. Its gradients stay unreduced until the backward pass has ended; when they are reduced (`ending`),
@@ -83,7 +90,8 @@ class LayerStep(NamedTuple):
     forward_slot: Seconds
     """What of every micro-batch's seconds is the forward pass, with what FSDP copies and the gather that it does not hide."""
     copies: tuple[Seconds, Seconds]
-    """What FSDP copies in (the forward, the backward) pass of every micro-batch; under level 1 it does so once (`dp_once`)."""
+    """What FSDP copies in (the forward, the backward) pass of every micro-batch; under level 1 it does so once a step."""
+    copies_once: tuple[Seconds, Seconds]
     hidden: tuple[Seconds, Seconds]
     """Communication under computation, of every micro-batch and once a step."""
     parameters: Bytes
@@ -130,8 +138,8 @@ class LayerStep(NamedTuple):
     def time(self, slots: float, once: float) -> TimeBreakdown:
         """Where the seconds go, of `slots` micro-batches and `once` times what happens once."""
         return TimeBreakdown(
-            forward=slots * (self.forward + self.copies[0]),
-            backward=slots * (self.backward + self.copies[1]),
+            forward=slots * (self.forward + self.copies[0]) + once * self.copies_once[0],
+            backward=slots * (self.backward + self.copies[1]) + once * self.copies_once[1],
             recompute=slots * self.recompute,
             tp_communication=slots * self.tp,
             dp_communication=slots * self.dp + once * self.dp_once,
@@ -165,7 +173,7 @@ class LayerStep(NamedTuple):
         return MemoryBreakdown(activations=self.less, unsharded=self.ending - self.less)
 
 
-NOTHING = LayerStep._make((0.0, 0.0) if name in ("hidden", "copies") else 0.0 for name in LayerStep._fields)
+NOTHING = LayerStep._make((0.0, 0.0) if name in ("hidden", "copies", "copies_once") else 0.0 for name in LayerStep._fields)
 """What takes nothing: of bounds."""
 
 
@@ -198,7 +206,7 @@ def data_parallel(cost: HasParameters, mesh: Mesh, hardware: HardwareProfile, lo
     """Seconds of gathering parameters and reducing gradients over dp_shard, of all-reducing their shards over dp_replicate,
     and of the optimizer."""
     size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
-    gather = reduction = final = 0.0
+    gather = reduction = final = cast = passed = 0.0
     numel = trainable = whole = whole_trainable = 0.0
     for dealt, shards, stride in ((False, mesh.shards, mesh.tp), (True, mesh.efsdp, mesh.ep)):
         local = cost.sizes(dealt, shards)
@@ -213,12 +221,16 @@ def data_parallel(cost: HasParameters, mesh: Mesh, hardware: HardwareProfile, lo
 
         gather = gather + seconds("all_gather", gathered * compute, shards, stride)
         reduction = reduction + seconds("reduce_scatter", trained * reduce, shards, stride)
+        if shards == 1:
+            cast = cast + (gathered * (size + compute) if load.param_dtype != load.compute_dtype else 0.0)
+            passed = passed + 2 * trained * reduce
         final = final + seconds("all_reduce", trained * reduce / shards, mesh.dp_replicate, shards * stride)
     if not needs_fsdp(mesh, load):  # gradients are made in their place
-        whole = whole_trainable = 0.0 * numel
+        whole = whole_trainable = cast = passed = 0.0 * numel
     states = OPTIMIZER_STATES[load.optimizer]
     optimizer = _of_each(lambda one: optimizer_time(one, states, hardware.device), trainable * size)
-    unpack, pack = (memory_time(n, hardware.device) for n in (2 * whole * compute, whole_trainable * (compute + reduce)))
+    copied = 2 * whole * compute + cast, whole_trainable * (compute + reduce) + passed
+    unpack, pack = (memory_time(each, hardware.device) for each in copied)
     return DataParallel(gather, reduction, final, unpack, pack, optimizer, numel, trainable, whole, whole_trainable)
 
 
@@ -249,10 +261,9 @@ def layer_step(
     f, f_hidden = beside(under_f, dp.gather, hardware)
     b, b_hidden = beside(under_b, sent, hardware)
     last, last_hidden = beside(under_b, sent + dp.final, hardware)
-    copied = (0.0, 0.0) if zero == 1 else (dp.unpack, copies)
+    copied, copied_once = ((0.0, 0.0), (dp.unpack, copies)) if zero == 1 else ((dp.unpack, copies), (0.0, 0.0))
     every, every_hidden = (0.0, 0.0) if zero == 1 else (f + b, f_hidden + b_hidden)
     once, once_hidden = (f + last, f_hidden + last_hidden) if zero == 1 else (last - b, last_hidden - b_hidden)
-    once = once + (dp.unpack + copies if zero == 1 else 0.0)
     size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
     gathered = dp.whole * compute
     stays = zero < 3 or outer  # FSDP's root stays gathered for the whole backward pass
@@ -268,7 +279,7 @@ def layer_step(
         "buffers": cost.buffers + micro_batches * cost.batch,
     }
     raw, buffer = dp.whole_trainable * compute, dp.whole_trainable * reduce
-    unsharded = (gathered if stays else 0.0) + (_larger(buffer - gradients, 0.0) if zero == 1 else 0.0)
+    unsharded = (gathered if stays else 0.0) + (buffer if zero == 1 else 0.0)
     between = pipelined and micro_batches > 1 and zero != 1
     if outer:
         stay, moments = _of_outer(cost, kept, raw, buffer, between, ahead)
@@ -285,13 +296,14 @@ def layer_step(
         optimizer_seconds=dp.optimizer,
         forward_slot=forward + copied[0] + (0.0 if zero == 1 else f),
         copies=copied,
+        copies_once=copied_once,
         hidden=(every_hidden, once_hidden),
         **states,
         unsharded=unsharded,
         kept=kept,
         rebuilt=rebuilt,
         slot_seconds=forward + backward + adding + sum(copied) + every,
-        once_seconds=once + dp.optimizer,
+        once_seconds=once + sum(copied_once) + dp.optimizer,
         state_bytes=sum(states.values()) + unsharded - moments.less,
         less=moments.less,
         whole=moments.whole,

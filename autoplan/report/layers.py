@@ -138,7 +138,7 @@ def _stage_title(plan: Plan, k: int) -> str:
 
 def reshard_words(plan: Plan, strategy: Strategy) -> str:
     """What FSDP does with the layer's gathered parameters after its forward pass: ZeRO-3 frees them, ZeRO-2 keeps them."""
-    if plan.mesh.shards == 1:
+    if plan.mesh.shards == 1 and strategy.zero == 3:
         return "-"
     return f"ZeRO-{strategy.zero}"
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from autoplan.plan import Plan
 from autoplan.report import facts, pipeline, words
+from autoplan.report.layers import reshard_words
 from autoplan.report.tables import table, titled
 
 Named = Sequence[tuple[str, Plan]]
@@ -89,10 +90,8 @@ def _experts(plan: Plan) -> str:
 
 
 def _zero(plan: Plan) -> str:
-    if plan.mesh.shards == 1:
-        return "-"
-    levels = sorted({strategy.zero for _, strategy in plan.layers()})
-    return " and ".join(f"ZeRO-{level}" for level in levels)
+    each = sorted({strategy.zero: reshard_words(plan, strategy) for _, strategy in plan.layers()}.items())
+    return " and ".join(words for _, words in each)
 
 
 def costs(plans: Named) -> tuple[Line, ...]:

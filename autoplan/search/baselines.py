@@ -28,7 +28,7 @@ class Recipe:
 
 def recipes(gpus: int, node: int) -> Iterator[Recipe]:
     """The usual hand-made meshes for `gpus` devices in nodes of `node`."""
-    yield Recipe("DDP", (Mesh(dp_replicate=gpus),))
+    yield Recipe("DDP", (Mesh(dp_replicate=gpus),), 1)  # which casts and reduces no more often than that
     if gpus > 1:
         yield Recipe("FSDP2 (ZeRO-3)", (Mesh(dp_shard=gpus),))
         yield Recipe("FSDP2 (ZeRO-2)", (Mesh(dp_shard=gpus),), 2)

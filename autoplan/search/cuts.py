@@ -52,7 +52,7 @@ def farthest(stages: int, layers: int, value: Value, most: float, least: int = 1
 
 def least_bottleneck(stages: int, layers: int, value: Value, low: float, high: float, least: int = 1) -> float:
     """A lower bound within `_NEAR` on the largest price of a stage in any cut; infinite when not even `high` can be kept, or
-    when there is no cut without a run of infinite price.
+    when not even at best (`farthest`) there is a cut without a run of infinite price.
 
     `low` must be a bound already.
     """

@@ -43,7 +43,7 @@ for family, number in (("mixtral", 4), ("qwen3-moe", 8)):
 
 CASES = {
     "example": {
-        "ep": (Mesh(dp_shard=4, ep=4), {"micro_batch": 1}),
+        "ep, zero 1": (Mesh(dp_shard=4, ep=4), {"micro_batch": 1, "zero": 1}),
         "ep x fsdp, zero 2, recompute": (Mesh(dp_shard=4, ep=2), {"micro_batch": 1, "zero": 2, "recompute": "full"}),
         "ep x fsdp, zero 1": (Mesh(dp_shard=4, ep=2), {"micro_batch": 1, "zero": 1}),
         "ep over tp and dp_shard": (Mesh(dp_shard=2, tp=2, ep=4), {"micro_batch": 2}),

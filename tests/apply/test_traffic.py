@@ -54,12 +54,12 @@ def test_encoder_decoder():
     assert backward == {"all_reduce": (2 + 1) * LAYERS + (4 + 2) * LAYERS + 1}
 
 
-def copied(zero):
+def copied(mesh, zero):
     """Elements that a step of two micro-batches copies, by the number of parameters, all even."""
-    plan = PLANNERS["llama"](Mesh(dp_shard=2), zero=zero, micro_batch=2)
+    plan = PLANNERS["llama"](mesh, zero=zero, micro_batch=8 // mesh.dp // 2)
     parallel = apply(double("llama"), plan, device="cpu")
     with Copies() as found:
-        parallel.step(batches("llama", samples=4)[0])
+        parallel.step(batches("llama", samples=8 // mesh.dp)[0])
     numel = sum(p.numel() for p in double("llama")().parameters())
     return {kind: n / numel for kind, n in found.elements.items()}
 
@@ -68,4 +68,7 @@ def copied(zero):
 def test_fsdp_copies_what_is_priced(zero, unpack, pack):
     """Two micro-batches: under level 3 parameters are put in place in both passes, under 2 in the forward pass, under 1 in the
     first alone, and gradients are reduced once (`cost.step`)."""
-    assert run(2, copied, zero)[0] == {"unpack": unpack, "pack": pack}
+    found = run(2, copied, Mesh(dp_shard=2), zero)[0]
+    assert (found["unpack"], found["pack"]) == (unpack, pack)
+    for mesh in (Mesh(), Mesh(dp_replicate=2)):
+        assert run(mesh.size, copied, mesh, zero)[0] == {"copy": unpack + pack, "pack": pack}

@@ -7,7 +7,7 @@ from collections import Counter
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-COPIES = {"fsdp::split_with_sizes_copy": "unpack", "fsdp::chunk_cat": "pack"}
+COPIES = {"fsdp::split_with_sizes_copy": "unpack", "fsdp::chunk_cat": "pack", "aten::copy_": "copy"}
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
 
@@ -31,7 +31,8 @@ class Traffic(TorchDispatchMode):
 
 
 class Copies(TorchDispatchMode):
-    """Elements that FSDP copies: of what it has gathered ("unpack"), and into what it reduces ("pack")."""
+    """Elements that FSDP copies: of what it has gathered ("unpack"), and into what it reduces ("pack"). On one rank alone it uses
+    "copy" for what it would gather and for what it would receive; gloo does too, for other things."""
 
     def __init__(self):
         super().__init__()
@@ -42,6 +43,6 @@ class Copies(TorchDispatchMode):
             return NotImplemented
         kind = COPIES.get(func._schema.name)
         if kind:
-            out = kwargs["out"]
+            out = (kwargs or {}).get("out", args[0])
             self.elements[kind] += sum(t.numel() for t in (out if isinstance(out, (list, tuple)) else [out]))
         return func(*args, **(kwargs or {}))

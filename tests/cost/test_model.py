@@ -142,10 +142,11 @@ def test_fsdp_copies_in_every_micro_batch_what_it_gathers_and_reduces(zero: Zero
     device = costs.hardware.device
     step = costs.layer_step(0, Strategy(zero=zero), mesh, 1)
     assert step.copies == pytest.approx([memory_time(each * numel, device) for each in (forward, backward)])
-    assert step.dp_once >= (memory_time(10 * numel, device) if zero == 1 else 0.0)
+    once = (4, 6) if zero == 1 else (0, 0)
+    assert step.copies_once == pytest.approx([memory_time(each * numel, device) for each in once])
     alike = Workload(global_batch=64, param_dtype="float32", compute_dtype="float32", reduce_dtype="float32")
     alone = CostModel(GRAPH, machine(), alike).layer_step(0, Strategy(zero=zero), Mesh(tp=8), 1)
-    assert (alone.copies, alone.dp_once) == ((0.0, 0.0), 0.0)
+    assert (alone.copies, alone.copies_once, alone.dp_once) == ((0.0, 0.0), (0.0, 0.0), 0.0)
 
 
 @settings(max_examples=20)

@@ -30,7 +30,7 @@ def found() -> Plan:
     return search(GRAPH, COSTS.hardware, COSTS.workload, gpus=8)
 
 
-def by_hand(found: Plan, mesh: Mesh, layer: Strategy, schedule: Pipeline | None = None, batch: int = 32) -> Plan:
+def by_hand(found: Plan, mesh: Mesh, layer: Strategy, schedule: Pipeline | None = None, batch: int = 32, outer: Zero = 2) -> Plan:
     """Every layer alike."""
     names = tuple(block.name for block in GRAPH.blocks)
     plan = replace(
@@ -38,7 +38,7 @@ def by_hand(found: Plan, mesh: Mesh, layer: Strategy, schedule: Pipeline | None 
         mesh=mesh,
         micro_batch=1,
         workload=replace(found.workload, global_batch=batch),
-        strategies=(("layer", layer), ("outer", Strategy(UNSHARDED, "none", 2))),
+        strategies=(("layer", layer), ("outer", Strategy(UNSHARDED, "none", outer))),
         outer="outer",
         runs=(LayerRun(layers=names, strategy="layer"),),
         pipeline=schedule,
@@ -94,7 +94,7 @@ def test_with_data_parallelism_it_is_near_the_price(found: Plan, mesh: Mesh, zer
 def test_a_pipeline_alone_is_its_schedules_timeline(found: Plan, batch: int) -> None:
     """But for the optimizer, which each rank runs when it has ended, and not when the slowest has."""
     starts = tuple(GRAPH.blocks[i].name for i in (2, 4, 6))
-    plan = by_hand(found, Mesh(pp=4), Strategy(), Pipeline(split_before=starts), batch)
+    plan = by_hand(found, Mesh(pp=4), Strategy(), Pipeline(split_before=starts), batch, outer=3)
     prediction = plan.prediction
     assert prediction.simulated is not None
     assert prediction.scheduled is not None

@@ -120,3 +120,16 @@ def test_the_next_best_meshes_are_the_next_best() -> None:
     assert [p.prediction.step_time for p in found] == pytest.approx(best, rel=1e-4)
     assert found[0].solve.status == "optimal"
     assert all(p.solve.bound <= found[0].prediction.step_time for p in found)
+
+
+def test_on_one_device_what_is_cast_stays_where_there_is_room() -> None:
+    """And gradients stay whole; where there is no room for both, some layers do without."""
+    only = Constraints(only={"micro_batch": [1]}, layers={"*": LayerWish(recompute="none")})
+    roomy = search(GRAPH, machine(), LOAD, gpus=1, constraints=only)
+    assert {strategy.zero for _, strategy in roomy.layers()} == {1}
+    assert roomy.prediction.time.dp_communication == 0
+    tight = search(GRAPH, machine(memory=roomy.prediction.memory.total - 1e6), LOAD, gpus=1, constraints=only)
+    assert any(strategy.zero > 1 for _, strategy in tight.layers())
+    assert roomy.prediction.step_time < tight.prediction.step_time
+    everywhere = search(GRAPH, machine(), LOAD, gpus=1, constraints=Constraints(only=only.only, layers={"*": LayerWish(zero=3)}))
+    assert tight.prediction.step_time <= everywhere.prediction.step_time * (1 + 1e-4)
