@@ -45,6 +45,8 @@ class RankRow:
     number: int
     forward: str
     backward: str
+    later: str
+    """Of the backward pass, gradients of weights under zero-bubble; "" where there are none apart."""
     idle: str
     memory: str
     free: str
@@ -120,18 +122,14 @@ def _rank(plan: Plan, s: int, stage: StagePrediction, idle: float | None, fulles
         layers=", ".join(words.fold(names) for names in held),
         number=sum(map(len, held)),
         forward=words.seconds(sum(stage.forward)),
-        backward=_backward(stage),
+        backward=words.seconds(sum(stage.backward)),
+        later=words.seconds(sum(stage.weights)) if stage.weights else "",
         idle="-" if idle is None else words.percent(idle),
         memory=words.size(memory),
         free=words.size(left) if left >= 0 else f"-{words.size(-left)}",
         fullest=fullest,
         parts=parts(stage.memory.items(), words.MEMORY_WORDS, words.size),
     )
-
-
-def _backward(stage: StagePrediction) -> str:
-    later = f", {words.seconds(sum(stage.weights))} of it later" if stage.weights else ""
-    return words.seconds(sum(stage.backward)) + later
 
 
 def _priced(plan: Plan) -> bool:

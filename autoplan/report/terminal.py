@@ -106,12 +106,17 @@ def _parts(parts: tuple[facts.Part, ...], total: str) -> Table:
 
 
 def _ranks(plan: Plan) -> RenderableType:
+    ranks = pipeline.ranks(plan)
+    late = any(row.later for row in ranks)
+    apart = [(">", "later")] if late else []
     rows = table(
-        ("<", "rank"), ("<", "layers"), (">", "forward"), (">", "backward"), (">", "idle"), (">", "memory"), (">", "free")
+        ("<", "rank"), ("<", "layers"), (">", "forward"), (">", "backward"), *apart, (">", "idle"), (">", "memory"), (">", "free")
     )
-    for row in pipeline.ranks(plan):
-        _add(rows, f"pp {row.rank}", row.layers, row.forward, row.backward, row.idle, row.memory, row.free)
-    return Group(rows, Text("Times of one micro-batch; idle is a share of the schedule.", style="dim"))
+    for row in ranks:
+        later = [row.later] if late else []
+        _add(rows, f"pp {row.rank}", row.layers, row.forward, row.backward, *later, row.idle, row.memory, row.free)
+    said = ", later of backward" if late else ""
+    return Group(rows, Text(f"Times of one micro-batch; idle is a share of the schedule{said}.", style="dim"))
 
 
 def _time(plan: Plan) -> RenderableType:
