@@ -94,14 +94,16 @@ MISSES = """## Where it misses its targets, and why
 - **Peak memory, of all sources but simumax**, is {memory} off for 6 %, and too small by more than the margin in {margin} of the
   rows for 2 %.
 - **nanotron** meets its targets: memory is {nano_memory} off in the mean for 6 %, too small by more than the margin in
-  {nano_margin} of the held-out rows for 2 %; the median error of the time is {nano_median}, Spearman {nano_rank} for 0.95, regret
-  {nano_regret} in the median and {nano_regret_mean} in the mean, for 3 and 6 %. How far the host is ahead of the device, and so
-  how much of what NCCL has read waits to be used again, is timing; two stages are worst, and of one configuration run again three
-  times reserved bytes are 6 GiB apart. One row, 28 layers over 32 stages (8.1 GiB predicted, 3.4 measured, as though its first
-  rank had no layer), makes half a point of that mean. Of the **times**: under tp, runs whose pipeline spans nodes never take less
-  than 8 (tp 2), 12 (tp 4) or 21 ms (tp 8) for a layer and micro-batch, however small; a constant for that is fitted, its cause
-  is unknown. Some runs at tp 4 with pp 2 are two to three times slower than their siblings. Runs below 10 % MFU, which the source
-  calls pathological, are 70 % off in the median: the model prices what a machine can do, not what went wrong.
+  {nano_margin} of the held-out rows for 2 %; the median error of the time is {nano_median}, Spearman {nano_rank} for 0.95,
+  regret {nano_regret} in the median and {nano_regret_mean} in the mean, for 3 and 6 %. How far the host is ahead of the device,
+  and so how much of what NCCL has read waits to be used again, is timing; two stages are worst. Runs whose first rank holds the
+  same tensors (3.57B, tp 8, 16 samples, ZeRO-0, over dp 2, 4 and 8) have reserved 68.7, 63.8 and 65.3 GiB, and nothing in their
+  rows tells why: more than the margin of 4 GiB. One row, 28 layers over 32 stages (8.1 GiB predicted, 3.4 measured, as though
+  its first rank had no layer), makes half a point of that mean. Of the **times**: under tp, runs whose pipeline spans nodes
+  never take less than 8 (tp 2), 12 (tp 4) or 21 ms (tp 8) for a layer and micro-batch, however small; a constant for that is
+  fitted, its cause is unknown. Some runs at tp 4 with pp 2 are two to three times slower than their siblings. Runs below 10 %
+  MFU, which the source calls pathological, are 70 % off in the median: the model prices what a machine can do, not what went
+  wrong.
 - **vtrain** meets its target with {vtrain} for 7 %, but runs with tp 2 and 4 whose pipeline is 8 or 16 deep are up to 37 %
   slower than priced for a reason that the source does not tell (the excess does not grow with the number of micro-batches), and
   0016 takes twice as long as its sibling of half the micro-batch. Order within the held-out groups is poor for that (Spearman

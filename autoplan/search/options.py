@@ -12,20 +12,23 @@ its group, which nobody frees anything for. So `n` layers need at least `n` time
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import ceil, floor, inf
+from operator import attrgetter
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from autoplan.cost.step import LayerStep
-from autoplan.search.dominance import Bools, Floats, unbeaten
+from autoplan.search.dominance import Floats, unbeaten
+from autoplan.search.hull import Vertex, falling, lower, records
 from autoplan.strategy import Recompute, Sharding, Strategy, Zero
 from autoplan.units import Bytes, Seconds
 
+_BYTES = attrgetter("bytes")
 _FEW = 6
 """Columns that are looked at one by one."""
 STEP = 2.0**18
@@ -172,17 +175,6 @@ def _array(rows: Sequence[Any], number: int) -> Floats:
     return found
 
 
-class Vertex(NamedTuple):
-    """A corner of the hull."""
-
-    bytes: Bytes
-    seconds: Seconds
-
-
-def _bytes(vertex: Vertex) -> Bytes:
-    return vertex.bytes
-
-
 class Options(Sequence[Option]):
     """The unbeaten options of a layer on a stage, the fastest first, with what bounds their mixes."""
 
@@ -227,8 +219,8 @@ class Options(Sequence[Option]):
         """From the leanest mix to the fastest."""
         order = np.lexsort((self._costs[0], self._costs[1]))
         seconds = self._costs[0][order]
-        faster = _records(seconds)
-        return tuple(_hull(zip(self._costs[1][order][faster].tolist(), seconds[faster].tolist(), strict=True)))
+        faster = records(seconds)
+        return tuple(lower(zip(self._costs[1][order][faster].tolist(), seconds[faster].tolist(), strict=True)))
 
     def fit(self, number: int, limit: Bytes, peak: Bytes) -> bool:
         """Whether so many layers can be within the limit: `bounds.fits`, of one group beside something with such a peak."""
@@ -274,7 +266,7 @@ class Options(Sequence[Option]):
             return hull[-1].seconds
         if size < hull[0].bytes:
             return inf
-        i = bisect_right(hull, size, key=_bytes)
+        i = bisect_right(hull, size, key=_BYTES)
         a, b = hull[i - 1], hull[i]
         return a.seconds + (b.seconds - a.seconds) * (size - a.bytes) / (b.bytes - a.bytes)
 
@@ -300,7 +292,7 @@ class FewOptions(Options):
 
     @cached_property
     def hull(self) -> tuple[Vertex, ...]:
-        return tuple(_hull(_falling(sorted((option.bytes, option.seconds) for option in self._all))))
+        return tuple(lower(falling(sorted((option.bytes, option.seconds) for option in self._all))))
 
 
 class Group(NamedTuple):
@@ -317,35 +309,3 @@ class Group(NamedTuple):
     @property
     def fastest(self) -> Option:
         return self.options[0]
-
-
-def _records(numbers: Floats) -> Bools:
-    """Which are less than all before them. (`np.diff` with `prepend` is ten times slower.)"""
-    least = np.minimum.accumulate(numbers)
-    found = np.ones(len(numbers), dtype=bool)
-    np.less(least[1:], least[:-1], out=found[1:])
-    return found
-
-
-def _falling(pairs: Iterable[tuple[float, float]]) -> Iterator[tuple[float, float]]:
-    """Those whose second number is less than those of all before."""
-    least = inf
-    for pair in pairs:
-        if pair[1] < least:
-            least = pair[1]
-            yield pair
-
-
-def _hull(points: Iterable[tuple[Bytes, Seconds]]) -> list[Vertex]:
-    """Of points that take more and more bytes and fewer and fewer seconds, the corners of the lower convex hull."""
-    corners: list[tuple[Bytes, Seconds]] = []
-    for point in points:
-        while len(corners) > 1 and _above(*corners[-2], *corners[-1], *point):
-            corners.pop()
-        corners.append(point)
-    return list(map(Vertex._make, corners))
-
-
-def _above(x0: Bytes, y0: Seconds, x1: Bytes, y1: Seconds, x2: Bytes, y2: Seconds) -> bool:
-    """Whether the second point lies on or above the line from the first to the third."""
-    return (y1 - y0) * (x2 - x0) >= (y2 - y0) * (x1 - x0)
