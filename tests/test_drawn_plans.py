@@ -39,9 +39,10 @@ def draw(known: Tables, dice: random.Random, world: int = WORLD, *, every_axis: 
         return None
     kind, chunks = dice.choice(schedules(mesh, costs.micro_batches(mesh, micro_batch), costs))
     if kind == "zero-bubble":
-        priced = known.split(priced)
-        if priced is None:
+        plain = known.plain(priced)  # as the search does
+        if plain is None:
             return None
+        priced = known.split(plain)
     outer = dice.choice(priced.outers) if priced.outers else None
     free = Staging(known, priced, outer, kind, chunks, 1e15).solve(1e-4)
     assert isinstance(free, Solution)

@@ -38,7 +38,7 @@ from autoplan.cost.outer import OuterParts
 from autoplan.cost.prices import LayerModel
 from autoplan.cost.rank import Held, Rank, breakdown, held_layers, memory, scheduled, stage_predictions
 from autoplan.cost.rank import seconds as rank_seconds
-from autoplan.cost.step import DataParallel, LayerStep, data_parallel, layer_step
+from autoplan.cost.step import DataParallel, LayerStep, copied, data_parallel, layer_step
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES, Graph, Value
 from autoplan.hardware import HardwareProfile
@@ -202,18 +202,19 @@ class CostModel:
     def _in_thirds(self, mesh: Mesh, micro_batch: int) -> list[tuple[Seconds, Seconds, Seconds]]:
         """Of every body the forward pass, the backward pass of its inputs and that of its weights, as Megatron runs it: cut by cp
         and tp, with two all_reduces over tp in either pass; with FSDP's copies (cost.step)."""
-        key = (mesh.tp, micro_batch, mesh.cp, mesh.ep)
-        wider = DTYPE_BYTES[self.workload.reduce_dtype] / DTYPE_BYTES[self.workload.compute_dtype]
+        key = (mesh.tp, micro_batch, mesh.cp, mesh.ep, mesh.shards == 1)
         if key not in self._thirds:
             size = self.passed(mesh, micro_batch, REPLICATE)
             sent = 2 * collective_time("all_reduce", size, mesh.tp, 1, self.hardware) if mesh.tp > 1 else 0.0
+            of_one, of_gradient = copied(self.workload, alone=mesh.shards == 1)
             self._thirds[key] = []
             for body in range(len(self.graph.bodies)):
                 cost, cut = self.layer_cost(body, Sharding(), 1, micro_batch), mesh.tp * mesh.cp
                 w = late(self.layer_model(body, 1, micro_batch), Sharding()).seconds
-                read = memory_time(self._gathered_bytes(body, mesh.tp, mesh.ep), self.hardware.device)
-                f, i = (t / cut + sent + 2 * read for t in (cost.forward, cost.backward - w))
-                self._thirds[key].append((f, i + (1 + wider) * read, w / cut))
+                numel = self._gathered_bytes(body, mesh.tp, mesh.ep) / DTYPE_BYTES[self.workload.compute_dtype]
+                u, p = (memory_time(each * numel, self.hardware.device) for each in (of_one, of_gradient))
+                f, i = (t / cut + sent + u for t in (cost.forward, cost.backward - w))
+                self._thirds[key].append((f, i + p, w / cut))
         return self._thirds[key]
 
     def _part(self, regions: tuple[int, ...], sharding: Sharding, mesh: Mesh, micro_batch: int) -> LayerCost:

@@ -206,7 +206,7 @@ def data_parallel(cost: HasParameters, mesh: Mesh, hardware: HardwareProfile, lo
     """Seconds of gathering parameters and reducing gradients over dp_shard, of all-reducing their shards over dp_replicate,
     and of the optimizer."""
     size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
-    gather = reduction = final = cast = passed = 0.0
+    gather = reduction = final = unpacked = packed = 0.0
     numel = trainable = whole = whole_trainable = 0.0
     for dealt, shards, stride in ((False, mesh.shards, mesh.tp), (True, mesh.efsdp, mesh.ep)):
         local = cost.sizes(dealt, shards)
@@ -215,23 +215,28 @@ def data_parallel(cost: HasParameters, mesh: Mesh, hardware: HardwareProfile, lo
         gathered, trained = local.numel * shards, local.trainable * shards  # with what FSDP fills up the last shards
         numel, trainable = numel + local.numel, trainable + local.trainable
         whole, whole_trainable = whole + gathered, whole_trainable + trained
+        of_one, of_gradient = copied(load, alone=shards == 1)
+        unpacked, packed = unpacked + gathered * of_one, packed + trained * of_gradient
 
         def seconds(kind: str, sent: Bytes, group: int, apart: int) -> Seconds:
             return _of_each(lambda one: collective_time(kind, one, group, apart, hardware), sent)
 
         gather = gather + seconds("all_gather", gathered * compute, shards, stride)
         reduction = reduction + seconds("reduce_scatter", trained * reduce, shards, stride)
-        if shards == 1:
-            cast = cast + (gathered * (size + compute) if load.param_dtype != load.compute_dtype else 0.0)
-            passed = passed + 2 * trained * reduce
         final = final + seconds("all_reduce", trained * reduce / shards, mesh.dp_replicate, shards * stride)
     if not needs_fsdp(mesh, load):  # gradients are made in their place
-        whole = whole_trainable = cast = passed = 0.0 * numel
+        whole = whole_trainable = unpacked = packed = 0.0 * numel
     states = OPTIMIZER_STATES[load.optimizer]
     optimizer = _of_each(lambda one: optimizer_time(one, states, hardware.device), trainable * size)
-    copied = 2 * whole * compute + cast, whole_trainable * (compute + reduce) + passed
-    unpack, pack = (memory_time(each, hardware.device) for each in copied)
+    unpack, pack = (memory_time(each, hardware.device) for each in (unpacked, packed))
     return DataParallel(gather, reduction, final, unpack, pack, optimizer, numel, trainable, whole, whole_trainable)
+
+
+def copied(load: Workload, *, alone: bool) -> tuple[Bytes, Bytes]:
+    """u and p of the module: bytes read and written for a parameter and for a gradient; `alone`: of what one rank has whole."""
+    size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
+    cast = size + compute if alone and load.param_dtype != load.compute_dtype else 0.0
+    return 2 * compute + cast, compute + reduce + (2 * reduce if alone else 0.0)
 
 
 def _of_each(price: Callable[[Bytes], Seconds], sizes: Bytes) -> Seconds:
@@ -261,7 +266,7 @@ def layer_step(
     f, f_hidden = beside(under_f, dp.gather, hardware)
     b, b_hidden = beside(under_b, sent, hardware)
     last, last_hidden = beside(under_b, sent + dp.final, hardware)
-    copied, copied_once = ((0.0, 0.0), (dp.unpack, copies)) if zero == 1 else ((dp.unpack, copies), (0.0, 0.0))
+    every_time, one_time = ((0.0, 0.0), (dp.unpack, copies)) if zero == 1 else ((dp.unpack, copies), (0.0, 0.0))
     every, every_hidden = (0.0, 0.0) if zero == 1 else (f + b, f_hidden + b_hidden)
     once, once_hidden = (f + last, f_hidden + last_hidden) if zero == 1 else (last - b, last_hidden - b_hidden)
     size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
@@ -294,16 +299,16 @@ def layer_step(
         dp=every,
         dp_once=once,
         optimizer_seconds=dp.optimizer,
-        forward_slot=forward + copied[0] + (0.0 if zero == 1 else f),
-        copies=copied,
-        copies_once=copied_once,
+        forward_slot=forward + every_time[0] + (0.0 if zero == 1 else f),
+        copies=every_time,
+        copies_once=one_time,
         hidden=(every_hidden, once_hidden),
         **states,
         unsharded=unsharded,
         kept=kept,
         rebuilt=rebuilt,
-        slot_seconds=forward + backward + adding + sum(copied) + every,
-        once_seconds=once + sum(copied_once) + dp.optimizer,
+        slot_seconds=forward + backward + adding + sum(every_time) + every,
+        once_seconds=once + sum(one_time) + dp.optimizer,
         state_bytes=sum(states.values()) + unsharded - moments.less,
         less=moments.less,
         whole=moments.whole,

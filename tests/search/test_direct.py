@@ -17,6 +17,7 @@ import pytest
 from autoplan.cost.model import CostModel
 from autoplan.search.columns import Tables
 from autoplan.search.ilp import UnsolvedError
+from autoplan.search.options import precedence
 from autoplan.search.solver import solve
 from autoplan.search.space import meshes, micro_batches, schedules
 from autoplan.search.stages import Solution, Staging
@@ -51,7 +52,9 @@ def direct(staging: Staging) -> tuple[float, float]:
         counts: list[tuple[Any, float]] = []
         freed: list[tuple[Any, float]] = []
         buffers: list[tuple[Any, float]] = []
-        for o, option in enumerate(sorted(layers.options, key=lambda option: option.inside)):  # the last layers first
+        for o, option in enumerate(
+            sorted(layers.options, key=lambda each: precedence(each, paired=True))
+        ):  # the last layers first
             x = problem.add_variable(f"x{s}_{o}", 0, staging.layers, "Integer")
             y = problem.add_variable(f"y{s}_{o}", 0, 1, "Integer")
             problem += pulp.LpAffineExpression([(x, 1.0), (y, -float(staging.layers))]) <= 0

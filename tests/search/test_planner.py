@@ -240,12 +240,12 @@ def test_every_candidate_is_told_with_its_reason() -> None:
 def test_candidates_tell_prices_that_can_be_had(memory_size: float) -> None:
     """A mesh's price is that of a plan on it, and its bounds are not above the best plan on it."""
     hardware = machine(memory=memory_size)
-    plan = search(GRAPH, hardware, LOAD, gpus=4)
+    plan = search(GRAPH, hardware, LOAD, gpus=8)
     best: dict[Mesh, float] = {}
     for mesh in {c.mesh for c in plan.candidates if c.status == "slower"}:
         with suppress(NothingFits):
             fixed = {axis: getattr(mesh, axis) for axis in DEGREES}
-            best[mesh] = search(GRAPH, hardware, LOAD, gpus=4, fixed=fixed).prediction.step_time
+            best[mesh] = search(GRAPH, hardware, LOAD, gpus=8, fixed=fixed).prediction.step_time
     priced = [c for c in plan.candidates if c.status == "slower" and not c.bound]
     assert priced
     for candidate in priced:
