@@ -17,7 +17,7 @@ from autoplan.export.exported import by_the_book, sequence_parallel
 from autoplan.graph import Graph, Parameter
 from autoplan.hardware import HardwareProfile
 from autoplan.importing.configuration import Configuration
-from autoplan.plan import Plan, Solve
+from autoplan.plan import Plan, Solve, zero_level
 from autoplan.search.columns import Priced, Tables
 from autoplan.search.options import Column
 from autoplan.search.planner import written
@@ -83,9 +83,9 @@ class _Builder:
     def plan(self) -> tuple[Plan, tuple[str, ...]]:
         told, costs, mesh, graph = self.told, self.costs, self.mesh, self.graph
         cut, stream = self._cut(), self._stream()
-        zero = told.zero if mesh.shards > 1 else 1  # replicas keep what they compute with
+        zero = told.zero if mesh.shards > 1 else zero_level(1, mesh, costs.workload)  # replicas keep what they compute with
         shardings = {g: self._sharding(g, stream) for g in self.tables.classes}
-        outer = Strategy(shardings[OUTER], "none", 2 if zero == 3 and mesh.pp == 1 else zero)
+        outer = Strategy(shardings[OUTER], "none", 2 if zero == 3 and mesh.shards > 1 and mesh.pp == 1 else zero)
         stages = []
         layers: list[tuple[int, Strategy]] = []
         for first, last in cut.runs(len(graph.blocks)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from autoplan.plan import Plan
+from autoplan.plan import Plan, needs_fsdp
 from autoplan.report import words
 from autoplan.strategy import Border, Sharding, Strategy
 
@@ -137,10 +137,9 @@ def _stage_title(plan: Plan, k: int) -> str:
 
 
 def reshard_words(plan: Plan, strategy: Strategy) -> str:
-    """What FSDP does with the layer's gathered parameters after its forward pass: ZeRO-3 frees them, ZeRO-2 keeps them."""
-    if plan.mesh.shards == 1 and strategy.zero == 3:
-        return "-"
-    return f"ZeRO-{strategy.zero}"
+    """What FSDP does with the layer's gathered parameters after its forward pass: ZeRO-3 frees them, ZeRO-2 keeps them. "-" where
+    there is no FSDP."""
+    return f"ZeRO-{strategy.zero}" if needs_fsdp(plan.mesh, plan.workload) else "-"
 
 
 def cards(plan: Plan) -> tuple[ShardingCard, ...]:

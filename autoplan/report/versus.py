@@ -90,8 +90,7 @@ def _experts(plan: Plan) -> str:
 
 
 def _zero(plan: Plan) -> str:
-    each = sorted({strategy.zero: reshard_words(plan, strategy) for _, strategy in plan.layers()}.items())
-    return " and ".join(words for _, words in each)
+    return " and ".join(sorted({reshard_words(plan, strategy) for _, strategy in plan.layers()}))
 
 
 def costs(plans: Named) -> tuple[Line, ...]:

@@ -18,13 +18,14 @@ from autoplan.cost import events
 from autoplan.cost.simulated import step_of
 from autoplan.errors import UsageError
 from autoplan.plan import Plan
-from autoplan.report import versus
+from autoplan.report import layers, versus
 from autoplan.report.notebook import card
 from autoplan.report.page import comparison
 from autoplan.report.rows import csv_text, frame, rows
 from autoplan.report.tables import table
 from autoplan.report.terminal import plain_text, summary
 from autoplan.report.trace import trace_json
+from autoplan.strategy import Mesh, Strategy
 from autoplan.workload import Workload
 
 from .plans import EVIL, hostile, llama, piped, single
@@ -171,3 +172,11 @@ def test_a_long_name_breaks_where_it_has_parts() -> None:
     assert [line[0] for line in lines] == ["transformer.", "encoder.layers.", "0-5"], "a range holds together"
     assert [line[1] for line in lines[:2]] == ["layers-tp8-", "recompute-zero1"]
     assert lines[0][2] + lines[1][2] == "x" * 30, "a word without parts is folded"
+
+
+def test_the_level_is_told_where_fsdp_acts() -> None:
+    plan = single()
+    alike = replace(plan.workload, param_dtype="float32", compute_dtype="float32", reduce_dtype="float32")
+    over_tp = replace(plan, mesh=Mesh(tp=2), workload=alike)
+    words = [layers.reshard_words(each, Strategy(zero=zero)) for each in (plan, over_tp) for zero in (3, 1)]
+    assert words == ["ZeRO-3", "ZeRO-1", "-", "-"]

@@ -52,9 +52,8 @@ def direct(staging: Staging) -> tuple[float, float]:
         counts: list[tuple[Any, float]] = []
         freed: list[tuple[Any, float]] = []
         buffers: list[tuple[Any, float]] = []
-        for o, option in enumerate(
-            sorted(layers.options, key=lambda each: precedence(each, paired=True))
-        ):  # the last layers first
+        last_first = sorted(layers.options, key=lambda each: precedence(each, paired=True))
+        for o, option in enumerate(last_first):
             x = problem.add_variable(f"x{s}_{o}", 0, staging.layers, "Integer")
             y = problem.add_variable(f"y{s}_{o}", 0, 1, "Integer")
             problem += pulp.LpAffineExpression([(x, 1.0), (y, -float(staging.layers))]) <= 0
