@@ -67,6 +67,8 @@ class MemoryBreakdown:
 
     parameters: Bytes = 0.0
     gradients: Bytes = 0.0
+    awaited: Bytes = 0.0
+    """Gradients that come when the peak is over, on a stream of FSDP's own, for which PyTorch reserves memory apart."""
     optimizer: Bytes = 0.0
     buffers: Bytes = 0.0
     activations: Bytes = 0.0
@@ -82,7 +84,13 @@ class MemoryBreakdown:
 
     @property
     def total(self) -> Bytes:
+        """What PyTorch reserves."""
         return sum(size for _, size in self.items())
+
+    @property
+    def allocated(self) -> Bytes:
+        """What tensors hold at once, as `torch.cuda.max_memory_allocated` and MemTracker count."""
+        return self.total - self.awaited
 
     def items(self) -> Iterator[tuple[str, Bytes]]:
         for name in self.__dataclass_fields__:

@@ -103,7 +103,7 @@ def line_of(plan: Plan, steps: MeasuredSteps) -> str:
     text = f"  recompute {recompute}{', compiled' if plan.workload.compile else ''}: {show(took, SECOND)} measured, "
     text += f"{show(said, SECOND)} predicted ({said / took - 1:+.1%})"
     if steps.device != "cpu" and steps.peak_memory:
-        size = plan.prediction.memory.total
+        size = plan.prediction.memory.allocated
         text += f"; {show(steps.peak_memory, BYTE)} held, {show(size, BYTE)} predicted ({size / steps.peak_memory - 1:+.1%})"
     return text
 

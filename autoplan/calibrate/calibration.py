@@ -194,5 +194,5 @@ def _memory(i: int, run: Run, prediction: Prediction, profile: HardwareProfile) 
     """Peak bytes; what a CPU's process holds has PyTorch's own in it, which the profile calls reserved."""
     if run.steps.peak_memory is None:
         return []
-    said = prediction.memory.total + (profile.device.reserved if run.steps.device == "cpu" else 0.0)
+    said = prediction.memory.allocated + (profile.device.reserved if run.steps.device == "cpu" else 0.0)
     return [Line(i, "peak memory", said, run.steps.peak_memory, max(said, run.steps.peak_memory))]

@@ -104,10 +104,11 @@ def split_step(
 ) -> LayerStep:
     """A layer's share of a step whose backward passes are split over `ranks` (see above); `trained`: elements of its trainable
     parameters, cut by tp alone; `reduced`: with every micro-batch."""
-    early = max(0.0, trained - left.weights) if reduced else 0.0
-    whole = early * max(DTYPE_BYTES[load.compute_dtype], DTYPE_BYTES[load.reduce_dtype])
+    others = max(0.0, trained - left.weights) if reduced else 0.0
+    whole = others * max(DTYPE_BYTES[load.compute_dtype], DTYPE_BYTES[load.reduce_dtype])
     less = max(0.0, step.less - left.bytes) if outer else step.less
     waiting = ranks * left.bytes
+    more = waiting + whole + step.less - less
     return step._replace(
         kept=max(0.0, step.kept - left.bytes),
         less=less,
@@ -116,6 +117,9 @@ def split_step(
         inside=step.inside if outer else step.inside + left.bytes,
         reducing=step.buffer,
         ending=step.ending - (step.less - less),
-        state_bytes=step.state_bytes + waiting + whole + step.less - less,
+        state_bytes=step.state_bytes + more,
+        left_bytes=step.left_bytes + more,
         late_seconds=left.seconds,
+        early=0.0,
+        come=0.0,
     )

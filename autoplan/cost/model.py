@@ -42,7 +42,7 @@ from autoplan.cost.step import DataParallel, LayerStep, copied, data_parallel, l
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES, Graph, Value
 from autoplan.hardware import HardwareProfile
-from autoplan.plan import Plan, Prediction, zero_level
+from autoplan.plan import Plan, Prediction, needs_fsdp, zero_level
 from autoplan.schedule import ScheduleKind, additive_seconds, exposed_hops, filling, in_flight_by_chunk, shared, slots
 from autoplan.strategy import REPLICATE, CpKind, Layout, Mesh, Sharding, Strategy
 from autoplan.units import Bytes, Seconds
@@ -254,7 +254,9 @@ class CostModel:
 
     def ahead(self, mesh: Mesh) -> Bytes:
         """What is gathered of the last layer's parameters while the head's backward pass runs: of the largest layer, cut by tp
-        and ep."""
+        and ep. Nothing without FSDP."""
+        if not needs_fsdp(mesh, self.workload):
+            return 0.0
         key = mesh.tp, mesh.ep
         if key not in self._ahead:
             self._ahead[key] = max((self._gathered_bytes(g, *key) for g in range(len(self.graph.bodies))), default=0.0)

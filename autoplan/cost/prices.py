@@ -30,6 +30,7 @@ from autoplan.cost.experts import Dealt, whole_rows
 from autoplan.cost.parameters import LocalParameter
 from autoplan.cost.ring import Ring, widened
 from autoplan.cost.rules import BORDER_COLLECTIVES, Outcome, packings
+from autoplan.cost.temporary import temporary
 from autoplan.graph import DTYPE_BYTES, Body, Op, Parameter, Value
 from autoplan.hardware import HardwareProfile
 from autoplan.strategy import GATHERED, CpKind, Layout, key_copies
@@ -235,7 +236,7 @@ class LayerModel:
             tp_forward + sent_forward + gathered[False] + sum(self._sent(*each) for each in dealing.forward),
             sent_backward + gathered[True] + sum(self._sent(*each) for each in dealing.backward),
             op.saved_extra.at(batch) / share * (2 if op.causal else 1) + self.copied(index, outcome),
-            max(self._temporary(op, outcome), dealing.held, ring.held if ring else 0.0),
+            max(temporary(self, op, outcome), dealing.held, ring.held if ring else 0.0),
         )
 
     def _seconds(self, op: Op, flops: float, moved: Bytes, kernels: int, products: int) -> Seconds:
@@ -328,44 +329,6 @@ class LayerModel:
         for each in self.gathered.get(index, ()):
             if each.backward == backward:
                 yield self.whole_bytes(self.body.values[each.value]) / (self.tp if layouts[each.value].sharded else 1)
-
-    def _temporary(self, op: Op, outcome: Outcome) -> Bytes:
-        """What an operation holds in its forward pass; in its backward pass gradients of inputs and outputs meet, and a
-        vocabulary-sharded embedding makes the gradient of the whole table first (DTensor has no sharded rule for it)."""
-        held = self._held(op, outcome)
-        if op.kind in ("view", "dims", "call"):
-            return held
-        gradients = sum(
-            self.local_bytes(self.body.values[i], layout)
-            for i, layout in zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
-            if self.body.values[i].requires_grad and not self.body.values[i].parameter
-        )
-        if op.kind == "cross_entropy" and not outcome.sharded:
-            # softmax and its gradient in float32, both of the logits' shape; the vocabulary-parallel form works in place
-            gradients = max(gradients, 2 * prod(self.body.values[op.inputs[0]].shape) * self.samples * DTYPE_BYTES["float32"])
-        if op.kind == "embedding" and outcome.inputs[1].sharded and outcome.inputs[1].dim == 0:
-            table = self.body.values[op.inputs[1]]
-            gradients += prod(table.shape) * DTYPE_BYTES[self.dtype]
-        return max(gradients, held)
-
-    def _held(self, op: Op, outcome: Outcome) -> Bytes:
-        """What an operation that allocates a tensor works on and returns, each memory once, needed later or not: a buffer
-        of zeros, a table that is summed up at once."""
-        values = self.body.values
-        if op.kind in ("enter", "exit", "call") or all(values[i].storage != i for i in op.outputs):
-            return 0.0
-        operands = zip(op.inputs + op.outputs, outcome.inputs + outcome.outputs, strict=True)
-        memories = {values[i].storage: layout for i, layout in operands}
-        held = sum(self.local_bytes(values[i], layout) for i, layout in memories.items() if not values[i].parameter)
-        if op.kind == "cross_entropy":
-            held += self._cast_from(values[values[op.inputs[0]].storage]) / (self.tp if outcome.sharded else 1)
-        return held
-
-    def _cast_from(self, value: Value) -> Bytes:
-        """What a tensor was made from that differs in dtype alone: the model's code may still hold it."""
-        makers = (op.inputs for op in self.body.ops if value.id in op.outputs and op.kind == "pointwise")
-        sources = (self.body.values[i] for inputs in makers for i in inputs)
-        return sum(v.bytes_at(self.samples) for v in sources if v.shape == value.shape and v.dtype != value.dtype)
 
     def border(self, value: Value, source: Layout, target: Layout) -> tuple[Seconds, Seconds]:
         """Seconds (forward, backward) of redistributing `value` at a border. What is scattered along another dim than the first

@@ -12,6 +12,9 @@ same chunk, and where there are several chunks none:
 `beside_l` is the buffer in which the gradients of the layer after l are reduced: `reducing` of one like l, but at least the whole
 `buffer` of any later layer that differs, since what that kept is counted as freed. Where a rank has layers of several bodies, or
 in several chunks, the largest `reducing` of any may be beside any.
+
+Gradients that come late count in this sum all the same. Those that have not come at the fullest moment of tensors are `awaited`
+(`_early`).
 """
 
 from __future__ import annotations
@@ -33,7 +36,11 @@ class Held(NamedTuple):
     number: int
     chunk: int = 0
     freed: Bytes = 0.0
-    """What layers after the last of these no longer keep when it runs."""
+    """What layers after the last of these no longer keep when it runs; `resharded`: of parameters they had gathered."""
+    resharded: Bytes = 0.0
+    risen: Bytes = 0.0
+    """The most that gradients of later layers, those that have come and those that are reduced, are more than what these kept
+    when any of these runs; may be negative."""
     after: Bytes = 0.0
     """The largest `buffer` of a layer after these that is of the same body, and differs."""
     body: int | None = None
@@ -41,7 +48,7 @@ class Held(NamedTuple):
 
     def inside(self, anywhere: Bytes | None) -> Bytes:
         """The most beside what all layers keep, with what is reduced then; `anywhere`: what may be, beside any layer."""
-        return self.step.inside - self.freed + self.beside(anywhere)
+        return self.step.inside - self.freed - self.resharded + self.beside(anywhere)
 
     def beside(self, anywhere: Bytes | None) -> Bytes:
         """What is reduced beside it at most."""
@@ -51,16 +58,40 @@ class Held(NamedTuple):
 Rank = Sequence[Held]
 
 
+class _Passed(NamedTuple):
+    """Of layers of one body whose backward pass has run: what they kept, the parameters that they had gathered, their gradients
+    that have come, and the buffer in which those of the last are reduced."""
+
+    kept: Bytes = 0.0
+    gathered: Bytes = 0.0
+    come: Bytes = 0.0
+    buffer: Bytes = 0.0
+
+    def followed(self, step: LayerStep, number: int) -> _Passed:
+        """When so many more have run."""
+        gathered = self.gathered + number * (step.goes - step.kept)
+        return _Passed(self.kept + number * step.kept, gathered, self.come + number * step.come, step.buffer)
+
+    @property
+    def risen(self) -> Bytes:
+        return self.come + self.buffer - self.kept - self.gathered
+
+
 def held_layers(runs: Sequence[tuple[int, LayerStep, int]], chunk: int, chunks: int) -> list[Held]:
     """The layers of one of a rank's `chunks`, from runs (body, step, number) in the order in which they run forward."""
     found: dict[tuple[int, LayerStep], Held] = {}
-    kept: dict[int, Bytes] = {}
+    passed: dict[int, _Passed] = {}
     for body, step, number in reversed(runs):
-        freed = kept.get(body, 0.0) if chunks == 1 else 0.0
-        kept[body] = kept.get(body, 0.0) + step.kept * number
+        before = passed.get(body, _Passed()) if chunks == 1 else _Passed()
+        passed[body] = before.followed(step, number)
+        # between the second that runs and the last it rises or falls evenly
+        places = [before, *(before.followed(step, n) for n in (1, number - 1) if n < number)]
+        risen = max(place.risen for place in places)
         later = [held.step.buffer for (of, other), held in found.items() if of == body and other != step and chunks == 1]
-        last = found.setdefault((body, step), Held(step, 0, chunk, freed, body=body))
-        found[body, step] = last._replace(number=last.number + number, after=max([last.after, *later]))
+        last = found.setdefault((body, step), Held(step, 0, chunk, before.kept, before.gathered, risen, body=body))
+        found[body, step] = last._replace(
+            number=last.number + number, risen=max(last.risen, risen), after=max([last.after, *later])
+        )
     return list(reversed(found.values()))
 
 
@@ -74,22 +105,51 @@ def memory(rank: Rank, in_flight: Sequence[int], passing: Bytes) -> MemoryBreakd
     last of them, or after it, when one fewer is kept and the outer layer's gradients are reduced."""
     steps = [held.step for held in rank]
     alone, last = max(steps, key=lambda s: s.alone), max(steps, key=lambda s: s.ending)
-    paired = len({(held.body, held.chunk) for held in rank if held.body is not None}) == 1
-    anywhere = None if paired else max(step.reducing for step in steps)
+    anywhere = None if _paired(rank) else max(step.reducing for step in steps)
     held, window = max(rank, key=lambda held: held.inside(anywhere)), max(step.window for step in steps)
-    largest = max(alone.alone, held.inside(anywhere) + window)
-    if largest + sum(each.number * each.step.kept for each in rank) < last.ending:  # kept of one micro-batch
-        return _together(rank, [number - 1 for number in in_flight], passing, last.end)
-    if alone.alone > held.inside(anywhere) + window:
-        return _together(rank, in_flight, passing, alone.moment)
+    inside, ending = held.inside(anywhere) + window, last.ending - sum(each.number * each.step.goes for each in rank)
+    early = _early(rank, max(alone.alone, inside, ending), alone.alone, window, ending)
+    if ending > max(alone.alone, inside):
+        resharded = sum(each.number * (each.step.goes - each.step.kept) for each in rank)
+        moment = replace(last.end, unsharded=last.end.unsharded - resharded)
+        return _together(rank, [number - 1 for number in in_flight], passing, moment, early)
+    if alone.alone > inside:
+        return _together(rank, in_flight, passing, alone.moment, early)
     own = held.step.moment
-    moment = replace(own, activations=own.activations - held.freed, unsharded=own.unsharded + window + held.beside(anywhere))
-    return _together(rank, in_flight, passing, moment)
+    unsharded = own.unsharded + window + held.beside(anywhere) - held.resharded
+    moment = replace(own, activations=own.activations - held.freed, unsharded=unsharded)
+    return _together(rank, in_flight, passing, moment, early)
 
 
-def _together(rank: Rank, in_flight: Sequence[int], passing: Bytes, moment: MemoryBreakdown) -> MemoryBreakdown:
+def _paired(rank: Rank) -> bool:
+    """Are its layers all of one body and in one chunk, so that it is known which runs after which?"""
+    return len({(held.body, held.chunk) for held in rank if held.body is not None}) == 1
+
+
+def _early(rank: Rank, peak: Bytes, alone: Bytes, window: Bytes, ending: Bytes) -> Bytes:
+    """Of the gradients that count at the `peak`, those that no tensor holds: all that come late, but for what the fullest moment
+    rises to where those that have come by then count. They come in steps of one micro-batch, in which there is one chunk."""
+    late = sum(held.number * held.step.early for held in rank)
+    if not any(held.step.come for held in rank):
+        return late
+    layers = [held for held in rank if held.body is not None]
+
+    def at(held: Held) -> Bytes:
+        others = [other for other in layers if other.body != held.body]  # they may run after it, or before
+        more = sum(other.number * max(0.0, other.step.come - other.step.goes) for other in others)
+        return held.step.inside + held.risen + window + more + max((other.step.buffer for other in others), default=0.0)
+
+    through = sum(held.number * (held.step.come - held.step.goes) for held in layers)
+    through += max((held.step.buffer for held in layers), default=0.0)
+    end = ending + sum(held.number * held.step.come for held in rank)
+    return max(0.0, late - (max(alone, end, through, *map(at, layers)) - peak))
+
+
+def _together(rank: Rank, in_flight: Sequence[int], passing: Bytes, moment: MemoryBreakdown, early: Bytes) -> MemoryBreakdown:
     parts = _weighted((held.step.memory(in_flight[held.chunk]).items(), held.number) for held in rank)
     parts["pipeline"] += passing
+    parts["gradients"] -= early
+    parts["awaited"] += early
     return MemoryBreakdown(**_weighted([(parts.items(), 1), (moment.items(), 1)]))
 
 

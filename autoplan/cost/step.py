@@ -39,10 +39,10 @@ gradients are added up in whole, and the buffer takes their place. Of these mome
 `inside` of any layer with what is reduced beside it, less what later layers no longer keep (cost.rank), beside the largest
 `window` of any, since neighbours may differ.
 
-A rank's own gradients count as if they were always there. In a step of one micro-batch they come when activations go, and under
-level 1 when whole ones go, but FSDP reduces on a stream of its own (`foreach_reduce`), and what was reserved for one stream
-PyTorch's allocator gives to no other. (Of torchtitan's 8B a device of 8 takes 15.4 GiB more than one of 128; 16 bytes of every
-parameter are 14.0, 12 are 10.5.)
+A rank's own gradients always count. In a step of one micro-batch they come when activations go (`come`), and under level 1 when
+whole ones go, but FSDP reduces on a stream of its own (`foreach_reduce`), and what was reserved for one stream PyTorch's
+allocator gives to no other. (Of torchtitan's 8B a device of 8 takes 15.4 GiB more than one of 128; 16 bytes of every parameter
+are 14.0, 12 are 10.5.) Tensors hold less at once, by those gradients that are counted too `early` for the peak (cost.rank).
 
 The outer layer's own moment is `alone`, with a layer's parameters gathered ahead. While layers run, it holds no more than
 `beneath` of the micro-batch. Its gradients stay unreduced until the backward pass has ended; when they are reduced (`ending`),
@@ -113,6 +113,8 @@ class LayerStep(NamedTuple):
     once_seconds: Seconds
     state_bytes: Bytes
     """Whatever the number of micro-batches in flight."""
+    left_bytes: Bytes
+    """Of these, what is there when its backward pass has run: not the parameters that were gathered for both passes."""
     alone: Bytes
     """Besides, in the outer layer's own moment; a layer has none, but the two below."""
     inside: Bytes
@@ -126,6 +128,14 @@ class LayerStep(NamedTuple):
     waiting: Bytes = 0.0
     """What passes of other micro-batches have left for later (cost.late), as `late_seconds` of every backward pass."""
     late_seconds: Seconds = 0.0
+    early: Bytes = 0.0
+    """Of `gradients`, what is counted before its backward pass has made it; `come`: what of that is there after it."""
+    come: Bytes = 0.0
+
+    @property
+    def goes(self) -> Bytes:
+        """What is gone when its backward pass of a micro-batch has run."""
+        return self.kept + self.state_bytes - self.left_bytes
 
     def seconds(self, slots: float) -> Seconds:
         """Seconds of one slot of a step of `slots` slots (`schedule.slots`): what happens once is spread over them."""
@@ -283,14 +293,22 @@ def layer_step(
         "optimizer": gradients * OPTIMIZER_STATES[load.optimizer],
         "buffers": cost.buffers + micro_batches * cost.batch,
     }
-    raw, buffer = dp.whole_trainable * compute, dp.whole_trainable * reduce
+    raw, buffer, output = dp.whole_trainable * compute, dp.whole_trainable * reduce, dp.trainable * reduce
     unsharded = (gathered if stays else 0.0) + (buffer if zero == 1 else 0.0)
     between = pipelined and micro_batches > 1 and zero != 1
+    early = gradients if micro_batches == 1 or zero == 1 else 0.0 * gradients
+    come = gradients if micro_batches == 1 else 0.0 * gradients  # under level 1 whole ones go
+    reduced = 0.0 if outer and between else _larger(buffer - (gathered if stays else 0.0), 0.0)  # parameters go before
+    if micro_batches == 1:
+        output = 0.0 * output  # they are the gradients
+    turned = _larger(raw, reduced) if zero == 1 else _larger(raw, output) + reduced
     if outer:
-        stay, moments = _of_outer(cost, kept, raw, buffer, between, ahead)
+        stay, moments = _of_outer(cost, kept, raw, turned, buffer if between else 0.0, ahead)
         unsharded = unsharded + stay
+        early = early * (raw > 0)  # without FSDP they are there from the head's moment on
+        come = _larger(come - raw, 0.0) * (raw > 0)  # as soon as those that are `ending` have been copied from
     else:
-        moments = _of_layer(cost.peak + more, kept, 0.0 if stays else gathered, raw, buffer, between, zero)
+        moments = _of_layer(cost.peak + more, kept, gathered, raw, turned, buffer, between, zero)
     return LayerStep(
         forward=cost.forward,
         backward=cost.backward + adding,
@@ -310,6 +328,7 @@ def layer_step(
         slot_seconds=forward + backward + adding + sum(every_time) + every,
         once_seconds=once + sum(one_time) + dp.optimizer,
         state_bytes=sum(states.values()) + unsharded - moments.less,
+        left_bytes=sum(states.values()) + unsharded - moments.less - (gathered if zero == 2 and not outer else 0.0),
         less=moments.less,
         whole=moments.whole,
         ending=moments.ending,
@@ -318,6 +337,8 @@ def layer_step(
         window=moments.window,
         reducing=moments.reducing,
         buffer=moments.buffer,
+        early=early,
+        come=come,
     )
 
 
@@ -334,24 +355,24 @@ class Moments(NamedTuple):
     buffer: Bytes
 
 
-def _of_outer(cost: LayerCost, kept: Bytes, raw: Bytes, buffer: Bytes, between: bool, ahead: Bytes) -> tuple[Bytes, Moments]:
-    """What of the outer layer's gradients is there while layers run, with the last buffer if others' passes come between; and its
-    moments. `raw` gradients are reduced in a `buffer`."""
+def _of_outer(cost: LayerCost, kept: Bytes, raw: Bytes, turned: Bytes, last: Bytes, ahead: Bytes) -> tuple[Bytes, Moments]:
+    """What of the outer layer's gradients is there while layers run, beside the `last` buffer of others' passes; and its moments.
+    While the `raw` gradients are reduced there are `turned` bytes."""
     gradients = _smaller(cost.beneath, raw)  # nearly all that is beneath are gradients
-    ending = kept + raw - cost.beneath + (0.0 if between else buffer)
-    less = kept - (cost.beneath - gradients)
-    return gradients + (buffer if between else 0.0), Moments(
-        less, ahead, ending, cost.peak + ahead - cost.beneath, 0.0, 0.0, 0.0, 0.0
-    )
+    ending, less = kept + turned - cost.beneath, kept - (cost.beneath - gradients)
+    return gradients + last, Moments(less, ahead, ending, cost.peak + ahead - cost.beneath, 0.0, 0.0, 0.0, 0.0)
 
 
-def _of_layer(most: Bytes, kept: Bytes, gathered: Bytes, raw: Bytes, buffer: Bytes, between: bool, zero: Zero) -> Moments:
-    """The moments of a layer that holds at most so much besides what is `kept`; `gathered` for a pass, not for good."""
+def _of_layer(
+    most: Bytes, kept: Bytes, gathered: Bytes, raw: Bytes, turned: Bytes, buffer: Bytes, between: bool, zero: Zero
+) -> Moments:
+    """The moments of a layer that holds at most so much besides what is `kept`; `gathered`: for a pass under level 3, for both
+    under level 2, else for the whole step."""
+    passing, going = (gathered if zero == level else 0.0 for level in (3, 2))
     passed_on = 0.0 if zero == 1 else buffer
-    reducing = passed_on if between else _larger(passed_on - kept, 0.0)
-    window = 2 * gathered
-    at_end = buffer + (0.0 if zero == 1 else raw + gathered) - kept
-    inside = _larger(most, at_end - window - reducing)
+    reducing = passed_on if between else _larger(passed_on - kept - going, 0.0)
+    window = 2 * passing
+    inside = _larger(most, turned + passing - kept - window - reducing)
     return Moments(0.0, raw, 0.0, 0.0, inside, window, reducing, passed_on)
 
 

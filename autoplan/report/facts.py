@@ -213,6 +213,13 @@ def memory_parts(plan: Plan) -> tuple[Part, ...]:
     return parts(plan.prediction.memory.items(), words.MEMORY_WORDS, words.size)
 
 
+def allocated(plan: Plan) -> str:
+    """What of the fullest device's memory tensors hold at once; nothing where that is all."""
+    memory = plan.prediction.memory
+    held = f"Tensors hold at most {words.size(memory.allocated)} at once, as torch.cuda.max_memory_allocated counts."
+    return held if memory.awaited else ""
+
+
 def parts(
     items: Iterable[tuple[str, float]], labels: dict[str, tuple[str, str]], text: Callable[[float], str]
 ) -> tuple[Part, ...]:

@@ -96,6 +96,7 @@ def page(plan: Plan) -> str:
         hop=words.seconds(plan.prediction.hop),
         simulated=facts.simulated(plan),
         memory=facts.memory_parts(plan),
+        allocated=facts.allocated(plan),
         memory_bar=Markup(memory_bar(plan)),
         time=facts.time_parts(plan),
         time_bar=Markup(charts.stacked_bar(facts.time_parts(plan), "Where the time of one step goes")),

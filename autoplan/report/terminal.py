@@ -29,7 +29,7 @@ def summary(plan: Plan, path: str = "plan.yaml") -> RenderableType:
         titled("Layers", _layers(plan)),
         *(titled(f"Sharding of {card.used_by}", _modules(card)) for card in layers.cards(plan) if card.modules),
         *([titled("Pipeline", _ranks(plan))] if pipeline.ranks(plan) else []),
-        titled("Memory of the fullest device", _parts(facts.memory_parts(plan), facts.headline(plan).memory)),
+        titled("Memory of the fullest device", _memory(plan)),
         titled("Where the step goes", _time(plan)),
     ]
     if plan.baselines:
@@ -119,9 +119,15 @@ def _ranks(plan: Plan) -> RenderableType:
     return Group(rows, Text(f"Times of one micro-batch; idle is a share of the schedule{said}.", style="dim"))
 
 
+def _memory(plan: Plan) -> RenderableType:
+    return _with_words(_parts(facts.memory_parts(plan), facts.headline(plan).memory), facts.allocated(plan))
+
+
 def _time(plan: Plan) -> RenderableType:
-    parts = _parts(facts.time_parts(plan), facts.headline(plan).step_time)
-    said = facts.simulated(plan)
+    return _with_words(_parts(facts.time_parts(plan), facts.headline(plan).step_time), facts.simulated(plan))
+
+
+def _with_words(parts: Table, said: str) -> RenderableType:
     return Group(parts, Text(said, style="dim")) if said else parts
 
 

@@ -27,6 +27,7 @@ TIME_WORDS = {
 MEMORY_WORDS = {
     "parameters": ("Parameters", "this device's shards"),
     "gradients": ("Gradients", "this device's shards"),
+    "awaited": ("Awaited gradients", "come after the peak, on a stream of their own, for which PyTorch reserves memory apart"),
     "optimizer": ("Optimizer states", "this device's shards"),
     "buffers": ("Buffers", "whole on every device"),
     "activations": ("Activations", "saved for the backward pass of the micro-batches in flight"),

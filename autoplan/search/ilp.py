@@ -93,7 +93,7 @@ def _most_inside(group: Group, options: Sequence[tuple[Option, int]], anywhere: 
             beside = option.reducing if anywhere is None else anywhere
             most = max(most, option.inside + max(beside, after) - freed)
             if group.frees:
-                freed, after = freed + option.kept * number, max(after, option.buffer)
+                freed, after = freed + option.goes * number, max(after, option.buffer)
     return most
 
 
@@ -149,8 +149,8 @@ def _by_trying(groups: Sequence[Group], limit: Bytes, epsilon: Seconds) -> Choic
         inside, reducing = costs[5], costs[7]
         after = np.zeros_like(inside)
         if group.frees:
-            kept = costs[1] - costs[3]
-            inside = inside - (kept[:, ::-1].cumsum(axis=1)[:, ::-1] - kept)
+            goes = costs[1] - costs[3]
+            inside = inside - (goes[:, ::-1].cumsum(axis=1)[:, ::-1] - goes)
             after[:, :-1] = np.maximum.accumulate(costs[8][:, ::-1], axis=1)[:, ::-1][:, 1:]
         # a layer's own option among those after it demands no more than the last of this option does
         moments = costs[2], costs[4], costs[6], inside + (reducing if paired else 0.0), inside + after, reducing

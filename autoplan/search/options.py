@@ -44,6 +44,7 @@ class Costs(NamedTuple):
     once_seconds: Seconds
     state_bytes: Bytes
     kept: Bytes
+    left_bytes: Bytes
     alone: Bytes
     ending: Bytes
     inside: Bytes
@@ -139,8 +140,8 @@ class Option(NamedTuple):
     column: Column
 
     @property
-    def kept(self) -> Bytes:
-        """Of one micro-batch."""
+    def goes(self) -> Bytes:
+        """What is gone then."""
         return self.bytes - self.left
 
     @property
@@ -163,8 +164,8 @@ def precedence(costs: Costs | Option, paired: bool) -> tuple[Bytes, Bytes, Bytes
 
 def _on_stage(costs: Iterable[Any], slots: float, in_flight: int) -> tuple[Any, ...]:
     """The numbers of an `Option`, from those of `Costs`: of one column, or of all as arrays."""
-    slot, once, state, kept, alone, *rest = costs
-    return slot + once / slots, state + in_flight * kept, alone, state + (in_flight - 1) * kept, *rest
+    slot, once, state, kept, left, alone, *rest = costs
+    return slot + once / slots, state + in_flight * kept, alone, left + (in_flight - 1) * kept, *rest
 
 
 def _array(rows: Sequence[Any], number: int) -> Floats:

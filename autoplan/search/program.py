@@ -164,7 +164,7 @@ class Program:
             before += alike
 
     def _freed(self, before: Iterable[Place]) -> Terms:
-        return [(self._layers[at], -self._options[at].kept / _MIB) for at in before]
+        return [(self._layers[at], -self._options[at].goes / _MIB) for at in before]
 
     def _within(self, limit: Bytes, size: Callable[[Option], Bytes], largest: Terms) -> None:
         """What adds up and the largest of what doesn't, within the limit."""

@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of one pipeline rank."""
+    """Peak bytes that tensors hold on one pipeline rank."""
 
     rank: int
     predicted: Bytes
@@ -78,7 +78,7 @@ def compare(plan: Plan, costs: CostModel, seen: Mapping[int, tuple[Traffic, Byte
         except UsageError as error:
             broken = [f"the plan breaks a rule of sharding, so that nobody knows what it sends: {error.message}"]
     written = _memories(plan.prediction, plan.mesh.pp)
-    memory = tuple(Memory(rank, written[rank].total, peak) for rank, (_, peak) in seen.items() if rank < len(written))
+    memory = tuple(Memory(rank, written[rank].allocated, peak) for rank, (_, peak) in seen.items() if rank < len(written))
     differences = [*broken, *_sent(rows, plan.mesh.pp), *_held(memory, plan.mesh.pp), *_repriced(plan, costs)]
     return DryRun(tuple(rows), memory, tuple(differences), notes)
 

@@ -78,7 +78,7 @@ def test_a_right_profile_stays_as_it_is(plans: list[Plan]) -> None:
 
 def test_memory_that_was_predicted_too_small_is_reserved(plans: list[Plan]) -> None:
     plan = plans[1]
-    size = plan.prediction.memory.total
+    size = plan.prediction.memory.allocated
     found = calibrated(machine(), [Run(GRAPH, plan, steps(plan, machine(), peak=size + 3e9))], "2026-01-31")
     assert found.extra_reserved == pytest.approx(3e9)
     assert found.profile.device.reserved == pytest.approx(machine().device.reserved + 3e9)

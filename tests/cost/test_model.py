@@ -108,7 +108,7 @@ def test_state_memory_falls_with_dp_shard(strategy: Strategy, micro_batch: int) 
     sizes = []
     for dp_shard in (1, 2, 4, 8, 16):
         memory = predict(Mesh(dp_shard=dp_shard), micro_batch, strategy=strategy).memory
-        sizes.append(memory.parameters + memory.gradients + memory.optimizer)
+        sizes.append(memory.parameters + memory.gradients + memory.awaited + memory.optimizer)
     assert all(b < a for a, b in itertools.pairwise(sizes))
     assert sizes[0] / sizes[3] == pytest.approx(8, rel=0.01)
 

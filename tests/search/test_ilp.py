@@ -26,12 +26,13 @@ MIB = 2.0**20
 
 def column(
     seconds: float, mib: float, moment: float, once: float = 0.0, kept: float = 0.0, ending: float = 0.0, window: float = 0.0,
-    buffer: float = 0.0,
+    buffer: float = 0.0, gathered: float = 0.0,
 ) -> Column:  # fmt: skip
     """Of a layer; where it has an ending, of what stands outside the layers."""
-    mibs = {"state_bytes": mib, "kept": kept, "ending": ending}
+    gathered = 0.0 if ending else min(gathered, mib)
+    mibs = {"state_bytes": mib, "left_bytes": mib - gathered, "kept": kept, "ending": ending}
     mibs |= {"alone": moment} if ending else {"inside": moment, "window": window}
-    mibs |= {} if ending else {"buffer": buffer, "reducing": max(buffer - kept, 0.0)}
+    mibs |= {} if ending else {"buffer": buffer, "reducing": max(buffer - kept - gathered, 0.0)}
     sizes = {name: size * MIB for name, size in mibs.items()}
     return Column.of(Strategy(), NOTHING._replace(slot_seconds=seconds, once_seconds=once, **sizes))
 
@@ -45,6 +46,7 @@ columns = st.builds(
     ending=st.one_of(st.just(0), st.integers(0, 60)),
     window=st.one_of(st.just(0), st.integers(0, 20)),
     buffer=st.one_of(st.just(0), st.integers(0, 20)),
+    gathered=st.one_of(st.just(0), st.integers(0, 20)),
 )
 classes_of_layers = st.lists(st.tuples(st.integers(1, 4), st.lists(columns, min_size=1, max_size=4)), min_size=1, max_size=3)
 problems = st.tuples(classes_of_layers, st.integers(2, 400))
@@ -92,7 +94,7 @@ def test_no_order_of_layers_needs_less(options: list[Column]) -> None:
     layers = list(Options.of(options, 1.0, 1))
 
     def most(order: Sequence[Option]) -> float:
-        return max(o.inside - sum(each.kept for each in order[k + 1 :]) for k, o in enumerate(order))
+        return max(o.inside - sum(each.goes for each in order[k + 1 :]) for k, o in enumerate(order))
 
     ordered = sorted(layers, key=lambda o: -o.inside)
     assert most(ordered) == min(map(most, permutations(layers)))
@@ -155,7 +157,7 @@ def test_bounds_hold(problem: tuple[list[tuple[int, list[Column]]], int]) -> Non
     assert least_seconds(groups) <= everything * (1 + 1e-12)
     assert isinf(cheapest(groups, least_bytes(groups) * (1 - 1e-9))), "the least is not the least"
     if not any(
-        len(group.options) > 1 or group.options[0].ending or group.options[0].kept for group in groups
+        len(group.options) > 1 or group.options[0].ending or group.options[0].goes for group in groups
     ):  # else it is a bound
         assert not isinf(cheapest(groups, least_bytes(groups) * (1 + 1e-9))), "nothing needs as little"
     assert relaxed_seconds(groups, limit * MIB) <= best * (1 + 1e-9)
