@@ -29,9 +29,9 @@ from typing import cast
 
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import memory_time, optimizer_time
+from autoplan.cost.data_parallel import DataParallel, data_parallel
 from autoplan.cost.layer import LayerCost, layer_cost
 from autoplan.cost.model import OUTER, CostModel
-from autoplan.cost.step import DataParallel, data_parallel
 from autoplan.cost.walk import Step, walk
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES

@@ -108,7 +108,6 @@ def split_step(
     whole = others * max(DTYPE_BYTES[load.compute_dtype], DTYPE_BYTES[load.reduce_dtype])
     less = max(0.0, step.less - left.bytes) if outer else step.less
     waiting = ranks * left.bytes
-    more = waiting + whole + step.less - less
     return step._replace(
         kept=max(0.0, step.kept - left.bytes),
         less=less,
@@ -117,8 +116,7 @@ def split_step(
         inside=step.inside if outer else step.inside + left.bytes,
         reducing=step.buffer,
         ending=step.ending - (step.less - less),
-        state_bytes=step.state_bytes + more,
-        left_bytes=step.left_bytes + more,
+        state_bytes=step.state_bytes + waiting + whole + step.less - less,
         late_seconds=left.seconds,
         early=0.0,
         come=0.0,

@@ -58,7 +58,7 @@ class LayerCost:
     """Of the outer body: what the model is given."""
 
     def sizes(self, dealt: bool, shards: int) -> Sizes:
-        """See `cost.step.HasParameters`."""
+        """See `cost.data_parallel.HasParameters`."""
         return sizes(self.parameters, dealt, shards)
 
 

@@ -30,6 +30,7 @@ from itertools import groupby, pairwise
 from autoplan.cost.collectives import collective_time
 from autoplan.cost.compute import memory_time
 from autoplan.cost.context import Context, Gather
+from autoplan.cost.data_parallel import DataParallel, copied, data_parallel
 from autoplan.cost.experts import Mixtures
 from autoplan.cost.fusion import fused
 from autoplan.cost.late import Late, late, split_step
@@ -38,7 +39,7 @@ from autoplan.cost.outer import OuterParts
 from autoplan.cost.prices import LayerModel
 from autoplan.cost.rank import Held, Rank, breakdown, held_layers, memory, scheduled, stage_predictions
 from autoplan.cost.rank import seconds as rank_seconds
-from autoplan.cost.step import DataParallel, LayerStep, copied, data_parallel, layer_step
+from autoplan.cost.step import LayerStep, layer_step
 from autoplan.errors import UsageError
 from autoplan.graph import DTYPE_BYTES, Graph, Value
 from autoplan.hardware import HardwareProfile

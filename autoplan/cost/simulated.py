@@ -15,9 +15,10 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from autoplan.cost import events
+from autoplan.cost.data_parallel import DataParallel
 from autoplan.cost.layer import LayerCost
 from autoplan.cost.model import OUTER, CostModel
-from autoplan.cost.step import DataParallel, LayerStep
+from autoplan.cost.step import LayerStep
 from autoplan.errors import UsageError
 from autoplan.plan import Pipeline, Plan, Prediction, UnitPrediction, zero_level
 from autoplan.units import SECOND, Seconds, parse, show

@@ -33,11 +33,11 @@ Bytes: states (parameters, gradients, optimizer) are cut by tp and by dp_shard; 
 in flight, the model's inputs for the whole step. A layer's backward pass holds at most `peak` (cost.peak) of its own, with what
 it recomputes, where those of its activations that were kept are counted already; its parameters, gathered, and those of its
 neighbour (`window`); and FSDP's buffer, in which the gradients of the layer after it are being reduced, as far as that is more
-than what that layer no longer keeps (`reducing`), or whole, where what that layer kept is counted as gone (`buffer`). At its end
-its own gradients are there, and the buffer into which they are copied, but nothing is kept of it any more. Under level 1 the
-gradients are added up in whole, and the buffer takes their place. Of these moments only the largest of a rank counts: the largest
-`inside` of any layer with what is reduced beside it, less what later layers no longer keep (cost.rank), beside the largest
-`window` of any, since neighbours may differ.
+than what is gone of that layer (`reducing`), or whole, where what is gone is counted by itself (`buffer`). At its end its own
+gradients are there, and the buffer into which they are copied (cost.moments), but nothing is kept of it any more, and under
+level 2 its parameters are no longer gathered (`goes`). Under level 1 the gradients are added up in whole, and the buffer takes
+their place. Of these moments only the largest of a rank counts: the largest `inside` of any layer with what is reduced beside it,
+less what is gone of later layers (cost.rank), beside the largest `window` of any, since neighbours may differ.
 
 A rank's own gradients always count. In a step of one micro-batch they come when activations go (`come`), and under level 1 when
 whole ones go, but FSDP reduces on a stream of its own (`foreach_reduce`), and what was reserved for one stream PyTorch's
@@ -46,28 +46,29 @@ are 14.0, 12 are 10.5.) Tensors hold less at once, by those gradients that are c
 
 The outer layer's own moment is `alone`, with a layer's parameters gathered ahead. While layers run, it holds no more than
 `beneath` of the micro-batch. Its gradients stay unreduced until the backward pass has ended; when they are reduced (`ending`),
-nothing is left of that micro-batch's activations. In a pipeline passes of other micro-batches come between: FSDP keeps the last
-buffer that it reduced until a layer's backward pass has ended, while as much is kept of all layers as before.
+nothing is left of that micro-batch's activations, nor are its parameters gathered. In a pipeline passes of other micro-batches
+come between: FSDP keeps the last buffer that it reduced until a layer's backward pass has ended, while as much is kept of all
+layers as before.
 
-All arithmetic in `data_parallel` and `layer_step` is elementwise: the numbers of a cost may be numpy arrays with an entry for
+All arithmetic here, in cost.data_parallel and in cost.moments is elementwise: numbers may be numpy arrays with an entry for
 every sharding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from autoplan.cost.collectives import collective_time
-from autoplan.cost.compute import memory_time, optimizer_time
+from autoplan.cost.compute import memory_time
+from autoplan.cost.data_parallel import DataParallel
 from autoplan.cost.layer import LayerCost
-from autoplan.cost.parameters import Sizes
+from autoplan.cost.moments import fsdp_bytes, larger, of_layer, of_outer
 from autoplan.graph import DTYPE_BYTES
 from autoplan.hardware import HardwareProfile
-from autoplan.plan import MemoryBreakdown, TimeBreakdown, needs_fsdp
-from autoplan.strategy import Mesh, Recompute, Zero
+from autoplan.plan import MemoryBreakdown, TimeBreakdown
+from autoplan.strategy import Recompute, Zero
 from autoplan.units import Bytes, Seconds
 from autoplan.workload import OPTIMIZER_STATES, Workload
 
@@ -113,8 +114,6 @@ class LayerStep(NamedTuple):
     once_seconds: Seconds
     state_bytes: Bytes
     """Whatever the number of micro-batches in flight."""
-    left_bytes: Bytes
-    """Of these, what is there when its backward pass has run: not the parameters that were gathered for both passes."""
     alone: Bytes
     """Besides, in the outer layer's own moment; a layer has none, but the two below."""
     inside: Bytes
@@ -125,17 +124,24 @@ class LayerStep(NamedTuple):
     """Then, by FSDP's buffer with the gradients of the layer after it, if that is one like it: less what it no longer keeps."""
     buffer: Bytes
     """... when that is another, and what it no longer keeps is counted by itself (`cost.rank`)."""
+    resharded: Bytes
+    """Of `unsharded`, parameters gathered for both passes, which go with its backward pass."""
+    early: Bytes
+    """Of `gradients`, what is counted before its backward pass has made it; `come`: what of that is there after it."""
+    come: Bytes
     waiting: Bytes = 0.0
     """What passes of other micro-batches have left for later (cost.late), as `late_seconds` of every backward pass."""
     late_seconds: Seconds = 0.0
-    early: Bytes = 0.0
-    """Of `gradients`, what is counted before its backward pass has made it; `come`: what of that is there after it."""
-    come: Bytes = 0.0
 
     @property
     def goes(self) -> Bytes:
         """What is gone when its backward pass of a micro-batch has run."""
-        return self.kept + self.state_bytes - self.left_bytes
+        return self.kept + self.resharded
+
+    @property
+    def left_bytes(self) -> Bytes:
+        """Of `state_bytes`, what is there then."""
+        return self.state_bytes - self.resharded
 
     def seconds(self, slots: float) -> Seconds:
         """Seconds of one slot of a step of `slots` slots (`schedule.slots`): what happens once is spread over them."""
@@ -187,77 +193,6 @@ NOTHING = LayerStep._make((0.0, 0.0) if name in ("hidden", "copies", "copies_onc
 """What takes nothing: of bounds."""
 
 
-class DataParallel(NamedTuple):
-    """What a layer's parameters cost on the dp axes of a mesh, whatever the strategy."""
-
-    gather: Seconds
-    reduce: Seconds
-    final: Seconds
-    unpack: Seconds
-    """FSDP's copies of what it gathered; `pack`: into what it reduces."""
-    pack: Seconds
-    optimizer: Seconds
-    numel: float
-    """On one rank, cut by tp and dp_shard; `trainable` ones among them."""
-    trainable: float
-    whole: float
-    """Cut by tp alone, where FSDP makes them so; `whole_trainable` ones among them."""
-    whole_trainable: float
-
-
-class HasParameters(Protocol):
-    """What has parameters: a layer's cost."""
-
-    def sizes(self, dealt: bool, shards: int) -> Sizes:
-        """`cost.parameters.sizes` of them."""
-
-
-def data_parallel(cost: HasParameters, mesh: Mesh, hardware: HardwareProfile, load: Workload) -> DataParallel:
-    """Seconds of gathering parameters and reducing gradients over dp_shard, of all-reducing their shards over dp_replicate,
-    and of the optimizer."""
-    size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
-    gather = reduction = final = unpacked = packed = 0.0
-    numel = trainable = whole = whole_trainable = 0.0
-    for dealt, shards, stride in ((False, mesh.shards, mesh.tp), (True, mesh.efsdp, mesh.ep)):
-        local = cost.sizes(dealt, shards)
-        if not np.any(local.numel):
-            continue
-        gathered, trained = local.numel * shards, local.trainable * shards  # with what FSDP fills up the last shards
-        numel, trainable = numel + local.numel, trainable + local.trainable
-        whole, whole_trainable = whole + gathered, whole_trainable + trained
-        of_one, of_gradient = copied(load, alone=shards == 1)
-        unpacked, packed = unpacked + gathered * of_one, packed + trained * of_gradient
-
-        def seconds(kind: str, sent: Bytes, group: int, apart: int) -> Seconds:
-            return _of_each(lambda one: collective_time(kind, one, group, apart, hardware), sent)
-
-        gather = gather + seconds("all_gather", gathered * compute, shards, stride)
-        reduction = reduction + seconds("reduce_scatter", trained * reduce, shards, stride)
-        final = final + seconds("all_reduce", trained * reduce / shards, mesh.dp_replicate, shards * stride)
-    if not needs_fsdp(mesh, load):  # gradients are made in their place
-        whole = whole_trainable = unpacked = packed = 0.0 * numel
-    states = OPTIMIZER_STATES[load.optimizer]
-    optimizer = _of_each(lambda one: optimizer_time(one, states, hardware.device), trainable * size)
-    unpack, pack = (memory_time(each, hardware.device) for each in (unpacked, packed))
-    return DataParallel(gather, reduction, final, unpack, pack, optimizer, numel, trainable, whole, whole_trainable)
-
-
-def copied(load: Workload, *, alone: bool) -> tuple[Bytes, Bytes]:
-    """u and p of the module: bytes read and written for a parameter and for a gradient; `alone`: of what one rank has whole."""
-    size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
-    cast = size + compute if alone and load.param_dtype != load.compute_dtype else 0.0
-    return 2 * compute + cast, compute + reduce + (2 * reduce if alone else 0.0)
-
-
-def _of_each(price: Callable[[Bytes], Seconds], sizes: Bytes) -> Seconds:
-    """`price` of a size, or of every size of an array: most of them are alike."""
-    if not isinstance(sizes, np.ndarray):
-        return price(sizes)
-    different, which = np.unique(sizes, return_inverse=True)
-    found: Seconds = np.array([price(size) for size in different.tolist()])[which]
-    return found
-
-
 def layer_step(
     cost: LayerCost, dp: DataParallel, zero: Zero, again: Recompute, micro_batches: int, hardware: HardwareProfile,
     load: Workload, *, outer: bool, pipelined: bool, ahead: Bytes = 0.0,
@@ -279,9 +214,7 @@ def layer_step(
     every_time, one_time = ((0.0, 0.0), (dp.unpack, copies)) if zero == 1 else ((dp.unpack, copies), (0.0, 0.0))
     every, every_hidden = (0.0, 0.0) if zero == 1 else (f + b, f_hidden + b_hidden)
     once, once_hidden = (f + last, f_hidden + last_hidden) if zero == 1 else (last - b, last_hidden - b_hidden)
-    size, compute, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.compute_dtype, load.reduce_dtype))
-    gathered = dp.whole * compute
-    stays = zero < 3 or outer  # FSDP's root stays gathered for the whole backward pass
+    size, reduce = (DTYPE_BYTES[t] for t in (load.param_dtype, load.reduce_dtype))
     adding = 0.0
     if micro_batches > 1:  # a micro-batch's gradients and those of the others are read, the sum is written
         held = dp.whole_trainable if zero == 1 else dp.trainable
@@ -293,22 +226,8 @@ def layer_step(
         "optimizer": gradients * OPTIMIZER_STATES[load.optimizer],
         "buffers": cost.buffers + micro_batches * cost.batch,
     }
-    raw, buffer, output = dp.whole_trainable * compute, dp.whole_trainable * reduce, dp.trainable * reduce
-    unsharded = (gathered if stays else 0.0) + (buffer if zero == 1 else 0.0)
-    between = pipelined and micro_batches > 1 and zero != 1
-    early = gradients if micro_batches == 1 or zero == 1 else 0.0 * gradients
-    come = gradients if micro_batches == 1 else 0.0 * gradients  # under level 1 whole ones go
-    reduced = 0.0 if outer and between else _larger(buffer - (gathered if stays else 0.0), 0.0)  # parameters go before
-    if micro_batches == 1:
-        output = 0.0 * output  # they are the gradients
-    turned = _larger(raw, reduced) if zero == 1 else _larger(raw, output) + reduced
-    if outer:
-        stay, moments = _of_outer(cost, kept, raw, turned, buffer if between else 0.0, ahead)
-        unsharded = unsharded + stay
-        early = early * (raw > 0)  # without FSDP they are there from the head's moment on
-        come = _larger(come - raw, 0.0) * (raw > 0)  # as soon as those that are `ending` have been copied from
-    else:
-        moments = _of_layer(cost.peak + more, kept, gathered, raw, turned, buffer, between, zero)
+    fsdp = fsdp_bytes(dp, zero, micro_batches, load, outer=outer, pipelined=pipelined)
+    moments = of_outer(cost, kept, fsdp, ahead) if outer else of_layer(cost.peak + more, kept, fsdp)
     return LayerStep(
         forward=cost.forward,
         backward=cost.backward + adding,
@@ -322,58 +241,13 @@ def layer_step(
         copies_once=one_time,
         hidden=(every_hidden, once_hidden),
         **states,
-        unsharded=unsharded,
         kept=kept,
         rebuilt=rebuilt,
         slot_seconds=forward + backward + adding + sum(every_time) + every,
         once_seconds=once + sum(one_time) + dp.optimizer,
-        state_bytes=sum(states.values()) + unsharded - moments.less,
-        left_bytes=sum(states.values()) + unsharded - moments.less - (gathered if zero == 2 and not outer else 0.0),
-        less=moments.less,
-        whole=moments.whole,
-        ending=moments.ending,
-        alone=moments.alone,
-        inside=moments.inside,
-        window=moments.window,
-        reducing=moments.reducing,
-        buffer=moments.buffer,
-        early=early,
-        come=come,
+        state_bytes=sum(states.values()) + moments.unsharded - moments.less,
+        **moments._asdict(),
     )
-
-
-class Moments(NamedTuple):
-    """See `LayerStep`."""
-
-    less: Bytes
-    whole: Bytes
-    ending: Bytes
-    alone: Bytes
-    inside: Bytes
-    window: Bytes
-    reducing: Bytes
-    buffer: Bytes
-
-
-def _of_outer(cost: LayerCost, kept: Bytes, raw: Bytes, turned: Bytes, last: Bytes, ahead: Bytes) -> tuple[Bytes, Moments]:
-    """What of the outer layer's gradients is there while layers run, beside the `last` buffer of others' passes; and its moments.
-    While the `raw` gradients are reduced there are `turned` bytes."""
-    gradients = _smaller(cost.beneath, raw)  # nearly all that is beneath are gradients
-    ending, less = kept + turned - cost.beneath, kept - (cost.beneath - gradients)
-    return gradients + last, Moments(less, ahead, ending, cost.peak + ahead - cost.beneath, 0.0, 0.0, 0.0, 0.0)
-
-
-def _of_layer(
-    most: Bytes, kept: Bytes, gathered: Bytes, raw: Bytes, turned: Bytes, buffer: Bytes, between: bool, zero: Zero
-) -> Moments:
-    """The moments of a layer that holds at most so much besides what is `kept`; `gathered`: for a pass under level 3, for both
-    under level 2, else for the whole step."""
-    passing, going = (gathered if zero == level else 0.0 for level in (3, 2))
-    passed_on = 0.0 if zero == 1 else buffer
-    reducing = passed_on if between else _larger(passed_on - kept - going, 0.0)
-    window = 2 * passing
-    inside = _larger(most, turned + passing - kept - window - reducing)
-    return Moments(0.0, raw, 0.0, 0.0, inside, window, reducing, passed_on)
 
 
 def _recomputed(cost: LayerCost, again: Recompute) -> tuple[Seconds, Bytes, Bytes, Bytes]:
@@ -384,20 +258,12 @@ def _recomputed(cost: LayerCost, again: Recompute) -> tuple[Seconds, Bytes, Byte
     if again == "full":
         return cost.rerun, cost.inputs, cost.saved, 0.0
     results, spare, seconds = cost.kept
-    return seconds, cost.inputs + results, _larger(cost.saved - results + spare, 0.0), spare - results
+    return seconds, cost.inputs + results, larger(cost.saved - results + spare, 0.0), spare - results
 
 
 def best_of(steps: Sequence[LayerStep]) -> LayerStep:
     """No one of these is better in any respect."""
     return LayerStep._make(min(values) for values in zip(*steps, strict=True))
-
-
-def _larger(one: Bytes, other: Bytes) -> Bytes:
-    return np.maximum(one, other) if isinstance(one, np.ndarray) or isinstance(other, np.ndarray) else max(one, other)
-
-
-def _smaller(one: Bytes, other: Bytes) -> Bytes:
-    return np.minimum(one, other) if isinstance(one, np.ndarray) or isinstance(other, np.ndarray) else min(one, other)
 
 
 def beside(cover: Seconds, sent: Seconds, hardware: HardwareProfile) -> tuple[Seconds, Seconds]:

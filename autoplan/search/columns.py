@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
+from autoplan.cost.data_parallel import DataParallel, data_parallel
 from autoplan.cost.layer import LayerCost
 from autoplan.cost.model import OUTER, CostModel
 from autoplan.cost.rules import divided
-from autoplan.cost.step import NOTHING, DataParallel, LayerStep, best_of, data_parallel, layer_step
+from autoplan.cost.step import NOTHING, LayerStep, best_of, layer_step
 from autoplan.graph import DTYPE_BYTES
 from autoplan.plan import needs_fsdp
 from autoplan.search.corner import Corner

@@ -55,7 +55,7 @@ class Corner:
         return LayerCost(forward, both - forward, 0.0, 0.0, *sizes, kept=kept, rerun=rerun, beneath=beneath, batch=batch)
 
     def sizes(self, dealt: bool, shards: int) -> Sizes:
-        """See `cost.step.HasParameters`; FSDP cuts them as evenly as they go."""
+        """See `cost.data_parallel.HasParameters`; FSDP cuts them as evenly as they go."""
         if dealt:
             return sizes(self._dealt, dealt, shards)
         frozen = sum(p.numel for p in self.lattice.body.parameters if not p.buffer and not p.trainable)

@@ -26,9 +26,10 @@ from functools import partial
 
 import numpy as np
 
+from autoplan.cost.data_parallel import DataParallel
 from autoplan.cost.layer import LayerCost
 from autoplan.cost.model import CostModel
-from autoplan.cost.step import DataParallel, LayerStep, beside, layer_step
+from autoplan.cost.step import LayerStep, beside, layer_step
 from autoplan.search.options import Column, Columns, Costs
 from autoplan.strategy import Layout, Recompute, Sharding, Strategy, Zero
 from autoplan.units import Seconds

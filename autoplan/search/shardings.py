@@ -223,7 +223,7 @@ class Unbeaten:
         return first.tolist(), which.reshape(-1)
 
     def sizes(self, dealt: bool, shards: int) -> Sizes:
-        """See `cost.step.HasParameters`: of every sharding, but of experts, which are dealt alike in all."""
+        """See `cost.data_parallel.HasParameters`: of every sharding, but of experts, which are dealt alike in all."""
         kinds, which = self.held
         if dealt:
             return sizes(kinds[0], dealt, shards)

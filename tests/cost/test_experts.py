@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from autoplan.cost.data_parallel import data_parallel
 from autoplan.cost.experts import Mixtures, whole_rows
 from autoplan.cost.layer import layer_cost
 from autoplan.cost.model import CostModel
-from autoplan.cost.step import data_parallel
 from autoplan.errors import UsageError
 from autoplan.graph import Body, Parameter
 from autoplan.strategy import UNSHARDED, Experts, Mesh, Sharding

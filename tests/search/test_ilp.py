@@ -30,7 +30,7 @@ def column(
 ) -> Column:  # fmt: skip
     """Of a layer; where it has an ending, of what stands outside the layers."""
     gathered = 0.0 if ending else min(gathered, mib)
-    mibs = {"state_bytes": mib, "left_bytes": mib - gathered, "kept": kept, "ending": ending}
+    mibs = {"state_bytes": mib, "resharded": gathered, "kept": kept, "ending": ending}
     mibs |= {"alone": moment} if ending else {"inside": moment, "window": window}
     mibs |= {} if ending else {"buffer": buffer, "reducing": max(buffer - kept - gathered, 0.0)}
     sizes = {name: size * MIB for name, size in mibs.items()}

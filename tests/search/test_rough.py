@@ -9,8 +9,8 @@ import pytest
 
 from autoplan import api
 from autoplan.constraints import Constraints
+from autoplan.cost.data_parallel import data_parallel
 from autoplan.cost.model import CostModel
-from autoplan.cost.step import data_parallel
 from autoplan.schedule import ScheduleKind
 from autoplan.search.columns import Tables
 from autoplan.search.meshes import Meshes, with_less_cp
