@@ -91,6 +91,11 @@ def inspect(model: str | LoadedModel, *, compute_dtype: str = "bfloat16", **kwar
     return capture(loaded, compute_dtype=compute_dtype)
 
 
+def _graph_of(model: str | LoadedModel | Graph, compute_dtype: DType) -> Graph:
+    """A model's graph in this dtype; a given one must have it."""
+    return model.computing_in(compute_dtype) if isinstance(model, Graph) else inspect(model, compute_dtype=compute_dtype)
+
+
 def plan(
     model: str | LoadedModel | Graph,
     *,
@@ -184,7 +189,7 @@ def plans(
         "expert_imbalance": expert_imbalance,
     }
     load = workload({} if isinstance(loaded, Graph) else loaded.workload, wishes, last)
-    graph = loaded if isinstance(loaded, Graph) else inspect(loaded, compute_dtype=load.compute_dtype)
+    graph = _graph_of(loaded, load.compute_dtype)
 
     today = baselines(beside, graph, profile, load, (first, last), headroom)
 
@@ -227,10 +232,9 @@ def estimate(
     from autoplan.cost.simulated import predicted
 
     source = model if model is not None else plan.model
-    if not isinstance(source, Graph):
-        loaded = load_model(source, **(model_kwargs or {})) if isinstance(source, str) else source
-        source = inspect(loaded, compute_dtype=plan.workload.compute_dtype)
-    return predicted(CostModel(source, find_hardware(plan.hardware), plan.workload), plan)
+    loaded = load_model(source, **(model_kwargs or {})) if isinstance(source, str) else source
+    graph = _graph_of(loaded, plan.workload.compute_dtype)
+    return predicted(CostModel(graph, find_hardware(plan.hardware), plan.workload), plan)
 
 
 def imported(
@@ -271,7 +275,7 @@ def explain(
     from autoplan.search.explaining import answer
 
     asked = checked(wishes)
-    graph = model if isinstance(model, Graph) else inspect(model or plan.model, compute_dtype=plan.workload.compute_dtype)
+    graph = _graph_of(model or plan.model, plan.workload.compute_dtype)
     return answer(graph, find_hardware(plan.hardware), plan, asked, gap)
 
 
@@ -310,12 +314,8 @@ def calibrate(
             )
     given = hardware if hardware is not None else _hardware_of(plans[0])
     profile = _profile(given)
-    graphs: dict[tuple[str, str], Graph] = {}
-    for plan in plans:
-        key = plan.model, plan.workload.compute_dtype
-        if key not in graphs:
-            source = model if model is not None else plan.model
-            graphs[key] = source if isinstance(source, Graph) else inspect(source, compute_dtype=plan.workload.compute_dtype)
+    keys = dict.fromkeys((plan.model, plan.workload.compute_dtype) for plan in plans)
+    graphs = {(name, dtype): _graph_of(name if model is None else model, dtype) for name, dtype in keys}
     runs = [Run(graphs[p.model, p.workload.compute_dtype], p, s) for p, s in zip(plans, steps, strict=True)]
     return calibrated(profile, runs, date.today().isoformat())
 

@@ -21,6 +21,7 @@ from json import dumps
 from math import prod
 from typing import Any, Literal
 
+from autoplan.errors import UsageError
 from autoplan.units import Bytes, Flops
 
 OpKind = Literal[
@@ -317,6 +318,15 @@ class Graph:
         """Tokens of one sample: the longest sequence among the integer inputs, or 1."""
         lengths = [shape[1] for _, shape, dtype in self.inputs if len(shape) == 2 and dtype.startswith("int")]
         return max(lengths, default=1)
+
+    def computing_in(self, dtype: str) -> Graph:
+        """Itself. Raises `UsageError` where it was captured in another dtype."""
+        if self.compute_dtype == dtype:
+            return self
+        raise UsageError(
+            f"the graph was captured in {self.compute_dtype}, and the plan computes in {dtype}.",
+            f'Capture it in the same: autoplan.inspect(model, compute_dtype="{dtype}").',
+        )
 
     @cached_property
     def fingerprint(self) -> str:

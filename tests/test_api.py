@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,13 @@ def test_the_plan_is_proven_and_costs_what_it_says(graph: Graph, plan: Plan, tmp
     again = autoplan.estimate(autoplan.load_plan(tmp_path / "plan.yaml"), graph)
     assert again.step_time == pytest.approx(plan.prediction.step_time, rel=1e-9)
     assert again.memory.total == pytest.approx(plan.prediction.memory.total, rel=1e-9)
+
+
+def test_a_graph_in_another_dtype_is_refused(graph: Graph, plan: Plan) -> None:
+    with pytest.raises(UsageError, match="captured in bfloat16, and the plan computes in float32"):
+        autoplan.plan(graph, gpus=8, compute_dtype="float32")
+    with pytest.raises(UsageError, match="captured in bfloat16"):
+        autoplan.estimate(replace(plan, workload=replace(plan.workload, compute_dtype="float32")), graph)
 
 
 def test_no_baseline_is_faster(plan: Plan) -> None:
