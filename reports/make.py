@@ -57,6 +57,7 @@ NOTES = {
     "  hidden_communication:": "runs under computation: no part of step_time",
     "  time:": "adds up to step_time",
     "  memory:": "adds up to the peak of the fullest device",
+    "    awaited:": "gradients that come when the peak is over",
     "  status: optimal": "proven within the gap that was asked for",
     "  bound: true": "a proven lower bound, not a prediction",
 }

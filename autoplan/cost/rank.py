@@ -4,10 +4,10 @@ A rank is a sequence of `Held`: so many equal layers, or a part of the outer bod
 formulas: `seconds` is u_s, `memory` is bytes_s, `breakdown` tells where the slowest rank's seconds go.
 
 The backward pass runs from the last layer to the first, and what a layer has kept of the micro-batch is freed when it has run:
-beside a layer's own moment there is no more of what later ones kept. Of these only layers of the same body are counted, in the
-same chunk, and where there are several chunks none:
+beside a layer's own moment there is no more of what later ones kept, or had gathered for both passes. Of these only layers of
+the same body are counted, in the same chunk, and where there are several chunks none:
 
-    bytes_s = sum of what stays + max(alone, max_l (inside_l + beside_l - sum of what layers after l kept) + max window)
+    bytes_s = sum of what stays + max(alone, max_l (inside_l + beside_l - sum of what goes of layers after l) + max window)
 
 `beside_l` is the buffer in which the gradients of the layer after l are reduced: `reducing` of one like l, but at least the whole
 `buffer` of any later layer that differs, since what that kept is counted as freed. Where a rank has layers of several bodies, or
@@ -69,8 +69,8 @@ class _Passed(NamedTuple):
 
     def followed(self, step: LayerStep, number: int) -> _Passed:
         """When so many more have run."""
-        gathered = self.gathered + number * (step.goes - step.kept)
-        return _Passed(self.kept + number * step.kept, gathered, self.come + number * step.come, step.buffer)
+        kept, gathered = self.kept + number * step.kept, self.gathered + number * step.resharded
+        return _Passed(kept, gathered, self.come + number * step.come, step.buffer)
 
     @property
     def risen(self) -> Bytes:
@@ -110,7 +110,7 @@ def memory(rank: Rank, in_flight: Sequence[int], passing: Bytes) -> MemoryBreakd
     inside, ending = held.inside(anywhere) + window, last.ending - sum(each.number * each.step.goes for each in rank)
     early = _early(rank, max(alone.alone, inside, ending), alone.alone, window, ending)
     if ending > max(alone.alone, inside):
-        resharded = sum(each.number * (each.step.goes - each.step.kept) for each in rank)
+        resharded = sum(each.number * each.step.resharded for each in rank)
         moment = replace(last.end, unsharded=last.end.unsharded - resharded)
         return _together(rank, [number - 1 for number in in_flight], passing, moment, early)
     if alone.alone > inside:
