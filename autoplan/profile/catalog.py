@@ -43,7 +43,9 @@ def find_hardware(name_or_path: str) -> HardwareProfile:
     if name_or_path == AUTO:
         return find_hardware(detected().name)
     names = hardware_names()
-    hint = did_you_mean(name_or_path, names) or f"There are {', '.join(names) or 'none'}; or give a path to a .yaml file."
+    device = sorted((name for name in names if name.split("-")[0] == name_or_path.lower().split("-")[0]), key=len)
+    close = f"Did you mean {' or '.join(device)}?" if device else did_you_mean(name_or_path, names)
+    hint = close or f"There are {', '.join(names) or 'none'}; or give a path to a .yaml file."
     raise UsageError(f"no hardware profile '{name_or_path[:80]}'.", hint)
 
 

@@ -34,8 +34,12 @@ def test_the_users_folder_wins_over_the_shipped_one(tmp_path, monkeypatch):
 
 
 def test_an_unknown_name_is_guessed():
-    with pytest.raises(UsageError, match=r"no hardware profile 'h100'\. Did you mean h100-sxm-8x\?"):
+    with pytest.raises(UsageError, match=r"no hardware profile 'h100'\. Did you mean h100-sxm-8x or h100-hbm2e-500w-8x\?"):
         find_hardware("h100")
+    with pytest.raises(UsageError, match=r"Did you mean a100-40g-sxm-8x or a100-80g-sxm-8x\?"):
+        find_hardware("A100-sxm-8x")
+    with pytest.raises(UsageError, match=r"Did you mean h200-sxm-8x\?"):
+        find_hardware("h20-sxm-8x")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a\0b", "x" * 5000, "../hwprofiles/h100-sxm-8x", "none.yaml", "/", "hwprofiles"])
