@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from autoplan.adapt import adapt
 from autoplan.apply import data_parallel, expert_parallel, ring, stages, tensor_parallel
 from autoplan.apply._torch import HashStore
 from autoplan.apply.check import check_compiled, check_pipeline, check_world, parameter_shards
@@ -64,10 +65,7 @@ def apply(
         parameter_shards(model, plan)  # a misfit is told while the module still has its weights
     found = source(model, data_parallel.dtype(plan.workload.param_dtype), seed)
     module = found.model
-    if plan.mesh.tp * plan.mesh.cp * plan.mesh.pp > 1:  # also for pp: as it stands, `nn.Transformer` looks into its mask
-        from autoplan.adapt import adapt
-
-        adapt(module)
+    adapt(module)
     shards = parameter_shards(module, plan)
     mesh, dealing = mesh_of(plan, device), dealing_mesh_of(plan, device)
     place = Place(mesh, dealing, _coordinate(mesh, dealing), device)

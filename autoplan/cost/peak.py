@@ -5,7 +5,7 @@ parameters are there, whole: they are reduced when all of the layer are made. Wi
 
     g_k  gradients of parameters of which `k` is the last user, so that its backward pass makes them    (`made`)
     d_k  what it holds besides: gradients of what it takes and returns                                  (`OpCost.temporary`),
-         of a border, those of the tensor before and after it                                           (`moved`)
+         of a border, those of the tensor before and after it, and a copy in the order of the ranks     (`moved`)
     w_k  gradients that wait for operations before it, as that of a residual stream does                (`Body.waiting`)
 
     peak = max_k (S_k + d_k + w_k + sum_{j >= k} g_j)         that is  P_k = max(P_{k-1}, S_k + d_k + w_k) + g_k    (`grown`)
@@ -20,7 +20,7 @@ All of it grows along the layer and with each of its parts, so that the search c
 from __future__ import annotations
 
 from autoplan.cost.prices import LayerModel
-from autoplan.cost.rules import Outcome
+from autoplan.cost.rules import BORDER_COLLECTIVES, Outcome
 from autoplan.graph import DTYPE_BYTES, Value
 from autoplan.strategy import Layout
 from autoplan.units import Bytes
@@ -41,7 +41,11 @@ def moved(model: LayerModel, value: Value, source: Layout, target: Layout) -> By
     """What the backward pass of a border holds that redistributes a tensor."""
     if source == target or not value.requires_grad:
         return 0.0
-    return model.local_bytes(value, source) + model.local_bytes(value, target)
+    sizes = model.local_bytes(value, source), model.local_bytes(value, target)
+    _, kind = BORDER_COLLECTIVES[source.kind, target.kind]
+    along = model.copies and max(source.dim, target.dim) > 0
+    copied = along and (kind == "reduce_scatter" or (kind == "all_gather" and model.samples > 1))
+    return sum(sizes) + (max(sizes) if copied else 0.0)
 
 
 def grown(peak: Bytes, at_it: Bytes, gradients: Bytes) -> Bytes:

@@ -128,10 +128,12 @@ def _paired(rank: Rank) -> bool:
 
 def _early(rank: Rank, peak: Bytes, alone: Bytes, window: Bytes, ending: Bytes) -> Bytes:
     """Of the gradients that count at the `peak`, those that no tensor holds: all that come late, but for what the fullest moment
-    rises to where those that have come by then count. They come in steps of one micro-batch, in which there is one chunk."""
+    rises to where those that have come by then count. They come in steps of one micro-batch, in which there is one chunk. In a
+    pipeline the last buffer of other micro-batches' passes may be beside layers of another level."""
     late = sum(held.number * held.step.early for held in rank)
     if not any(held.step.come for held in rank):
-        return late
+        stays = max(held.step.reducing for held in rank if held.step.reducing == held.step.buffer)
+        return max(0.0, late - max(0.0, max(alone + stays, *(held.inside(stays) + window for held in rank)) - peak))
     layers = [held for held in rank if held.body is not None]
 
     def at(held: Held) -> Bytes:
