@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from autoplan.api import load_plan, report
+from autoplan.api import load_plan, report, verify
 from autoplan.report import sure
 
 ROOT = Path(__file__).parent.parent
@@ -38,3 +38,13 @@ def test_the_errors_that_pages_show_are_those_of_the_accuracy_table() -> None:
 def test_a_sample_page_is_that_of_its_plan(name: str) -> None:
     shown = report(load_plan(ROOT / "reports" / f"{name}.yaml"))
     assert shown == (ROOT / "reports" / f"{name}.html").read_text(encoding="utf-8"), AGAIN
+
+
+@pytest.mark.parametrize("name", make.CASES)
+def test_a_sample_plan_does_what_it_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its real size: what its ranks send, and their peaks within 3 %."""
+    monkeypatch.chdir(ROOT)
+    plan = load_plan(ROOT / "reports" / f"{name}.yaml")
+    found = verify(plan)
+    assert found.agrees, found.differences
+    assert all(each.over <= 0.03 for each in found.memory)

@@ -132,7 +132,7 @@ def _early(rank: Rank, peak: Bytes, alone: Bytes, window: Bytes, ending: Bytes) 
     pipeline the last buffer of other micro-batches' passes may be beside layers of another level."""
     late = sum(held.number * held.step.early for held in rank)
     if not any(held.step.come for held in rank):
-        stays = max(held.step.reducing for held in rank if held.step.reducing == held.step.buffer)
+        stays = max((held.step.reducing for held in rank if held.step.reducing == held.step.buffer), default=0.0)
         return max(0.0, late - max(0.0, max(alone + stays, *(held.inside(stays) + window for held in rank)) - peak))
     layers = [held for held in rank if held.body is not None]
 
