@@ -26,9 +26,8 @@ from autoplan.workload import Workload
 
 
 class Fsdp(NamedTuple):
-    """Bytes of a layer's parameters and gradients besides the rank's shards of them."""
+    """Bytes of a layer's whole parameters and gradients: see the module."""
 
-    gathered: Bytes
     raw: Bytes
     buffer: Bytes
     turned: Bytes
@@ -73,7 +72,6 @@ def fsdp_bytes(dp: DataParallel, zero: Zero, micro_batches: int, load: Workload,
     own = dp.trainable * reduce if several else none  # else they are the gradients
     gradients = dp.trainable * size
     return Fsdp(
-        gathered=gathered,
         raw=raw,
         buffer=none if zero == 1 else buffer,
         turned=larger(raw, copied) if zero == 1 else larger(raw, own) + copied,
