@@ -103,8 +103,8 @@ class Peak(TorchDispatchMode):
         if self._shapes_only:
             return func(*args, **kwargs or {})
         result = self.run(func, args, kwargs or {})
-        if func is WAIT and torch._guards.active_fake_mode():  # it makes a tensor here, but not in training
-            result = args[0]
+        if (func is WAIT or (func is INDEX_PUT and True in args[3:])) and torch._guards.active_fake_mode():
+            result = args[0]  # it makes a tensor here, but not in training: an index's backward pass adds up in place there
         if isinstance(result, torch.Tensor):
             self.track(result)
         elif result is not None:
@@ -132,6 +132,7 @@ class Peak(TorchDispatchMode):
 
 PRIM_DEVICE = torch.ops.prim.device.default
 WAIT = torch.ops._c10d_functional.wait_tensor.default
+INDEX_PUT = torch.ops.aten.index_put.default
 PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 """Types of tensors that hold no other ones."""
 
