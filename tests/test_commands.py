@@ -59,7 +59,7 @@ def test_explain_answers_in_numbers_or_with_the_reason(planned: Path, capsys: py
     [
         (["plan", f"{EXAMPLES}/llama.py?size=405B", "--gpus", "1"], 1, "nearest miss"),
         (["plan", "nowhere.py", "--gpus", "8"], 2, "nowhere.py"),
-        (["plan", MODEL, "--gpus", "8", "--hardware", "h100"], 2, "Did you mean h100-sxm-8x?"),
+        (["plan", MODEL, "--gpus", "8", "--hardware", "h100"], 2, "Did you mean h100-sxm-8x or h100-hbm2e-500w-8x?"),
         (["plan", MODEL, "--gpus", "8", "--tp", "5"], 2, "tp 5 does not divide 8"),
         (["plan", MODEL + "&depth=3", "--gpus", "8"], 2, "unexpected keyword argument 'depth'"),
         (["estimate", "PLAN", "--model", f"{EXAMPLES}/transformer.py"], 2, "which the model does not have"),
