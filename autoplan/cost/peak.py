@@ -43,8 +43,8 @@ def moved(model: LayerModel, value: Value, source: Layout, target: Layout) -> By
         return 0.0
     sizes = model.local_bytes(value, source), model.local_bytes(value, target)
     _, kind = BORDER_COLLECTIVES[source.kind, target.kind]
-    along = model.copies and max(source.dim, target.dim) > 0
-    copied = along and (kind == "reduce_scatter" or (kind == "all_gather" and model.samples > 1))
+    copies = kind == "reduce_scatter" or (kind == "all_gather" and model.samples > 1)
+    copied = copies and model.reorders(source, target)
     return sum(sizes) + (max(sizes) if copied else 0.0)
 
 

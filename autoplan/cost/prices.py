@@ -330,6 +330,10 @@ class LayerModel:
             if each.backward == backward:
                 yield self.whole_bytes(self.body.values[each.value]) / (self.tp if layouts[each.value].sharded else 1)
 
+    def reorders(self, source: Layout, target: Layout) -> bool:
+        """Whether DTensor brings what it scatters or gathers at a border into the order of the ranks: not along the first dim."""
+        return self.copies and max(source.dim, target.dim) > 0
+
     def border(self, value: Value, source: Layout, target: Layout) -> tuple[Seconds, Seconds]:
         """Seconds (forward, backward) of redistributing `value` at a border. What is scattered along another dim than the first
         is copied into the order of the ranks before (torch.distributed._functional_collectives). So is what is gathered after, of
@@ -339,8 +343,7 @@ class LayerModel:
         key = (value.id, source, target)
         if key not in self._border_costs:
             size = value.bytes_at(self.samples)
-            copied = self.copies and max(source.dim, target.dim) > 0
-            extra = {"reduce_scatter": memory_time(2 * size, self.hardware.device)} if copied else {}
+            extra = {"reduce_scatter": memory_time(2 * size, self.hardware.device)} if self.reorders(source, target) else {}
             pair = BORDER_COLLECTIVES[source.kind, target.kind]
             forward, backward = (self._collective(kind, size) + extra.get(kind, 0.0) if kind else 0.0 for kind in pair)
             self._border_costs[key] = forward, backward

@@ -1,5 +1,5 @@
 """Predicted peaks of a model of real width, beside what a rank is seen to hold as MemTracker counts (test_dry_run compares the
-two): never less, and at most 3 % more."""
+two): at most 3 % more, and not less by more than a thousandth."""
 
 from __future__ import annotations
 
